@@ -1,0 +1,102 @@
+// nvcc side of launching: errors as exceptions, the tensors' device made current and given back, dynamic shared memory
+// beyond 48 KiB opted into.  The emulator's side is in csrc/emulator/platform.h.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+namespace pk {
+
+inline void check(cudaError_t e, const char* what) {
+  if (e != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(e));
+}
+
+// Makes the device that owns `p` current for a scope.  Launchers get raw pointers from a process that may have another
+// device current, and a launch into another device's stream is an error.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(const void* p) {
+    cudaPointerAttributes a;
+    if (!p) return;
+    if (cudaPointerGetAttributes(&a, p) != cudaSuccess) {
+      (void)cudaGetLastError();
+      return;
+    }
+    if (a.type != cudaMemoryTypeDevice && a.type != cudaMemoryTypeManaged) return;
+    check(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (a.device == previous_) return;
+    check(cudaSetDevice(a.device), "cudaSetDevice");
+    restore_ = true;
+  }
+  ~DeviceGuard() {
+    if (restore_) (void)cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool restore_ = false;
+};
+
+namespace detail {
+
+inline const void* first_pointer() { return nullptr; }
+template <class A, class... R> const void* first_pointer(const A& a, const R&... rest) {
+  if constexpr (std::is_pointer_v<A>) {
+    if (a) return a;
+  }
+  return first_pointer(rest...);
+}
+
+template <class K> void allow_shared(K kernel, size_t bytes) {
+  if (bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+          "dynamic shared memory");
+}
+
+}  // namespace detail
+
+// The device is that of the first non-null pointer argument.  A kernel whose pointers are inside a struct needs a
+// DeviceGuard around its launch.
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, void* stream, A... args) {
+  const DeviceGuard guard(detail::first_pointer(args...));
+  detail::allow_shared(kernel, smem);
+  kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(args)...);
+  check(cudaGetLastError(), "kernel launch");
+}
+
+// All blocks are resident at once, so that grid_sync() may be used; see resident_blocks() for how many can be.
+template <class... P, class... A>
+void launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, void* stream, A... args) {
+  const DeviceGuard guard(detail::first_pointer(args...));
+  detail::allow_shared(kernel, smem);
+  auto go = [&](P... p) {
+    void* ptrs[] = {const_cast<void*>(static_cast<const void*>(&p))...};
+    check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, ptrs, smem,
+                                      static_cast<cudaStream_t>(stream)),
+          "cooperative launch");
+  };
+  go(static_cast<P>(args)...);
+}
+
+inline int sm_count() {
+  int device = 0, n = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
+  return n;
+}
+
+// How many blocks of this kernel the current device holds at once: the largest cooperative grid.
+template <class... P> int resident_blocks(void (*kernel)(P...), int threads, size_t smem) {
+  int per_sm = 0;
+  detail::allow_shared(kernel, smem);
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, smem), "occupancy");
+  return per_sm * sm_count();
+}
+
+}  // namespace pk
