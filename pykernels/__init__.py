@@ -1,0 +1,14 @@
+"""pykernels: fused attention, recurrent, activation, embedding and sampled-softmax kernels for PyTorch.
+
+`pykernels.functional` (functions), `pykernels.nn` (modules) and `pykernels.reference` (the pure-torch twins) hold the
+same operators. `explain` tells which backend serves a call and why.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+from . import functional, nn, reference
+from ._backends import BackendError, Explanation, explain
+
+__all__ = ["BackendError", "Explanation", "__version__", "explain", "functional", "nn", "reference"]

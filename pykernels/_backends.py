@@ -1,0 +1,260 @@
+"""The registry: which backends a room has here, which one serves a call, and why the others do not.
+
+A room's floors are found by name: `_cpu/<room>.py`, `_triton/<room>.py`, `_cuda/<room>.py` (which serves both the CUDA
+module and its emulation on the CPU). A backend is *absent* when triton, its extension module or the room's file is not
+there, or when an extension was built for another torch; any other import error is a bug and is raised.
+
+A backend that a call names never falls back. `auto` takes the first of `PREFERENCE` that can serve the tensor.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+BACKENDS = ("cpu", "triton", "cuda", "emulator")
+"""The backends with kernels; "reference" (pure torch) is always there."""
+
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+"""Order of `auto` by device type; the reference is last everywhere. On the CPU the native kernels lead because they
+were measured ahead of torch's own there (benchmarks/results). On GPUs Triton leads until a GPU record says otherwise."""
+
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+DEFAULT = os.environ.get("PYKERNELS_BACKEND") or None  # read once, at import
+
+# A private query; this is the one place it is named (tests run it on every supported torch).
+functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+class BackendError(RuntimeError):
+    """A backend named by the call (or by PYKERNELS_BACKEND) cannot serve it; the message says why."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend would run a call, and why the others would not. Printable."""
+
+    function: str
+    room: str
+    backend: str
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.function} ({self.room}): {self.backend}"]
+        return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.refused.items()])
+
+
+class _Explained(BaseException):
+    """Carries an Explanation out of the call that explain() made; not an Exception, so nothing on the way eats it."""
+
+    def __init__(self, explanation: Explanation) -> None:
+        self.explanation = explanation
+
+
+_explaining: int | None = None  # ident of the thread inside explain(), if any
+_explain_lock = threading.Lock()
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Says which backend would serve `function(*args, **kwargs)` and why the others would not, without running it.
+
+    Args:
+        function: a public function of `pykernels.functional` or a module of `pykernels.nn` (for a module that calls
+            several operators: the first).
+        args, kwargs: as the call would have them. They are checked as in the call, so wrong arguments raise here too.
+
+    Returns:
+        Explanation: `backend`, and `refused`: backend -> reason.
+
+    Raises:
+        TypeError: `function` made no choice of backend (it is not a function of pykernels).
+    """
+    global _explaining
+    with _explain_lock:
+        _explaining = threading.get_ident()
+        try:
+            function(*args, **kwargs)
+        except _Explained as found:
+            return found.explanation
+        finally:
+            _explaining = None
+    raise TypeError(
+        f"explain(): {getattr(function, '__name__', function)!r} did not choose a backend; give a function of pykernels"
+    )
+
+
+def transform_reason() -> str | None:
+    """Why only the reference can serve now: a functorch transform or forward-mode differentiation is active.
+
+    Kernels are opaque: under compiled `torch.func.grad` they would give zeros, under forward mode drop the tangent.
+    """
+    if functorch_active():
+        return "a torch.func transform is active; it differentiates the reference"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active; it differentiates the reference"
+    return None
+
+
+def _stale(extension: str) -> str | None:
+    """Why a built extension cannot be loaded here: it was built for another torch (read before loading it)."""
+    stamp = Path(__file__).with_name(f"{extension}.torch")
+    if stamp.exists() and (built := stamp.read_text().strip()) != torch.__version__:
+        return f"{extension} was built for torch {built}, this is torch {torch.__version__}; rebuild: {REBUILD}"
+    return None
+
+
+def _find_cpu(room: str) -> tuple[Any, str | None]:
+    reason = _stale("_cpu_ext")
+    if reason:
+        return None, reason
+    try:
+        return importlib.import_module(f"._cpu.{room}", __package__), None
+    except ModuleNotFoundError as error:
+        if error.name == f"{__package__}._cpu_ext":
+            return None, f"_cpu_ext is not built; with a C++ compiler: {REBUILD}"
+        if error.name != f"{__package__}._cpu.{room}":
+            raise
+        return None, f"the {room} room has no native CPU kernels yet"
+
+
+def _find_triton(room: str) -> tuple[Any, str | None]:
+    if importlib.util.find_spec("triton") is None:
+        return None, "triton is not installed; pip install triton"
+    if torch.version.cuda is None and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            None,
+            "this torch is a CPU build and Triton's interpreter is off (pykernels.testing.interpreter.install())",
+        )
+    try:
+        return importlib.import_module(f"._triton.{room}", __package__), None
+    except ModuleNotFoundError as error:
+        if error.name != f"{__package__}._triton.{room}":
+            raise
+        return None, f"the {room} room has no Triton kernels yet"
+
+
+class _Bound:
+    """A `_cuda/<room>` module with its first argument, the extension, filled in."""
+
+    def __init__(self, module: ModuleType, extension: Any) -> None:
+        self._module, self._extension = module, extension
+
+    def __getattr__(self, name: str) -> Any:
+        function, extension = getattr(self._module, name), self._extension
+        return lambda *args: function(extension, *args)
+
+
+def _find_cuda(room: str, kind: str) -> tuple[Any, str | None]:
+    try:
+        module = importlib.import_module(f"._cuda.{room}", __package__)
+    except ModuleNotFoundError as error:
+        if error.name not in (f"{__package__}._cuda", f"{__package__}._cuda.{room}"):
+            raise
+        return None, f"the {room} room has no CUDA C++ kernels yet"
+    from ._cuda._extension import Extension
+
+    extension = Extension(kind)
+    return (_Bound(module, extension), None) if extension.available else (None, extension.reason)
+
+
+class Room:
+    """The backends of one room: `modules` (name -> module), `absent` (name -> reason).
+
+    A backend module exports `unsupported(x) -> str | None`: why it cannot serve a tensor of this device and dtype.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.modules: dict[str, Any] = {}
+        self.absent: dict[str, str] = {}
+        for backend in BACKENDS:
+            module, reason = self._find(backend)
+            if reason is None:
+                self.modules[backend] = module
+            else:
+                self.absent[backend] = reason
+        self._resolved: dict[tuple[Any, ...], str] = {}
+
+    def _find(self, backend: str) -> tuple[Any, str | None]:
+        if backend == "cpu":
+            return _find_cpu(self.name)
+        if backend == "triton":
+            return _find_triton(self.name)
+        return _find_cuda(self.name, backend)
+
+    def resolve(self, function: str, backend: str | None, tensor: torch.Tensor) -> str:
+        """The backend that serves `function` for tensors like this one.
+
+        Raises:
+            BackendError: the named backend cannot serve the call, and why.
+            ValueError: no such backend.
+        """
+        if _explaining is not None and _explaining == threading.get_ident():
+            raise _Explained(self._explanation(function, backend, tensor))
+        if functorch_active() or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+            return self._decide(function, backend, tensor, {})
+        key = (backend, tensor.device.type, tensor.dtype, type(tensor))
+        found = self._resolved.get(key)
+        if found is None:
+            _prepare(tensor)
+            found = self._resolved[key] = self._decide(function, backend, tensor, {})
+        return found
+
+    def _explanation(self, function: str, backend: str | None, tensor: torch.Tensor) -> Explanation:
+        refused: dict[str, str] = {}
+        chosen = self._decide(function, backend, tensor, refused)
+        if backend in (None, "auto"):
+            for name in BACKENDS:
+                if name != chosen and name not in refused:
+                    refused[name] = self._reason(name, tensor) or self._unpreferred(name, chosen)
+        return Explanation(function, self.name, chosen, refused)
+
+    @staticmethod
+    def _unpreferred(name: str, chosen: str) -> str:
+        if name == "emulator":
+            return "runs only when named: it executes the CUDA kernels on the CPU for tests"
+        return f"{chosen} comes first in the order of preference"
+
+    def _reason(self, name: str, tensor: torch.Tensor) -> str | None:
+        if name in self.absent:
+            return self.absent[name]
+        reason: str | None = self.modules[name].unsupported(tensor)
+        return reason
+
+    def _decide(self, function: str, backend: str | None, tensor: torch.Tensor, refused: dict[str, str]) -> str:
+        wanted = DEFAULT if backend is None else backend
+        transform = transform_reason()
+        if wanted is None or wanted == "auto":
+            for name in PREFERENCE.get(tensor.device.type, ()):
+                reason = transform or self._reason(name, tensor)
+                if reason is None:
+                    return name
+                refused[name] = reason
+            return "reference"
+        if wanted == "reference":
+            return "reference"
+        if wanted not in BACKENDS:
+            allowed = ", ".join(("auto", *BACKENDS, "reference"))
+            raise ValueError(f"{function}(): backend must be one of {allowed}, not {wanted!r}")
+        reason = transform or self._reason(wanted, tensor)
+        if reason is not None:
+            raise BackendError(f"{function}(): backend {wanted!r} cannot serve this call: {reason}")
+        return wanted
+
+
+def _prepare(tensor: torch.Tensor) -> None:
+    """First sight of a tensor subclass: DTensor needs a sharding rule for each of our operators."""
+    if type(tensor).__name__ == "DTensor":
+        from .integrations import dtensor
+
+        dtensor.register()

@@ -1,0 +1,5 @@
+"""Modules with torch.nn's constructors, forward and state_dict, and the fused kernels inside."""
+
+from __future__ import annotations
+
+from .activation import *  # noqa: F403

@@ -1,0 +1,15 @@
+"""Activation functions: sigmoid, tanh, the ReLU family, GELU, SiLU/Swish, and the gated linear units.
+
+Each is one kernel forward and one backward on every backend. Saved for backward: the pre-activation alone (the output
+for sigmoid, tanh and relu, as torch does); everything else is recomputed. The gated forms save gate and up, or the one
+tensor that holds both, and nothing of the size of their output.
+"""
+
+from __future__ import annotations
+
+from .gated import *  # noqa: F403
+from .gated import __all__ as _gated
+from .unary import *  # noqa: F403
+from .unary import __all__ as _unary
+
+__all__ = [*_gated, *_unary]

@@ -1,0 +1,5 @@
+"""The pure-torch twins of `pykernels.functional`: same names, same arguments (without `backend`), any device, any dtype."""
+
+from __future__ import annotations
+
+from .activation import *  # noqa: F403

@@ -1,0 +1,246 @@
+"""Builds pykernels' three extension modules into the package, each only where it can be built.
+
+| module | compiler | needs | holds |
+|---|---|---|---|
+| pykernels._cpu_ext      | g++  | torch (headers, libraries) | native CPU kernels, TORCH_LIBRARY implementations |
+| pykernels._emulator_ext | g++  | -                          | csrc/cuda compiled for the CPU, every access checked |
+| pykernels._cuda_ext     | nvcc | -                          | csrc/cuda for GPUs, torch-free, static cudart |
+
+What cannot be built is left out with one line saying why (and `pykernels info` repeats it); the package then works
+without it. All modules are written into one ninja file, because kernels need flags per file (instruction sets,
+instrumentation, GPU architectures), which setuptools cannot express.
+
+PYKERNELS_BUILD: auto (default: cpu, and cuda where nvcc is found), all (auto plus the emulator), none, or a comma
+list of cpu, cuda, emulator; what a list names, or `all` names and nvcc can serve, must build. TORCH_CUDA_ARCH_LIST,
+MAX_JOBS, CUDA_HOME and CXX are respected.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+CXX = os.environ.get("CXX", "g++")
+KINDS = ("cpu", "emulator", "cuda")
+
+WARNINGS = "-Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-psabi"
+# -fno-gnu-unique and hidden visibility: the modules share symbol names and live in one process.
+COMMON = f"-std=c++20 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -fno-gnu-unique -I{CSRC}"
+CPU = "-O3 -g0 -fopenmp -fno-math-errno -fno-trapping-math -Wno-uninitialized -Wno-maybe-uninitialized"
+# The hooks that -fsanitize=thread and friends insert are answered by the emulator's own checker, not by libtsan.
+CHECKED = "-O1 -g1 -x c++ -fsanitize=thread,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
+ISA_FLAGS = {
+    "avx2": "-mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2 -DPK_ISA=avx2",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512 "
+    "-DCPU_CAPABILITY=AVX512 -DCPU_CAPABILITY_AVX512 -DPK_ISA=avx512",
+    "amx": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512 -mavx512bf16 "
+    "-mamx-tile -mamx-bf16 -DCPU_CAPABILITY=AVX512 -DCPU_CAPABILITY_AVX512 -DPK_ISA=amx",
+}
+
+
+def torch_or_none():
+    try:
+        import torch
+        import torch.utils.cpp_extension
+    except ImportError:
+        return None
+    return torch
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    for candidate in (f"{home}/bin/nvcc" if home else None, shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
+        if candidate and Path(candidate).exists():
+            return candidate
+    return None
+
+
+def cuda_home(nvcc: str) -> Path:
+    """The toolkit's folder; nvcc may be a wrapper script, so ask it."""
+    text = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    return Path(next(line.split("TOP=", 1)[1] for line in text.splitlines() if "TOP=" in line)).resolve()
+
+
+def architectures(nvcc: str) -> list[str]:
+    """compute_/sm_ numbers, e.g. ["80", "90a", "120+PTX"]; the newest nvcc knows is added as PTX for later GPUs."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if wanted:
+        return [a.replace(".", "") for a in re.split(r"[;, ]+", wanted) if a[0].isdigit()]
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    newest = max(int(a.split("_")[1]) for a in known)
+    return ["80", "90a", *([f"{newest}+PTX"] if newest > 90 else [])]
+
+
+def gencode(archs: list[str], source: Path) -> str:
+    hopper = source.stem.endswith("_sm90")
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX")
+        if hopper and number != "90a":
+            continue
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode arch=compute_{number},code=compute_{number}")
+        else:  # `-arch=sm_90a` would also compile plain compute_90, which rejects wgmma
+            flags.append(f"-gencode arch=compute_{number},code=sm_{number}")
+    return " ".join(flags)
+
+
+def plan() -> tuple[dict[str, str | None], list[str]]:
+    """What to build, and why the rest is left out: ({kind: nvcc path or None}, remarks)."""
+    wish = os.environ.get("PYKERNELS_BUILD", "auto").strip().lower() or "auto"
+    if wish not in ("auto", "all", "none"):
+        unknown = set(wish.split(",")) - set(KINDS)
+        if unknown:
+            raise SystemExit(
+                f"PYKERNELS_BUILD={wish}: unknown {sorted(unknown)}; use auto, all, none or a list of cpu, cuda, emulator"
+            )
+    named = set(wish.split(",")) & set(KINDS)
+    wanted = {"auto": {"cpu", "cuda"}, "all": set(KINDS), "none": set()}.get(wish, named)
+    reasons: dict[str, str] = {}
+    torch, nvcc, gxx = torch_or_none(), find_nvcc(), shutil.which(CXX)
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        reasons = dict.fromkeys(
+            KINDS, f"the extensions are built on Linux x86-64 only, this is {sys.platform} {platform.machine()}"
+        )
+    if gxx is None:
+        for kind in KINDS:
+            reasons.setdefault(kind, f"no C++ compiler ({CXX}) was found")
+    if torch is None:
+        reasons.setdefault(
+            "cpu", "torch cannot be imported at build time: install torch, then use --no-build-isolation"
+        )
+    if nvcc is None:
+        reasons.setdefault("cuda", "no nvcc was found (set CUDA_HOME)")
+    for kind in sorted(named & reasons.keys()):
+        raise SystemExit(f"PYKERNELS_BUILD={wish}: {kind} cannot be built: {reasons[kind]}")
+    sources = {kind: any((CSRC / ("cpu" if kind == "cpu" else "cuda")).glob("*.c*")) for kind in KINDS}
+    built = {
+        kind: nvcc if kind == "cuda" else None
+        for kind in KINDS
+        if kind in wanted and kind not in reasons and sources[kind]
+    }
+    return built, [
+        f"pykernels: not building {kind}: {reasons[kind]}" for kind in KINDS if kind in wanted and kind in reasons
+    ]
+
+
+class Ninja:
+    """The text of a build.ninja, target by target."""
+
+    def __init__(self, nvcc: str | None) -> None:
+        import pybind11
+
+        self.python = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
+        self.lines = [
+            f"rule cxx\n command = {CXX} -MMD -MF $out.d $flags -c $in -o $out\n depfile = $out.d\n deps = gcc",
+            f"rule link\n command = {CXX} -shared $in -o $out $libs",
+        ]
+        if nvcc:  # C75xx: wgmma serialised or patched by ptxas, which calls it information and lets --Werror pass
+            self.lines.append(
+                f"rule nvcc\n command = {nvcc} -MMD -MF $out.d $flags -c $in -o $out > $out.log 2>&1 "
+                "&& ! grep C75 $out.log || { cat $out.log; rm -f $out; exit 1; }\n depfile = $out.d\n deps = gcc"
+            )
+
+    def unit(self, module: str, rule: str, source: Path, flags: str) -> str:
+        target = f"{module}/{source.name}.o"
+        self.lines.append(f"build {target}: {rule} {source}\n flags = {flags}")
+        return target
+
+    def module(self, target: Path, objects: list[str], libs: str) -> None:
+        self.lines.append(f"build {target}: link {' '.join(objects)}\n libs = {libs}")
+
+    def cpu(self, target: Path) -> None:
+        from torch.utils import cpp_extension
+
+        torch = torch_or_none()
+        includes = " ".join(f"-isystem {p}" for p in cpp_extension.include_paths())
+        abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+        version = f'-DPK_TORCH_VERSION=\\"{torch.__version__}\\" -DPK_MODULE=_cpu_ext'
+        base = f"{COMMON} {CPU} {WARNINGS} {includes} {abi} {version} {self.python}"
+        objects = []
+        for source in sorted((CSRC / "cpu").glob("*.cpp")):
+            isa = ISA_FLAGS.get(source.stem.rsplit("_", 1)[-1], "")
+            objects.append(self.unit("cpu", "cxx", source, f"{base} {isa}"))
+        lib = Path(cpp_extension.library_paths()[0])
+        self.module(target, objects, f"-fopenmp -L{lib} -lc10 -ltorch_cpu -ltorch -Wl,--as-needed -Wl,-rpath,{lib} -s")
+
+    def bindings(self, kind: str, flags: str) -> list[str]:
+        return [self.unit(kind, "cxx", s, flags) for s in sorted((CSRC / "cuda").glob("*bindings.cpp"))]
+
+    def emulator(self, target: Path) -> None:
+        base = f"{COMMON} {WARNINGS}"
+        kernels = [*sorted((CSRC / "cuda").glob("*.cu")), *sorted((CSRC / "emulator").glob("*.cu"))]
+        objects = [self.unit("emulator", "cxx", s, f"{base} {CHECKED} -DPK_EMULATOR") for s in kernels]
+        runtime = sorted((CSRC / "emulator").glob("*.cpp"))
+        objects += [self.unit("emulator", "cxx", s, f"{base} -O2 -g1 -DEMU_HOOKS -DPK_EMULATOR") for s in runtime]
+        objects += self.bindings("emulator", f"{base} -O1 -DPK_EMULATOR -DPK_MODULE=_emulator_ext {self.python}")
+        self.module(target, objects, "-ldl")
+
+    def cuda(self, target: Path, nvcc: str) -> None:
+        archs = architectures(nvcc)
+        base = f"-std=c++20 -O3 -lineinfo -I{CSRC} --Werror all-warnings -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
+        objects = []
+        for source in sorted((CSRC / "cuda").glob("*.cu")):
+            codes = gencode(archs, source)
+            if codes:
+                objects.append(self.unit("cuda", "nvcc", source, f"{base} --threads 2 {codes}"))
+        listed = ",".join(archs)
+        objects += self.bindings(
+            "cuda", f'{COMMON} {WARNINGS} -O1 -DPK_MODULE=_cuda_ext -DPK_ARCHS=\\"{listed}\\" {self.python}'
+        )
+        self.module(target, objects, f"-L{cuda_home(nvcc)}/lib64 -lcudart_static -ldl -lrt -lpthread")
+
+
+class NinjaBuild(build_ext):
+    def build_extensions(self) -> None:
+        built, _ = PLAN
+        work = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.version_info.major}{sys.version_info.minor}"
+        work.mkdir(parents=True, exist_ok=True)
+        ninja = Ninja(built.get("cuda"))
+        made = {}
+        for extension in self.extensions:
+            kind = extension.name.removeprefix("pykernels._").removesuffix("_ext")
+            made[extension] = work / Path(self.get_ext_fullpath(extension.name)).name
+            getattr(ninja, kind)(made[extension], *([built["cuda"]] if kind == "cuda" else []))
+        (work / "build.ninja").write_text("\n".join(ninja.lines) + "\n")
+        command = [self.ninja(), "-C", str(work), *(["-j", jobs] if (jobs := os.environ.get("MAX_JOBS")) else [])]
+        subprocess.check_call(command)
+        for extension, so in made.items():
+            destination = Path(self.get_ext_fullpath(extension.name))
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(so, destination)
+            if extension.name == "pykernels._cpu_ext":  # read before loading: a build for another torch is not loaded
+                (destination.parent / "_cpu_ext.torch").write_text(f"{torch_or_none().__version__}\n")
+
+    @staticmethod
+    def ninja() -> str:
+        try:
+            from ninja import BIN_DIR
+
+            return str(Path(BIN_DIR, "ninja"))
+        except ImportError:
+            return shutil.which("ninja") or "ninja"
+
+
+PLAN = plan()
+for remark in PLAN[1]:
+    print(remark, file=sys.stderr)
+
+setup(
+    # The Triton floor is the link pykernels/_triton -> ../kernels; it has no __init__.py (that would shadow the PyPI
+    # package `kernels` from the repository root), so it is named here.
+    packages=[*find_packages(include=["pykernels", "pykernels.*"]), "pykernels._triton"],
+    ext_modules=[Extension(f"pykernels._{kind}_ext", sources=[]) for kind in PLAN[0]],
+    cmdclass={"build_ext": NinjaBuild},
+)
