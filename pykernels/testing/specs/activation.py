@@ -1,0 +1,185 @@
+"""The activation room's contract."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..spec import Case, Input, OpSpec
+
+KERNELS = ("cpu", "triton", "cuda", "emulator")
+
+# Below and above one vector, one tile of every backend, and primes; zero, one and many rows.
+_SIZES = ((), (0,), (1,), (3,), (63,), (65, 17), (0, 5), (2, 0, 3), (129, 7), (1025,), (2, 3, 1000), (4, 1023))
+
+
+def _label(prefix: str, parts: object) -> str:
+    return f"{prefix} {parts}".replace(" ", "")
+
+
+def _unary_cases(options: Mapping[str, Any]) -> tuple[Case, ...]:
+    """Sizes; then every kind of values and layout, on a shape with an odd tail."""
+    shape = (5, 7, 33)
+    cases = [Case(_label("shape", size), {"input": Input(size)}, options) for size in _SIZES]
+    cases += [Case(f"x{scale}", {"input": Input(shape, scale=scale)}, options) for scale in (5.0, 50.0)]
+    cases += [Case(values, {"input": Input(shape, values)}, options) for values in ("special", "outlier", "constant")]
+    for layout in ("transposed", "expanded", "rows", "offset", "every_other"):
+        cases.append(Case(layout, {"input": Input(shape, layout=layout)}, options))
+        cases.append(Case(f"dy-{layout}", {"input": Input(shape)}, options, dy_layout=layout))
+    cases.append(Case("rows-dy-expanded", {"input": Input(shape, layout="rows")}, options, dy_layout="expanded"))
+    return tuple(cases)
+
+
+def _gated_cases(options: Mapping[str, Any]) -> tuple[Case, ...]:
+    shape = (5, 3, 33)
+
+    def case(label: str, size: tuple[int, ...], dy: str = "contiguous", **both: Any) -> Case:
+        return Case(label, {"gate": Input(size, **both), "up": Input(size, **both)}, options, dy)
+
+    cases = [case(_label("shape", size), size) for size in _SIZES]
+    cases += [case("x5", shape, scale=5.0), case("x50", shape, scale=50.0), case("special", shape, values="special")]
+    for layout in ("transposed", "expanded", "rows", "offset", "every_other"):
+        cases += [case(layout, shape, layout=layout), case(f"dy-{layout}", shape, dy=layout)]
+    mixed = {"gate": Input(shape, layout="rows"), "up": Input(shape, layout="transposed")}
+    cases += [Case("mixed", mixed, options), Case("mixed-dy-expanded", mixed, options, "expanded")]
+    cases += [
+        Case(_label("fused", size), {"gate": Input(size)}, options) for size in ((2,), (7, 66), (3, 1, 2048), (0, 4))
+    ]
+    cases.append(Case("fused-rows", {"gate": Input((7, 66), layout="rows")}, options, "transposed"))
+    return tuple(cases)
+
+
+def _glu_cases() -> tuple[Case, ...]:
+    sizes = (
+        ((2,), -1),
+        ((6, 5), 0),
+        ((3, 66), 1),
+        ((2, 4, 33), 1),
+        ((5, 0), 1),
+        ((0, 2), 1),
+        ((4, 2050), -1),
+        ((2, 3, 4, 6), -2),
+    )
+    cases = [Case(_label("shape", (*size, "dim", dim)), {"input": Input(size)}, {"dim": dim}) for size, dim in sizes]
+    for layout in ("transposed", "expanded", "rows", "offset", "every_other"):
+        cases.append(Case(layout, {"input": Input((4, 6, 34), layout=layout)}, {"dim": 1}))
+        cases.append(Case(f"last-{layout}", {"input": Input((4, 6, 34), layout=layout)}, {"dim": -1}, dy_layout=layout))
+    cases.append(Case("special", {"input": Input((2, 64), "special")}, {"dim": -1}))
+    return tuple(cases)
+
+
+def _parametric_cases(weight: str) -> tuple[Case, ...]:
+    def case(label: str, size: tuple[int, ...], weights: tuple[int, ...], dy: str = "contiguous", **x: Any) -> Case:
+        return Case(label, {"input": Input(size, **x), weight: Input(weights, scale=0.5)}, {}, dy)
+
+    cases = [case(_label("one", size), size, (1,)) for size in _SIZES]
+    cases += [case("scalar", (3, 5), ()), case("channels", (4, 6), (6,)), case("channels-3d", (3, 5, 70), (5,))]
+    cases += [
+        case("long-sum", (600, 3, 11), (3,)),
+        case("one-channel-long", (40, 1, 300), (1,)),
+        case("empty", (0, 3), (3,)),
+    ]
+    for layout in ("transposed", "expanded", "rows", "offset", "every_other"):
+        cases += [case(layout, (4, 5, 9), (5,), layout=layout), case(f"dy-{layout}", (4, 5, 9), (5,), dy=layout)]
+    return tuple(cases)
+
+
+def _rrelu_cases() -> tuple[Case, ...]:
+    training = {"training": True, "seed": torch.tensor([0x1234_5678_9ABC_DEF])}
+    cases = [Case(_label("shape", size), {"input": Input(size)}, training) for size in _SIZES]
+    cases += [
+        Case(layout, {"input": Input((5, 7, 33), layout=layout)}, training)
+        for layout in ("transposed", "expanded", "rows")
+    ]
+    cases += [Case("bounds", {"input": Input((9, 65), scale=5.0)}, {**training, "lower": 0.01, "upper": 2.5})]
+    cases += [Case("negative-seed", {"input": Input((70,))}, {**training, "seed": torch.tensor([-2])})]
+    cases += [Case("evaluation", {"input": Input((4, 33))}, {"training": False})]
+    return tuple(cases)
+
+
+def _count(case: Case) -> int:
+    return math.prod(next(iter(case.inputs.values())).shape)
+
+
+def _size(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits // 8
+
+
+def _unary_bytes(case: Case, dtype: torch.dtype) -> dict[str, int]:
+    """Forward reads x, writes y; backward reads dy and x (or y), writes dx."""
+    n = _count(case) * _size(dtype)
+    return {"forward": 2 * n, "backward": 3 * n}
+
+
+def _gated_bytes(case: Case, dtype: torch.dtype) -> dict[str, int]:
+    """n the elements of gate and up together: forward reads n, writes n/2; backward reads n and n/2, writes n."""
+    n = sum(math.prod(x.shape) for x in case.inputs.values()) * _size(dtype)
+    return {"forward": n + n // 2, "backward": 2 * n + n // 2}
+
+
+def _unary_saved(case: Case, dtype: torch.dtype) -> int:
+    return _count(case) * _size(dtype)
+
+
+def _gated_saved(case: Case, dtype: torch.dtype) -> int:
+    return sum(math.prod(x.shape) for x in case.inputs.values()) * _size(dtype)
+
+
+_BENCH = tuple(Case(f"{r}x{c}", {"input": Input((r, c))}) for r, c in ((256, 4096), (2048, 4096)))
+_BENCH_GATED = tuple(Case(f"{r}x{c}", {"gate": Input((r, c))}) for r, c in ((256, 8192), (2048, 8192)))
+
+
+def _unary(name: str, peer: Callable[..., Any] | None, options: Mapping[str, Any] | None = None) -> OpSpec:
+    options = options or {}
+    bench = tuple(Case(case.label, case.inputs, options) for case in _BENCH)
+    return OpSpec(
+        name, "activation", _unary_cases(options), bench, peer, KERNELS, bytes_moved=_unary_bytes, saved=_unary_saved
+    )
+
+
+def _gated(name: str, activation: Callable[..., Any], options: Mapping[str, Any] | None = None) -> OpSpec:
+    options = options or {}
+
+    def eager(gate: torch.Tensor, up: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+        if up is None:
+            gate, up = gate.chunk(2, -1)
+        return activation(gate, **options) * up
+
+    eager.__name__ = name
+    bench = tuple(Case(case.label, case.inputs, options) for case in _BENCH_GATED)
+    return OpSpec(
+        name, "activation", _gated_cases(options), bench, eager, KERNELS, bytes_moved=_gated_bytes, saved=_gated_saved
+    )
+
+
+def _swish(input: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    per_channel = beta.reshape(()) if beta.numel() == 1 else beta.reshape(-1, *(1,) * (input.dim() - 2))
+    return input * torch.sigmoid(per_channel * input)
+
+
+SPECS = (
+    _unary("sigmoid", torch.sigmoid),
+    _unary("tanh", torch.tanh),
+    _unary("relu", F.relu),
+    _unary("leaky_relu", F.leaky_relu, {"negative_slope": 0.2}),
+    _unary("elu", F.elu, {"alpha": 1.5}),
+    _unary("gelu", F.gelu),
+    _unary("gelu", F.gelu, {"approximate": "tanh"}),
+    _unary("silu", F.silu),
+    _unary("swish", None, {"beta": 1.702}),
+    OpSpec("swish", "activation", _parametric_cases("beta"), (), _swish, KERNELS, long_sums=frozenset(("beta",))),
+    OpSpec("prelu", "activation", _parametric_cases("weight"), (), F.prelu, KERNELS, long_sums=frozenset(("weight",))),
+    OpSpec("rrelu", "activation", _rrelu_cases(), (), None, KERNELS, extra=frozenset(("seed",))),
+    OpSpec(
+        "glu", "activation", _glu_cases(), (), F.glu, KERNELS, bytes_moved=_gated_bytes, saved=_gated_saved
+    ),
+    _gated("reglu", F.relu),
+    _gated("geglu", F.gelu),
+    _gated("geglu", F.gelu, {"approximate": "tanh"}),
+    _gated("swiglu", F.silu),
+    _gated("bilinear", lambda gate: gate),
+)  # fmt: skip
