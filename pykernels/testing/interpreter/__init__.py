@@ -7,6 +7,7 @@ repairs this in place, for the process, and adds checks that a GPU does not make
 * every lane of every load, store and atomic stays inside the tensor its pointer came from, and is aligned;
 * no two programs of one launch touch the same element when one of them writes it, and no store has two lanes with
   one address;
+* signed offsets stay inside their integer type;
 * the grid respects CUDA's limits, and matrix products the tensor core's smallest shape.
 
     from pykernels.testing import interpreter
@@ -26,6 +27,7 @@ import sys
 from .state import (
     CheckError,
     Checks,
+    IntegerOverflowError,
     LaunchError,
     MemoryCheckError,
     RaceError,
@@ -37,6 +39,7 @@ from .state import (
 __all__ = [
     "CheckError",
     "Checks",
+    "IntegerOverflowError",
     "LaunchError",
     "MemoryCheckError",
     "RaceError",

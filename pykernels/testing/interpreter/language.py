@@ -12,10 +12,9 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter as stock
 from triton.runtime.autotuner import Autotuner
+from triton.runtime.interpreter import TensorHandle as Handle
 
 from .state import UnsupportedError
-
-Handle = stock.TensorHandle
 
 
 def _torch_special(name: str) -> Callable[[np.ndarray], np.ndarray]:
@@ -29,13 +28,23 @@ def _round_half_away(x: np.ndarray) -> np.ndarray:
 
 erf = _torch_special("erf")
 
+
+def _named(names: str, lookup: Callable[[str], Callable], prefix: str = "", suffix: str = "") -> dict[str, Callable]:
+    return {f"{prefix}{name}{suffix}": lookup(name) for name in names.split()}
+
+
+def _numpy(name: str) -> Callable:
+    return getattr(np, name)
+
+
 #: libdevice function -> its value on float64 arrays. The result is rounded to the operands' type, so it is the exact
 #: value to within half a unit; the GPU's own functions are within one or two units of it.
 LIBDEVICE: dict[str, Callable[..., np.ndarray]] = {
-    **{name: getattr(np, name) for name in "tanh sinh cosh tan sin cos exp exp2 expm1 log log2 log10 log1p sqrt".split()},
-    **{name: getattr(np, name) for name in "floor ceil trunc rint cbrt abs hypot fmod copysign nextafter".split()},
-    **{name: getattr(np, "arc" + name[1:]) for name in "asin acos atan asinh acosh atanh atan2".split()},
-    **{name: _torch_special(name) for name in "erf erfc erfinv erfcx".split()},
+    **_named("tanh sinh cosh tan sin cos exp exp2 expm1 log log2 log10 log1p sqrt", _numpy),
+    **_named("floor ceil trunc rint cbrt abs hypot fmod copysign nextafter", _numpy),
+    **_named("asin acos atan asinh acosh atanh atan2", lambda name: _numpy("arc" + name[1:])),
+    **_named("erf erfc erfinv erfcx", _torch_special),
+    **_named("sin cos tan exp log log2 log10", _numpy, prefix="fast_", suffix="f"),
     "lgamma": _torch_special("gammaln"),
     "normcdf": _torch_special("ndtr"),
     "normcdfinv": _torch_special("ndtri"),
@@ -58,7 +67,6 @@ LIBDEVICE: dict[str, Callable[..., np.ndarray]] = {
     "finitef": np.isfinite,
     "isfinited": np.isfinite,
     "signbit": np.signbit,
-    **{f"fast_{name}f": getattr(np, name) for name in "sin cos tan exp log log2 log10".split()},
     "fast_exp10f": lambda x: np.power(10.0, x),
     "fast_powf": np.power,
     "fast_dividef": np.divide,

@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 from triton.runtime import interpreter as stock
+from triton.runtime.interpreter import TensorHandle as Handle
 
 from . import state
 from .state import MemoryCheckError
 
-Handle = stock.TensorHandle
 ORIGIN = "pykernels.origin"
 
 #: Builder methods whose pointer result points where their (first) pointer operand does.
 POINTER_METHODS = (
-    "create_addptr create_splat create_unsplat create_broadcast create_expand_dims create_reshape create_trans "
-    "create_bitcast create_cat create_join create_split create_gather"
-).split()
+    *("create_addptr", "create_splat", "create_unsplat", "create_broadcast", "create_expand_dims", "create_reshape"),
+    *("create_trans", "create_bitcast", "create_cat", "create_join", "create_split", "create_gather"),
+)
 
 
 class Extent:
@@ -38,7 +38,8 @@ class Extent:
             elements = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         self.high = self.low + elements * self.itemsize
         # Dimensions from the widest stride down; a tensor is dense if together they leave no gap.
-        self.steps = sorted(((s, n) for n, s in zip(self.shape, self.strides, strict=True) if n > 1 and s), reverse=True)
+        steps = [(s, n) for n, s in zip(self.shape, self.strides, strict=True) if n > 1 and s]
+        self.steps = sorted(steps, reverse=True)
         self.dense = True
         inner = 1
         for stride, size in reversed(self.steps):
@@ -198,7 +199,7 @@ def implicit_cvt(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def install() -> None:
     builder = stock.InterpreterBuilder
-    for name in [*POINTER_METHODS, "create_int_to_ptr"]:
+    for name in (*POINTER_METHODS, "create_int_to_ptr"):
         setattr(builder, name, keeping_origin(getattr(builder, name)))
     builder.create_select = create_select(builder.create_select)
     builder.create_masked_load = checked(builder.create_masked_load, "load", 0, 1)

@@ -14,10 +14,11 @@ import numpy as np
 import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter as stock
+from triton.runtime.interpreter import TensorHandle as Handle
 
-from .state import UnsupportedError
+from . import state
+from .state import IntegerOverflowError, UnsupportedError
 
-Handle = stock.TensorHandle
 COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
 WRAPPING = (np.add, np.subtract, np.multiply)
 
@@ -208,12 +209,40 @@ def min_max(original: Callable) -> Callable:
     return min_max
 
 
+def sanitize_overflow(original: Callable) -> Callable:
+    """The stock check computes the condition on Triton tensors, slowly, and then asserts it only in debug builds."""
+    operations = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+    def binary_op_sanitize_overflow_impl(self: Any, lhs: Any, rhs: Any, binary_op: Callable) -> None:
+        if not isinstance(self.builder, stock.InterpreterBuilder):
+            return original(self, lhs, rhs, binary_op)
+        scalar = lhs.type.scalar
+        if state.launch is None or not state.current.overflow or scalar.int_bitwidth >= 64:
+            return None
+        if not scalar.is_int_signed() or scalar.is_bool():
+            return None
+        limits = np.iinfo(lhs.handle.data.dtype)
+        exact = operations[binary_op.__name__](lhs.handle.data.astype(np.int64), rhs.handle.data.astype(np.int64))
+        wrong = (exact < limits.min) | (exact > limits.max)
+        if wrong.any():
+            raise IntegerOverflowError(
+                f"int{scalar.int_bitwidth} overflow in {state.launch.kernel}: {binary_op.__name__} gives "
+                f"{exact[wrong][0]} in program {self.builder.grid_idx}, {np.count_nonzero(wrong)} of {exact.size} "
+                f"lanes; convert an operand with .to(tl.int64) [{state.kernel_line()}]"
+            )
+        return None
+
+    return binary_op_sanitize_overflow_impl
+
+
 def min_dot_size(lhs_type: Any, rhs_type: Any) -> tuple[int, int, int]:
     """(M, N, K) below which the compiler refuses tl.dot; the interpreter alone would take any size."""
     return 1, 1, MIN_DOT_K[lhs_type.scalar.primitive_bitwidth]
 
 
 def install() -> None:
+    semantic = stock.TritonSemantic
+    semantic.binary_op_sanitize_overflow_impl = sanitize_overflow(semantic.binary_op_sanitize_overflow_impl)
     builder = stock.InterpreterBuilder
     for wrap in (create_dot, binary_op, unary_op, cast_impl, create_fp_to_fp):
         setattr(builder, wrap.__name__, wrap(getattr(builder, wrap.__name__)))

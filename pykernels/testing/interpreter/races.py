@@ -152,5 +152,3 @@ class Races:
         owner = origin or next((e for e in self.extents if e.low <= address < e.high), None)
         place = f"address {int(address):#x}" if owner is None else f"{owner.name}, element {owner.element(address)}"
         return f"race in {state.launch.kernel}: {kind} by program {index} to {place}"
-
-

@@ -24,6 +24,10 @@ class RaceError(CheckError):
     """The result depends on the order in which programs, or the lanes of one store, happen to run."""
 
 
+class IntegerOverflowError(CheckError):
+    """A signed integer sum, difference or product left its type: usually an offset that should be int64."""
+
+
 class LaunchError(CheckError):
     """The grid is larger than CUDA allows."""
 
@@ -38,6 +42,7 @@ class Checks:
 
     memory: bool = True
     races: bool = True
+    overflow: bool = True
     order_seed: int | None = None
 
 
@@ -52,16 +57,19 @@ def is_active() -> bool:
 
 
 @contextlib.contextmanager
-def checks(memory: bool = True, races: bool = True, order_seed: int | None = None) -> Iterator[Checks]:
+def checks(
+    memory: bool = True, races: bool = True, overflow: bool = True, order_seed: int | None = None
+) -> Iterator[Checks]:
     """Options for the launches inside the `with` block; outside of any block the defaults hold.
 
     Args:
         memory: check every lane's address against the exact extent of the tensor it came from, and its alignment.
         races: check that programs of one launch do not depend on each other's order.
+        overflow: check signed integer arithmetic below 64 bits; unsigned types wrap, as Philox needs.
         order_seed: run the programs of each launch in an order drawn from this seed. None: in row-major order.
     """
     global current
-    previous, current = current, Checks(memory, races, order_seed)
+    previous, current = current, Checks(memory, races, overflow, order_seed)
     try:
         yield current
     finally:
