@@ -3,3 +3,5 @@
 from __future__ import annotations
 
 from .activation import *  # noqa: F403
+from .embedding import *  # noqa: F403
+from .sampled_softmax import *  # noqa: F403
