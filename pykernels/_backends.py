@@ -167,6 +167,9 @@ def _find_cuda(room: str, kind: str) -> tuple[Any, str | None]:
     return (_Bound(module, extension), None) if extension.available else (None, extension.reason)
 
 
+_rooms: dict[str, Room] = {}
+
+
 class Room:
     """The backends of one room: `modules` (name -> module), `absent` (name -> reason).
 
@@ -184,6 +187,7 @@ class Room:
             else:
                 self.absent[backend] = reason
         self._resolved: dict[tuple[Any, ...], str] = {}
+        _rooms[name] = self
 
     def _find(self, backend: str) -> tuple[Any, str | None]:
         if backend == "cpu":
@@ -199,9 +203,13 @@ class Room:
             BackendError: the named backend cannot serve the call, and why.
             ValueError: no such backend.
         """
+        if torch.compiler.is_compiling():
+            if functorch_active() or forward_ad._current_level >= 0:
+                return self._decide(function, backend, tensor, {})
+            return _resolve_while_tracing(self.name, function, backend, tensor.device.type, tensor.dtype)
         if _explaining is not None and _explaining == threading.get_ident():
             raise _Explained(self._explanation(function, backend, tensor))
-        if functorch_active() or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+        if functorch_active() or forward_ad._current_level >= 0:
             return self._decide(function, backend, tensor, {})
         key = (backend, tensor.device.type, tensor.dtype, type(tensor))
         found = self._resolved.get(key)
@@ -250,6 +258,13 @@ class Room:
         if reason is not None:
             raise BackendError(f"{function}(): backend {wanted!r} cannot serve this call: {reason}")
         return wanted
+
+
+@torch.compiler.assume_constant_result
+def _resolve_while_tracing(room: str, function: str, backend: str | None, device: str, dtype: torch.dtype) -> str:
+    """The choice made for a tensor of this device and dtype; Dynamo takes it as a constant of the graph."""
+    stand_in = torch.empty(0, device=device, dtype=dtype)
+    return _rooms[room]._decide(function, backend, stand_in, {})
 
 
 def _prepare(tensor: torch.Tensor) -> None:

@@ -84,7 +84,7 @@ def rrelu(
     if not training:
         return leaky_relu(input, (lower + upper) / 2)
     assert seed is not None
-    slope = lower + (upper - lower) * uniform(seed, input.shape)
+    slope = lower + (upper - lower) * uniform(seed.to(input.device), input.shape)
     return torch.where(input <= 0, input * slope.to(input.dtype), input)
 
 

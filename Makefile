@@ -1,0 +1,65 @@
+# make demo   the main job: three language models on real text, stock PyTorch against pykernels
+# make test   the whole suite (every kernel executed; no GPU needed)
+# Both make .venv here on first use, or use the interpreter they find when it already has torch.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
+WORKERS ?= 2
+
+HAS_TORCH := $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo yes)
+ifeq ($(HAS_TORCH),yes)
+PY := $(PYTHON)
+STATE := build
+else
+PY := .venv/bin/python
+STATE := .venv
+endif
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
+
+.PHONY: demo test bench lint gpu docs wheel build build-all clean
+
+demo: $(STATE)/.built-cpu
+	$(PY) -m pykernels demo --report demo.html
+
+test: $(STATE)/.built-all
+	$(PY) -m pytest -q -n $(WORKERS) --dist loadgroup tests
+
+bench: $(STATE)/.built-cpu
+	$(PY) -m pykernels bench
+
+lint: $(STATE)/.built-all
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m clang_format --dry-run --Werror $(wildcard csrc/*/*)
+	$(PY) -m pykernels.testing.aot
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
+
+docs: $(STATE)/.built-cpu
+	$(PY) -m pykernels.testing.support --check README.md
+
+wheel: $(STATE)/.packages
+	PYKERNELS_BUILD=auto $(PY) -m pip wheel . --no-build-isolation --no-deps -w dist
+
+build: $(STATE)/.built-cpu
+build-all: $(STATE)/.built-all
+
+$(STATE)/.packages: pyproject.toml
+	[ "$(HAS_TORCH)" = yes ] || $(PYTHON) -m venv .venv
+	[ "$(HAS_TORCH)" = yes ] || $(PY) -m pip install -q "$(TORCH)" "$(TRITON)"
+	$(PY) -m pip install -q "setuptools>=77" wheel "pybind11>=2.13" ninja
+	mkdir -p $(STATE) && touch $@
+
+# Only what the demo needs; no nvcc, no emulator.
+$(STATE)/.built-cpu: $(STATE)/.packages $(SOURCES)
+	PYKERNELS_BUILD=cpu $(PY) -m pip install -q -e . --no-build-isolation
+	touch $@
+
+$(STATE)/.built-all: $(STATE)/.packages $(SOURCES)
+	PYKERNELS_BUILD=all $(PY) -m pip install -q -e ".[test,lint]" --no-build-isolation
+	touch $@ $(STATE)/.built-cpu
+
+clean:
+	rm -rf build dist *.egg-info pykernels/*.so pykernels/_cpu_ext.torch .venv

@@ -1,0 +1,5 @@
+"""`python -m pykernels`: the command line."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,61 @@
+"""Fixtures of the whole suite. Without a GPU every Triton kernel runs on the repaired interpreter, CUDA C++ on the emulator."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, pykernels included
+
+import pytest
+
+from pykernels.testing import interpreter
+from pykernels.testing.spec import OpSpec, load
+
+if not torch.cuda.is_available():
+    interpreter.install()
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# What must be there for a green run: on a machine without a GPU all four floors are executed on the CPU.
+BACKENDS = ("triton", "cuda") if DEVICE == "cuda" else ("cpu", "triton", "emulator")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    torch.set_num_threads(1)  # figures repeat, and parallel workers do not fight
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if DEVICE == "cpu":
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device; run by `make gpu`"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory from torch.empty is NaN, so an element that no kernel writes is seen."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def spec_id(spec: OpSpec) -> str:
+    options = next((case.options for case in spec.cases if case.options), {})
+    texts = [str(v) for v in options.values() if isinstance(v, (str, float)) and not isinstance(v, bool)]
+    tensors = sorted({name for case in spec.cases for name in case.inputs} - {"input", "gate", "up"})
+    return "-".join((spec.name, *texts, *tensors))
+
+
+def kernel_grid() -> list[tuple[OpSpec, str]]:
+    """Every spec with every backend that must serve it on this machine."""
+    return [(spec, backend) for spec in load() for backend in spec.kernels if backend in BACKENDS]
