@@ -4,4 +4,5 @@ from __future__ import annotations
 
 from .ops.activation import *  # noqa: F403
 from .ops.embedding import *  # noqa: F403
+from .ops.recurrent import *  # noqa: F403
 from .ops.sampled_softmax import *  # noqa: F403
