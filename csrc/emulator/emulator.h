@@ -61,8 +61,8 @@ void cp_async_wait(int n);
 enum class Scope { block, gpu };
 void fence(Scope);
 enum class Atomic { read_modify_write, load_acquire, store_release };
-void atomic_access(const void* p, size_t n, Atomic);
-void atomic_done(const void* p, bool changed);
+void atomic_access(const void* p, size_t n, Atomic, Site);
+void made_progress();  // memory changed: a spin loop may end now
 
 template <class T> uint64_t bits(T v) {
   static_assert(sizeof(T) <= 8);

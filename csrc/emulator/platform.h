@@ -67,40 +67,40 @@ inline void __nanosleep(unsigned) { emu::yield(); }
 namespace emu {
 
 // Not instrumented: the checker hears of the access as an atomic, which may meet other atomics.
-template <class T, class F> __attribute__((noinline, no_sanitize("thread"))) T read_modify_write(T* p, F f) {
+template <class T, class F> __attribute__((noinline, no_sanitize("thread"))) T read_modify_write(T* p, F f, Site site) {
   yield();
-  atomic_access(p, sizeof(T), Atomic::read_modify_write);
+  atomic_access(p, sizeof(T), Atomic::read_modify_write, site);
   const T old = *static_cast<volatile T*>(p), next = f(old);
   *static_cast<volatile T*>(p) = next;
-  atomic_done(p, bits(old) != bits(next));
+  if (bits(old) != bits(next)) made_progress();
   return old;
 }
 
 }  // namespace emu
 
-template <class T> T atomicAdd(T* p, std::type_identity_t<T> v) {
-  return emu::read_modify_write(p, [=](T o) { return static_cast<T>(o + v); });
+template <class T> T atomicAdd(T* p, std::type_identity_t<T> v, EMU_SITE) {
+  return emu::read_modify_write(p, [=](T o) { return static_cast<T>(o + v); }, site);
 }
-template <class T> T atomicMax(T* p, std::type_identity_t<T> v) {
-  return emu::read_modify_write(p, [=](T o) { return o > v ? o : v; });
+template <class T> T atomicMax(T* p, std::type_identity_t<T> v, EMU_SITE) {
+  return emu::read_modify_write(p, [=](T o) { return o > v ? o : v; }, site);
 }
-template <class T> T atomicMin(T* p, std::type_identity_t<T> v) {
-  return emu::read_modify_write(p, [=](T o) { return o < v ? o : v; });
+template <class T> T atomicMin(T* p, std::type_identity_t<T> v, EMU_SITE) {
+  return emu::read_modify_write(p, [=](T o) { return o < v ? o : v; }, site);
 }
-template <class T> T atomicOr(T* p, std::type_identity_t<T> v) {
-  return emu::read_modify_write(p, [=](T o) { return static_cast<T>(o | v); });
+template <class T> T atomicOr(T* p, std::type_identity_t<T> v, EMU_SITE) {
+  return emu::read_modify_write(p, [=](T o) { return static_cast<T>(o | v); }, site);
 }
-template <class T> T atomicAnd(T* p, std::type_identity_t<T> v) {
-  return emu::read_modify_write(p, [=](T o) { return static_cast<T>(o & v); });
+template <class T> T atomicAnd(T* p, std::type_identity_t<T> v, EMU_SITE) {
+  return emu::read_modify_write(p, [=](T o) { return static_cast<T>(o & v); }, site);
 }
-template <class T> T atomicExch(T* p, std::type_identity_t<T> v) {
-  return emu::read_modify_write(p, [=](T) { return v; });
+template <class T> T atomicExch(T* p, std::type_identity_t<T> v, EMU_SITE) {
+  return emu::read_modify_write(p, [=](T) { return v; }, site);
 }
-template <class T> T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> v) {
-  return emu::read_modify_write(p, [=](T o) { return o == expected ? v : o; });
+template <class T> T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> v, EMU_SITE) {
+  return emu::read_modify_write(p, [=](T o) { return o == expected ? v : o; }, site);
 }
-inline unsigned atomicInc(unsigned* p, unsigned limit) {
-  return emu::read_modify_write(p, [=](unsigned o) { return o >= limit ? 0u : o + 1; });
+inline unsigned atomicInc(unsigned* p, unsigned limit, EMU_SITE) {
+  return emu::read_modify_write(p, [=](unsigned o) { return o >= limit ? 0u : o + 1; }, site);
 }
 
 inline float __expf(float x) { return expf(x); }

@@ -29,17 +29,16 @@ inline void named_barrier_arrive(int id, int n, EMU_SITE) { emu::named_barrier(i
 inline void grid_sync(EMU_SITE) { emu::grid_sync(site); }
 
 template <class T> __forceinline__ T ld_cg(const T* p) { return *p; }
-__attribute__((noinline, no_sanitize("thread"))) inline uint32_t ld_acquire(const uint32_t* p) {
+__attribute__((noinline, no_sanitize("thread"))) inline uint32_t ld_acquire(const uint32_t* p, EMU_SITE) {
   emu::yield();
-  emu::atomic_access(p, sizeof *p, emu::Atomic::load_acquire);
+  emu::atomic_access(p, sizeof *p, emu::Atomic::load_acquire, site);
   return *static_cast<const volatile uint32_t*>(p);
 }
-__attribute__((noinline, no_sanitize("thread"))) inline void st_release(uint32_t* p, uint32_t v) {
+__attribute__((noinline, no_sanitize("thread"))) inline void st_release(uint32_t* p, uint32_t v, EMU_SITE) {
   emu::yield();
-  emu::atomic_access(p, sizeof *p, emu::Atomic::store_release);
-  const uint32_t old = *static_cast<volatile uint32_t*>(p);
+  emu::atomic_access(p, sizeof *p, emu::Atomic::store_release, site);
+  if (*static_cast<volatile uint32_t*>(p) != v) emu::made_progress();
   *static_cast<volatile uint32_t*>(p) = v;
-  emu::atomic_done(p, old != v);
 }
 
 }  // namespace pk

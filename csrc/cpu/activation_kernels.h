@@ -1,0 +1,85 @@
+// The activation room's interface between activation.cpp (tensors) and the files compiled per instruction set
+// (activation_avx2.cpp, activation_avx512.cpp): plain pointers and numbers, no torch type.
+//
+// Every tensor is seen as rows of `cols` elements: unit stride inside a row, any stride (in elements) between rows. Work is
+// the range [begin, end) of the flat index row * cols + col; a dense tensor is one row, so its stride does not matter.
+#pragma once
+#include <cstdint>
+
+namespace pk {
+
+enum class Dtype : uint8_t { kFloat, kDouble, kBFloat16, kHalf };
+
+enum class Activation : uint8_t {
+  kIdentity, kSigmoid, kTanh, kRelu, kLeakyRelu, kElu, kGelu, kGeluTanh, kSilu, kSwish, kPrelu, kSwishBeta
+};
+
+struct Input {
+  const void* data = nullptr;
+  int64_t stride = 0;
+};
+struct Output {  // data == nullptr: not wanted
+  void* data = nullptr;
+  int64_t stride = 0;
+};
+
+struct UnaryArgs {
+  Activation activation;
+  Dtype dtype;
+  double alpha;
+  int64_t cols;
+  Input x;  // backward: what forward saved, the output for sigmoid, tanh and relu, else the input
+  Input dy;
+  Output out;  // y or dx
+};
+
+struct GatedArgs {
+  Activation activation;
+  Dtype dtype;
+  int64_t cols;
+  Input gate, up, dy;
+  Output out;  // forward
+  Output dgate, dup;
+};
+
+struct ParametricArgs {
+  Activation activation;
+  Dtype dtype;
+  int64_t cols;
+  Input x, dy;
+  Output out;  // y or dx
+  const void* weight;
+  int64_t channels;  // row r takes weight[r % channels]; 0: column c takes weight[c]
+  void* partial;     // sums of the weight gradient, float (double for double): see the two backward functions
+};
+
+struct RreluArgs {
+  Dtype dtype;
+  double lower, upper;
+  uint64_t seed;
+  int64_t cols;  // the flat index must be the row-major index of the logical tensor
+  Input x, dy;   // dy.data == nullptr: forward
+  Output out;
+};
+
+struct ActivationKernels {
+  void (*unary_forward)(const UnaryArgs&, int64_t begin, int64_t end);
+  void (*unary_backward)(const UnaryArgs&, int64_t begin, int64_t end);
+  void (*gated_forward)(const GatedArgs&, int64_t begin, int64_t end);
+  void (*gated_backward)(const GatedArgs&, int64_t begin, int64_t end);
+  void (*parametric_forward)(const ParametricArgs&, int64_t begin, int64_t end);
+  // channels > 0. Work: row segments of kSegment elements; partial[segment] is the segment's sum.
+  void (*parametric_backward_by_row)(const ParametricArgs&, int64_t begin, int64_t end);
+  // channels == 0. Work: rows, all of which are added to the one row `partial` of padded_row(cols) numbers, set to zero before.
+  void (*parametric_backward_by_column)(const ParametricArgs&, int64_t begin, int64_t end);
+  void (*rrelu)(const RreluArgs&, int64_t begin, int64_t end);
+};
+
+constexpr int64_t kSegment = 4096;
+constexpr int64_t segments_of(int64_t cols) { return (cols + kSegment - 1) / kSegment; }
+constexpr int64_t padded_row(int64_t cols) { return (cols + 63) / 64 * 64; }  // whole blocks of every instruction set
+
+const ActivationKernels* activation_kernels_avx2();
+const ActivationKernels* activation_kernels_avx512();
+
+}  // namespace pk

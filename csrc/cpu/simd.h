@@ -1,0 +1,147 @@
+// What the rooms need beyond at::vec: sign and order selections without a mask-to-vector round trip, a fast reciprocal,
+// exponent arithmetic.
+//
+// Included once per instruction set. Everything sits in an anonymous namespace: an inline function with a shared name
+// would let the linker keep the AVX-512 body for all callers. For the same reason no static data, no standard containers.
+#pragma once
+#include <ATen/cpu/vec/vec.h>
+
+#include <cstdint>
+
+#define PK_INLINE __attribute__((always_inline)) inline
+
+namespace pk {
+namespace {
+
+using at::vec::fmadd;
+using VecF = at::vec::Vectorized<float>;
+using VecD = at::vec::Vectorized<double>;
+
+#if defined(CPU_CAPABILITY_AVX512)
+
+// sign bit of x set ? negative : other  (the sign bit, so -0 and a negative NaN count as negative)
+PK_INLINE VecF select_sign(VecF x, VecF negative, VecF other) {
+  return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x)), other, negative);
+}
+// x > 0 ? positive : other  (NaN takes `other`)
+PK_INLINE VecF select_positive(VecF x, VecF positive, VecF other) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), other, positive);
+}
+// x >= 0 ? nonnegative : other  (-0 is one, NaN takes `other`)
+PK_INLINE VecF select_nonnegative(VecF x, VecF nonnegative, VecF other) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ), other, nonnegative);
+}
+// x < bound ? 0 : value  (NaN keeps the value)
+PK_INLINE VecF zero_below(VecF x, VecF bound, VecF value) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_NLT_UQ), value);
+}
+// x <= 0 ? 0 : value  (NaN keeps the value)
+PK_INLINE VecF zero_unless_positive(VecF x, VecF value) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NLE_UQ), value);
+}
+PK_INLINE VecF round_nearest(VecF x) {
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+// p * 2^n for integral n and p near 1, 0 where `argument` < bound
+PK_INLINE VecF scale_or_zero(VecF p, VecF n, VecF argument, VecF bound) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(argument, bound, _CMP_NLT_UQ), p, n);
+}
+PK_INLINE VecF power_of_two(VecF n) { return _mm512_scalef_ps(_mm512_set1_ps(1.f), n); }
+PK_INLINE VecF fraction(VecF y) { return _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }  // y - floor(y)
+PK_INLINE VecF floor_of(VecF y, VecF) { return y; }  // scalef floors its exponent itself
+PK_INLINE VecF copy_sign(VecF magnitude, VecF sign) {
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_set1_epi32(INT32_MIN), _mm512_castps_si512(sign),
+                                                       _mm512_castps_si512(magnitude), 0xCA));
+}
+// 1 / d for 1 <= d < 2^126: to 1 ulp, or (kExact = false) to 2^-14. A division would occupy its unit for 16 cycles.
+template <bool kExact>
+PK_INLINE VecF reciprocal(VecF d) {
+  const __m512 r = _mm512_rcp14_ps(d);
+  return kExact ? VecF(_mm512_fmadd_ps(r, _mm512_fnmadd_ps(d, r, _mm512_set1_ps(1.f)), r)) : VecF(r);
+}
+PK_INLINE VecD select_sign(VecD x, VecD negative, VecD other) {
+  return _mm512_mask_blend_pd(_mm512_movepi64_mask(_mm512_castpd_si512(x)), other, negative);
+}
+PK_INLINE VecD select_positive(VecD x, VecD positive, VecD other) {
+  return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(x, _mm512_setzero_pd(), _CMP_GT_OQ), other, positive);
+}
+PK_INLINE VecD select_nonnegative(VecD x, VecD nonnegative, VecD other) {
+  return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(x, _mm512_setzero_pd(), _CMP_GE_OQ), other, nonnegative);
+}
+PK_INLINE VecD zero_unless_positive(VecD x, VecD value) {
+  return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x, _mm512_setzero_pd(), _CMP_NLE_UQ), value);
+}
+
+#else  // AVX2
+
+PK_INLINE VecF select_sign(VecF x, VecF negative, VecF other) { return _mm256_blendv_ps(other, negative, x); }
+PK_INLINE VecF select_positive(VecF x, VecF positive, VecF other) {
+  return _mm256_blendv_ps(other, positive, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ));
+}
+PK_INLINE VecF select_nonnegative(VecF x, VecF nonnegative, VecF other) {
+  return _mm256_blendv_ps(other, nonnegative, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GE_OQ));
+}
+PK_INLINE VecF zero_below(VecF x, VecF bound, VecF value) {
+  return _mm256_and_ps(_mm256_cmp_ps(x, bound, _CMP_NLT_UQ), value);
+}
+PK_INLINE VecF zero_unless_positive(VecF x, VecF value) {
+  return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NLE_UQ), value);
+}
+PK_INLINE VecF round_nearest(VecF x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+PK_INLINE VecF power_of_two(VecF n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+// Lanes under the bound become an exact 0: left to underflow, denormals made a backward pass 9x slower.
+PK_INLINE VecF scale_or_zero(VecF p, VecF n, VecF argument, VecF bound) {
+  return zero_below(argument, bound, p * power_of_two(n));
+}
+PK_INLINE VecF fraction(VecF y) { return _mm256_sub_ps(y, _mm256_floor_ps(y)); }
+PK_INLINE VecF floor_of(VecF y, VecF fraction) { return y - fraction; }
+PK_INLINE VecF copy_sign(VecF magnitude, VecF sign) {
+  const __m256 bit = _mm256_set1_ps(-0.f);
+  return _mm256_or_ps(_mm256_and_ps(bit, sign), _mm256_andnot_ps(bit, magnitude));
+}
+// rcpps has 12 bits, too few for float16 without a Newton step that costs what the division does.
+template <bool kExact>
+PK_INLINE VecF reciprocal(VecF d) {
+  return _mm256_div_ps(_mm256_set1_ps(1.f), d);
+}
+PK_INLINE VecD select_sign(VecD x, VecD negative, VecD other) { return _mm256_blendv_pd(other, negative, x); }
+PK_INLINE VecD select_positive(VecD x, VecD positive, VecD other) {
+  return _mm256_blendv_pd(other, positive, _mm256_cmp_pd(x, _mm256_setzero_pd(), _CMP_GT_OQ));
+}
+PK_INLINE VecD select_nonnegative(VecD x, VecD nonnegative, VecD other) {
+  return _mm256_blendv_pd(other, nonnegative, _mm256_cmp_pd(x, _mm256_setzero_pd(), _CMP_GE_OQ));
+}
+PK_INLINE VecD zero_unless_positive(VecD x, VecD value) {
+  return _mm256_and_pd(_mm256_cmp_pd(x, _mm256_setzero_pd(), _CMP_NLE_UQ), value);
+}
+
+#endif
+
+// NaN in x survives all three.
+template <class V>
+PK_INLINE V at_least(V x, V bound) {
+  return at::vec::clamp_min(x, bound);
+}
+template <class V>
+PK_INLINE V at_most(V x, V bound) {
+  return at::vec::clamp_max(x, bound);
+}
+template <class V>
+PK_INLINE V negative_abs(V x) {
+  return x | V(-0.);
+}
+
+// c0 + x c1 + x^2 c2 + ..., Horner
+template <class V>
+PK_INLINE V polynomial(V, V c) {
+  return c;
+}
+template <class V, class... Rest>
+PK_INLINE V polynomial(V x, V c0, V c1, Rest... rest) {
+  return fmadd(x, polynomial(x, c1, V(rest)...), c0);
+}
+
+}  // namespace
+}  // namespace pk

@@ -1,0 +1,113 @@
+// The emulator's own state: threads, warps, blocks, barriers, and the scheduler's interface.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "clocks.h"
+#include "emulator.h"
+#include "fiber.h"
+#include "hopper_state.h"
+
+namespace emu {
+
+constexpr size_t kArena = 320 * 1024;          // shared memory of a block and the gaps that catch overruns
+constexpr size_t kReserved = 1024;             // dynamic shared memory starts here: address 0 is never valid
+constexpr size_t kSharedLimit = 227 * 1024;    // what sm_90 grants a block
+constexpr size_t kStaticLimit = 48 * 1024;
+constexpr size_t kStack = 128 * 1024;
+constexpr size_t kStackMargin = 24 * 1024;     // left for the emulator's own frames
+
+enum class State : uint8_t { ready, waiting, done };
+
+struct CpAsync {
+  void* dst;
+  const void* src;  // null: zeros
+  int bytes, group;
+  Site site;
+};
+
+struct Thread : Position {
+  Context ctx;
+  char* stack;
+  Block* blk;
+  int lin, lane, warp;
+  State state;
+  const char* waiting_at;
+  Site site;
+  uint32_t idle_reads;  // since its last write or wait: a spin on plain loads
+  Clock clock;
+  FenceState fences;
+  std::vector<CpAsync> copies;
+  int copy_group;
+  WgmmaState wgmma;
+  StoreState stores;
+};
+
+struct Slot {  // a warp collective some lanes have come to
+  uint32_t mask, effective, arrived;
+  Op op;
+  Site site;
+  WarpFn fn;
+  void* payload[32];
+};
+
+struct Warp {
+  uint32_t alive = 0;
+  std::vector<Slot> slots;
+  int registers = 0;
+};
+
+struct Barrier {
+  int arrived = 0, need = 0;
+  int count = 0, all = 0, any = 0;  // of the predicates so far
+  int result[3] = {};
+  Site site{};
+  std::vector<Thread*> waiters, members;
+  Ticks ticks, last;  // of this round's arrivals so far; of the whole last round
+};
+
+struct SharedVar {
+  const void* key;
+  size_t offset, size;
+};
+
+struct Block {
+  uint3 id;
+  int index, threads, alive;
+  uint8_t* arena;
+  size_t dynamic_end, top, static_bytes;
+  std::vector<SharedVar> vars;
+  Barrier barriers[16];
+  std::vector<Warp> warps;
+  std::vector<Thread> thread;
+  HopperState hopper;
+};
+
+struct Stats {
+  uint64_t switches, ldmatrix_phases, ldmatrix_conflicts, checked_bytes;
+};
+
+struct Options {
+  int order = 0;  // 0 forward, 1 reversed, >= 2 random with this seed
+  bool races = true, uninitialised = true;
+  int max_resident_blocks = 132;  // an H100's multiprocessors, one block each
+  uint64_t max_idle_yields = 5'000'000;
+  uint32_t max_idle_reads = 1u << 25;
+};
+
+extern Stats stats;
+extern Options options;
+extern uint32_t grid_epoch;     // grid_sync rounds of this launch
+extern const void* call_frame;  // the kernel's arguments, which threads may read
+inline Thread* self() { return static_cast<Thread*>(cur); }
+
+void wait(const char* what, Site);
+void wake(std::vector<Thread*>&);
+void finish_slot(Block&, Warp&, size_t);
+void check_no_async_left(const Thread&);
+bool in_shared(const Block&, size_t offset, size_t bytes);
+float half_bits(uint16_t u, bool bf16);
+std::string name_site(Site);
+
+}  // namespace emu
