@@ -208,15 +208,15 @@ class NinjaBuild(build_ext):
         work = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.version_info.major}{sys.version_info.minor}"
         work.mkdir(parents=True, exist_ok=True)
         ninja = Ninja(built.get("cuda"))
-        made = {}
+        made = []  # (extension, its module); an Extension is not hashable
         for extension in self.extensions:
             kind = extension.name.removeprefix("pykernels._").removesuffix("_ext")
-            made[extension] = work / Path(self.get_ext_fullpath(extension.name)).name
-            getattr(ninja, kind)(made[extension], *([built["cuda"]] if kind == "cuda" else []))
+            made.append((extension, work / Path(self.get_ext_fullpath(extension.name)).name))
+            getattr(ninja, kind)(made[-1][1], *([built["cuda"]] if kind == "cuda" else []))
         (work / "build.ninja").write_text("\n".join(ninja.lines) + "\n")
         command = [self.ninja(), "-C", str(work), *(["-j", jobs] if (jobs := os.environ.get("MAX_JOBS")) else [])]
         subprocess.check_call(command)
-        for extension, so in made.items():
+        for extension, so in made:
             destination = Path(self.get_ext_fullpath(extension.name))
             destination.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(so, destination)

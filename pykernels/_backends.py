@@ -118,6 +118,7 @@ def _find_cpu(room: str) -> tuple[Any, str | None]:
     if reason:
         return None, reason
     try:
+        importlib.import_module("._cpu_ext", __package__)
         return importlib.import_module(f"._cpu.{room}", __package__), None
     except ModuleNotFoundError as error:
         if error.name == f"{__package__}._cpu_ext":
@@ -260,11 +261,14 @@ class Room:
         return wanted
 
 
-@torch.compiler.assume_constant_result
 def _resolve_while_tracing(room: str, function: str, backend: str | None, device: str, dtype: torch.dtype) -> str:
     """The choice made for a tensor of this device and dtype; Dynamo takes it as a constant of the graph."""
     stand_in = torch.empty(0, device=device, dtype=dtype)
     return _rooms[room]._decide(function, backend, stand_in, {})
+
+
+# What torch.compiler.assume_constant_result does; calling it would import the compiler, which takes a second.
+_resolve_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _prepare(tensor: torch.Tensor) -> None:
