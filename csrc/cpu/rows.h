@@ -70,6 +70,7 @@ class RowLayout {
   }
 
   int64_t row_stride(const at::Tensor& tensor) const {  // -1: does not fit
+    if (numel_ == 0) return 0;
     int64_t run = 1, stride = -1;
     for (auto it = dims_.rbegin(); it != dims_.rend(); ++it) {
       const int64_t actual = tensor.stride(it->index);
