@@ -33,12 +33,18 @@ def over_specs(function: Callable[..., None]) -> Callable[..., None]:
 
 def sample(spec: OpSpec) -> Case:
     """A case of ordinary values with an element count that fills no vector or tile, small enough for an interpreter."""
-    plain = [c for c in spec.cases if all(i.layout == "contiguous" and i.values != "special" for i in c.inputs.values())]
-    return min(plain, key=lambda c: abs(sum(len(i.shape) and torch.Size(i.shape).numel() for i in c.inputs.values()) - 300))
+    plain = [
+        c for c in spec.cases if all(i.layout == "contiguous" and i.values != "special" for i in c.inputs.values())
+    ]
+    return min(
+        plain, key=lambda c: abs(sum(len(i.shape) and torch.Size(i.shape).numel() for i in c.inputs.values()) - 300)
+    )
 
 
 def bound(spec: OpSpec, case: Case, backend: str | None) -> Callable[..., Any]:
-    return lambda *tensors: spec.function(**dict(zip(case.inputs, tensors, strict=True)), **case.options, backend=backend)
+    return lambda *tensors: spec.function(
+        **dict(zip(case.inputs, tensors, strict=True)), **case.options, backend=backend
+    )
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=lambda d: str(d)[6:])
@@ -69,7 +75,9 @@ def test_reads_nothing_outside(spec: OpSpec, backend: str) -> None:
     plain = evaluate(spec.function, case, inputs, backend=backend)
 
     def banded(x: Tensor) -> Tensor:
-        band = torch.full((x.numel() + 128,), float("nan") if x.is_floating_point() else 2**30, dtype=x.dtype, device=DEVICE)
+        band = torch.full(
+            (x.numel() + 128,), float("nan") if x.is_floating_point() else 2**30, dtype=x.dtype, device=DEVICE
+        )
         band[64:-64] = x.reshape(-1)
         return band[64:-64].view(x.shape)
 
@@ -118,7 +126,10 @@ def test_every_subset_of_gradients(spec: OpSpec, backend: str) -> None:
 def test_first_and_second_derivatives(spec: OpSpec) -> None:
     """gradcheck and gradgradcheck in float64, through the autograd Functions where a kernel serves float64."""
     case = sample(spec)
-    small = {n: Input(tuple(min(s, 4) for s in i.shape), i.values, high=i.high, scale=i.scale) for n, i in case.inputs.items()}
+    small = {
+        n: Input(tuple(min(s, 4) for s in i.shape), i.values, high=i.high, scale=i.scale)
+        for n, i in case.inputs.items()
+    }
     tensors = Case(case.label, small, case.options).make(torch.float64, DEVICE)
     leaves = [x.requires_grad_() if x.is_floating_point() else x for x in tensors.values()]
     function = bound(spec, case, None)

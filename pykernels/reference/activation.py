@@ -84,8 +84,8 @@ def rrelu(
     if not training:
         return leaky_relu(input, (lower + upper) / 2)
     assert seed is not None
-    slope = lower + (upper - lower) * uniform(seed.to(input.device), input.shape)
-    return torch.where(input <= 0, input * slope.to(input.dtype), input)
+    slope = lower + (upper - lower) * uniform(seed.to(input.device), input.shape).to(input.dtype)
+    return torch.where(input <= 0, input * slope, input)
 
 
 @_rounded_once

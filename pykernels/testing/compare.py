@@ -7,7 +7,9 @@ of the reference, where torch has none) in the kernel's dtype:
 2. rms(k - o) <= max(RMS[dtype] * rms(o), 2 * rms(E)) + tiny
 3. NaN and infinity exactly where the oracle, rounded to the dtype, has them
 
-A plain relative bound fails torch itself at large magnitudes, so the rule calibrates on torch.
+A plain relative bound fails torch itself at large magnitudes, so the rule calibrates on torch. In float64 the oracle is
+no truth but another rounding of the same precision: there rule 1 allows 16 eps in place of one (64 for long sums). And
+a few elements are too few to calibrate on (torch may round all of them well by luck): below 64 of them it allows 4 eps.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ RMS = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfl
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcome for one tensor. `error` and `torch_error` are max|k - o| and max|E|; `bound` is rule 1's right side."""
+    """The outcome for one tensor: `error` is max|k - o|, `torch_error` max|E|, `bound` the right side of rule 1."""
 
     name: str
     passed: bool
@@ -82,7 +84,13 @@ def compare(
     own = zero if same_dtype is None else torch.where(special, zero, _wide(same_dtype) - o).nan_to_num(0.0, 0.0, 0.0)
     info = torch.finfo(dtype)
     error, torch_error = float(difference.abs().max()), float(own.abs().max())
-    bound = (3 if long_sum else 2) * torch_error + info.eps * float(magnitude.abs().max()) + info.tiny
+    allowance = 1.0
+    if dtype == torch.float64:
+        allowance = 64.0 if long_sum else 16.0
+    elif kernel.numel() < 64:
+        allowance = 4.0
+    eps = allowance * info.eps
+    bound = (3 if long_sum else 2) * torch_error + eps * float(magnitude.abs().max()) + info.tiny
     if error > bound:
         at = _index(int(difference.abs().argmax()), k.shape)
         why = (

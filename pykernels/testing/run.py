@@ -41,7 +41,7 @@ def evaluate(
 
 
 def check_case(spec: OpSpec, case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> list[Comparison]:
-    """Every output and gradient of `spec.function` on `backend` against the float64 oracle, by the rule of compare.py."""
+    """Every output and gradient of `spec.function` on `backend` against the float64 oracle."""
     inputs = case.make(dtype, device)
     wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     kernel = evaluate(spec.function, case, inputs, backend=backend)
