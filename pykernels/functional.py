@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .ops.activation import *  # noqa: F403
+from .ops.attention import *  # noqa: F403
 from .ops.embedding import *  # noqa: F403
 from .ops.recurrent import *  # noqa: F403
 from .ops.sampled_softmax import *  # noqa: F403

@@ -1,0 +1,165 @@
+"""Attention: torch's scaled dot product attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backends, reference
+from ..reference.attention import attention_and_weights as _reference_and_weights
+from . import _check, _ids
+from ._library import as_seed
+
+__all__ = ["scaled_dot_product_attention"]
+
+_ROOM = _backends.Room("attention")
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`softmax(scale * query key^T + mask) value`. As `torch.nn.functional.scaled_dot_product_attention`.
+
+    Args:
+        query: Tensor[..., H, Lq, D], floating point; two or more dimensions.
+        key: Tensor[..., Hkv, Lk, D] of query's dtype and device. Dimensions before the last two broadcast.
+        value: Tensor[..., Hkv, Lk, Dv], likewise.
+        attn_mask: broadcastable to (..., H, Lq, Lk). bool: True = may attend. Floating point (float32 or query's
+            dtype): added to the scores, with gradient; -inf and the dtype's lowest number forbid.
+        dropout_p: probability of dropping a weight; always active, pass 0.0 in evaluation.
+        is_causal: query i may attend to key j iff j <= i (aligned at the **top left**, also where Lq != Lk). Not
+            together with `attn_mask`.
+        scale: default 1 / sqrt(D).
+        enable_gqa: key and value may have fewer heads (dimension -3): a number that divides query's; each serves a
+            group of consecutive query heads.
+        seed: an int or one-element int64 tensor that fixes the dropout mask; None draws one from torch's generator.
+        backend: see `pykernels.explain`.
+
+    Returns:
+        Tensor[..., H, Lq, Dv] of query's dtype, computed in float32 (float64 for float64) and rounded once. A query
+        that may attend to no key (Lk = 0 too) gives 0, with zero gradients (torch: the mean of all values where the
+        lowest number forbids). Keys and values that a bool mask hides from
+        every query do not matter, even if NaN. Under autocast query, key and value are cast to its lower precision.
+
+    Raises:
+        TypeError: an argument is not a Tensor; a `seed` of another type.
+        NotImplementedError: not floating point.
+        RuntimeError: fewer than two dimensions; different dtypes or devices; shapes that do not fit; a mask of another
+            dtype; `attn_mask` with `is_causal`; `dropout_p` outside [0, 1]; numbers of heads that do not divide.
+        IndexError: `enable_gqa` with fewer than three dimensions.
+        BackendError: the named backend cannot serve the call.
+    """
+    name = "scaled_dot_product_attention"
+    query, key, value = _tensors(name, query, key, value)
+    weights = _check_shapes(name, query, key, value, enable_gqa)
+    _check_mask(name, attn_mask, weights, query, is_causal)
+    _check_dropout(name, dropout_p)
+    _ROOM.resolve(name, backend, query)
+    drawn = as_seed(seed, query, name) if dropout_p > 0 else None
+    return reference.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, seed=drawn
+    )
+
+
+def attention_and_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention that also returns its weights (after dropout), which no fused kernel has: for `MultiheadAttention`."""
+    name = "scaled_dot_product_attention"
+    query, key, value = _tensors(name, query, key, value)
+    _check_mask(name, attn_mask, _check_shapes(name, query, key, value, False), query, False)
+    _check_dropout(name, dropout_p)
+    _ROOM.resolve(name, backend, query)
+    drawn = as_seed(None, query, name) if dropout_p > 0 else None
+    return _reference_and_weights(query, key, value, attn_mask, dropout_p, seed=drawn)
+
+
+def _tensors(name: str, *tensors: Any) -> list[Tensor]:
+    """Query, key and value: checked one by one and against each other, in autocast's lower precision."""
+    names = ("query", "key", "value")
+    for key, value in zip(names, tensors, strict=True):
+        _check.tensor(name, key, value)
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        lower = torch.get_autocast_dtype(device)
+        tensors = tuple(t.to(lower) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    _check.floating(name, "query", tensors[0])
+    for key, value in zip(names, tensors, strict=True):
+        _check.same(name, key, value, "query", tensors[0])
+        if value.dim() < 2:
+            raise RuntimeError(f"{name}(): argument '{key}' must have at least 2 dimensions, not {value.dim()}")
+    return list(tensors)
+
+
+def _check_shapes(name: str, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
+    """Returns the shape of the weights."""
+    if key.shape[-1] != query.shape[-1]:
+        raise RuntimeError(
+            f"{name}(): argument 'key' must have query's head size {query.shape[-1]}, not {key.shape[-1]}"
+        )
+    if value.shape[-2] != key.shape[-2]:
+        raise RuntimeError(f"{name}(): argument 'value' must have key's length {key.shape[-2]}, not {value.shape[-2]}")
+    shapes = []
+    for label, x in (("query", query), ("key", key), ("value", value)):
+        batch = list(x.shape[:-2])
+        if enable_gqa:
+            if x.dim() < 3:
+                raise IndexError(f"{name}(): argument '{label}' must have a head dimension (-3) with enable_gqa")
+            if query.shape[-3] != batch[-1] and (batch[-1] == 0 or query.shape[-3] % batch[-1]):
+                raise RuntimeError(
+                    f"{name}(): argument '{label}' must have a number of heads that divides query's "
+                    f"{query.shape[-3]}, not {batch[-1]}"
+                )
+            batch[-1] = query.shape[-3]
+        shapes.append(tuple(batch))
+    try:
+        torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        given = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+        raise RuntimeError(
+            f"{name}(): query, key and value must broadcast in the dimensions before the last two; they have {given}"
+        ) from None
+    return (*torch.broadcast_shapes(*shapes[:2]), query.shape[-2], key.shape[-2])
+
+
+def _check_mask(name: str, mask: Tensor | None, weights: tuple[int, ...], query: Tensor, is_causal: bool) -> None:
+    if mask is None:
+        return
+    _check.tensor(name, "attn_mask", mask)
+    if is_causal:
+        raise RuntimeError(f"{name}(): argument 'attn_mask' must be None with is_causal=True")
+    _ids.same_device(name, "attn_mask", mask, "query", query)
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        allowed = " or ".join(dict.fromkeys(("torch.bool", "torch.float32", str(query.dtype))))
+        raise RuntimeError(f"{name}(): argument 'attn_mask' must be {allowed}, not {mask.dtype}")
+    try:
+        fits = torch.broadcast_shapes(mask.shape, weights) == weights
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise RuntimeError(
+            f"{name}(): argument 'attn_mask' must be broadcastable to {tuple(weights)}, not {tuple(mask.shape)}"
+        )
+
+
+def _check_dropout(name: str, dropout_p: float) -> None:
+    if not 0 <= dropout_p <= 1:
+        raise RuntimeError(f"{name}(): argument 'dropout_p' must be between 0 and 1, not {dropout_p}")
