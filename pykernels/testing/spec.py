@@ -118,6 +118,8 @@ class OpSpec:
         saved: bytes kept for backward, (case, dtype) -> n.
         long_sums: inputs whose gradients sum over a long axis.
         extra: arguments that both the function and the reference take but torch's operator does not (a seed).
+        wrap: for functions that take lists or nested states of tensors: makes one of the case's arguments from the
+            function (and from the reference), giving one tensor or a flat tuple. `peer` takes the case's as it is.
     """
 
     name: str
@@ -131,18 +133,22 @@ class OpSpec:
     saved: Callable[[Case, torch.dtype], int] | None = None
     long_sums: frozenset[str] = frozenset()
     extra: frozenset[str] = frozenset()
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
 
     @property
     def function(self) -> Callable[..., Any]:
         from .. import functional
 
-        return getattr(functional, self.name)  # type: ignore[no-any-return]
+        return self._wrapped(getattr(functional, self.name))
 
     @property
     def reference(self) -> Callable[..., Any]:
         from .. import reference
 
-        return getattr(reference, self.name)  # type: ignore[no-any-return]
+        return self._wrapped(getattr(reference, self.name))
+
+    def _wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function if self.wrap is None else self.wrap(function)
 
     def call_peer(self, **arguments: Any) -> Any:
         """torch's own operator, or the reference where torch has none."""
