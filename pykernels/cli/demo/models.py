@@ -1,0 +1,118 @@
+"""Three small language models, each written once over a *kit*: the namespace its building blocks are taken from.
+
+What the kits have in common (linear layers, layer norm, the final cross entropy) is stock PyTorch in both.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Kind = Literal["torch", "pykernels"]
+
+
+def modules(kind: Kind) -> types.SimpleNamespace:
+    """The building blocks under torch's names: stock PyTorch's, or pykernels'."""
+    if kind == "torch":
+        source, loss = nn, stock_negative_sampling_loss
+    else:
+        import pykernels
+
+        source, loss = pykernels.nn, pykernels.functional.negative_sampling_loss
+    names = ("Embedding", "LSTM", "MultiheadAttention", "GELU")
+    return types.SimpleNamespace(negative_sampling_loss=loss, **{name: getattr(source, name) for name in names})
+
+
+def stock_negative_sampling_loss(
+    input: Tensor, weight: Tensor, target: Tensor, negatives: Tensor, reduction: str = "mean"
+) -> Tensor:
+    """word2vec's loss as one writes it in PyTorch: -log s(x.w_t) - sum_k log s(-x.w_k), s the logistic function.
+
+    Shapes: input (N, D), weight (V, D), target (N,), negatives (N, K).
+    """
+    positive = (input * F.embedding(target, weight)).sum(-1)
+    negative = torch.bmm(F.embedding(negatives, weight), input.unsqueeze(2)).squeeze(2)
+    loss = -(F.logsigmoid(positive) + F.logsigmoid(-negative).sum(-1))
+    return {"none": loss, "mean": loss.mean(), "sum": loss.sum()}[reduction]
+
+
+class SkipGram(nn.Module):
+    """Skip-gram with negative sampling (Mikolov et al., 2013)."""
+
+    def __init__(self, kit: types.SimpleNamespace, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.word = kit.Embedding(vocabulary, width)
+        self.context = nn.Parameter(torch.empty(vocabulary, width))
+        self.loss = kit.negative_sampling_loss
+        # word2vec starts `context` at 0, which makes the first gradients 0 and the check of step 1 empty.
+        for weight in (self.word.weight, self.context):
+            nn.init.normal_(weight, std=0.1)
+
+    def forward(self, center: Tensor, context: Tensor, negatives: Tensor) -> Tensor:
+        """The loss of each pair, (N,)."""
+        return self.loss(self.word(center), self.context, context, negatives, reduction="none")
+
+
+class LSTMLanguageModel(nn.Module):
+    """Embedding, LSTM, linear: the next character from all before it."""
+
+    def __init__(self, kit: types.SimpleNamespace, vocabulary: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.embedding = kit.Embedding(vocabulary, width)
+        self.lstm = kit.LSTM(width, hidden, batch_first=True)
+        self.head = nn.Linear(hidden, vocabulary)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each target, (B * L,)."""
+        output, _ = self.lstm(self.embedding(tokens))
+        return F.cross_entropy(self.head(output).flatten(0, 1), targets.flatten(), reduction="none")
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: causal self-attention, then a GELU feed-forward network."""
+
+    def __init__(self, kit: types.SimpleNamespace, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = kit.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), kit.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.attention(y, y, y, attn_mask=mask, is_causal=True, need_weights=False)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """A pre-norm decoder with learned positions (Radford et al., 2019)."""
+
+    def __init__(
+        self, kit: types.SimpleNamespace, vocabulary: int, width: int, heads: int, layers: int, length: int
+    ) -> None:
+        super().__init__()
+        self.token, self.position = kit.Embedding(vocabulary, width), kit.Embedding(length, width)
+        self.blocks = nn.ModuleList(Block(kit, width, heads) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
+        for embedding in (self.token, self.position):
+            nn.init.normal_(embedding.weight, std=0.02)
+        mask = nn.Transformer.generate_square_subsequent_mask(length)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each target, (B * L,)."""
+        x = self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
+        for block in self.blocks:
+            x = block(x, self.mask)
+        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), targets.flatten(), reduction="none")
+
+
+def gradients(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and gradient of every parameter that has one."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            yield name, parameter.grad

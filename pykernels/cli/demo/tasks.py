@@ -1,0 +1,167 @@
+"""The demo's three trainings as data: model, batches, optimizer, and the operators each one calls."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .models import GPT, LSTMLanguageModel, SkipGram
+from .text import Text, Tokens
+
+Batch = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One model to train, with both kits, from the same start on the same batches.
+
+    Attributes:
+        build: kit -> model; draws its parameters from torch's global generator.
+        batches: number of steps -> that many batches.
+        optimizer: parameters -> optimizer.
+        tokens: targets predicted in one step.
+        calls: model -> (label, function name in `pykernels.functional`, arguments): the operators of the model that
+            pykernels serves, with arguments as the training has them.
+    """
+
+    name: str
+    title: str
+    shape: str
+    tokens: int
+    build: Callable[[types.SimpleNamespace], nn.Module]
+    batches: Callable[[int], list[Batch]]
+    optimizer: Callable[[Any], torch.optim.Optimizer]
+    calls: Callable[[Any], list[tuple[str, tuple[Any, ...], dict[str, Any]]]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the three models and their batches are."""
+
+    skipgram_width: int = 100
+    skipgram_batch: int = 4096
+    negatives: int = 5
+    window: int = 5
+    batch: int = 16
+    lstm_length: int = 64
+    lstm_width: int = 64
+    lstm_hidden: int = 256
+    gpt_batch: int = 8
+    gpt_length: int = 128
+    gpt_width: int = 128
+    gpt_heads: int = 4
+    gpt_layers: int = 2
+
+
+TINY = Sizes(8, 64, 3, 2, 2, 8, 8, 16, 2, 16, 16, 2, 1)
+
+
+def tasks(text: Text, sizes: Sizes | None = None, seed: int = 0) -> list[Task]:
+    """The three tasks over `text`; batches depend on `seed` only."""
+    sizes = sizes or Sizes()
+    words, characters = text.words(), text.characters()
+    return [_skipgram(words, sizes, seed), _lstm(characters, sizes, seed), _gpt(characters, sizes, seed)]
+
+
+def _skipgram(words: Tokens, s: Sizes, seed: int) -> Task:
+    vocabulary = len(words.vocabulary)
+    noise = words.counts() ** 0.75
+
+    def batches(steps: int) -> list[Batch]:
+        generator = torch.Generator().manual_seed(seed)
+
+        def one() -> Batch:
+            at = torch.randint(s.window, len(words.ids) - s.window, (s.skipgram_batch,), generator=generator)
+            offset = torch.randint(1, s.window + 1, at.shape, generator=generator)
+            offset *= 2 * torch.randint(2, at.shape, generator=generator) - 1
+            negatives = torch.multinomial(noise, s.skipgram_batch * s.negatives, replacement=True, generator=generator)
+            return words.ids[at], words.ids[at + offset], negatives.view(-1, s.negatives)
+
+        return [one() for _ in range(steps)]
+
+    def calls(model: Any) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+        center, context, negatives = batches(1)[0]
+        x = model.word.weight.detach()[center]
+        return [
+            ("embedding", (center, model.word.weight), {}),
+            ("negative_sampling_loss", (x, model.context, context, negatives), {}),
+        ]
+
+    return Task(
+        name="skip-gram",
+        title="Skip-gram with negative sampling",
+        shape=f"{vocabulary} words x {s.skipgram_width}, {s.skipgram_batch} pairs a step, {s.negatives} negatives",
+        tokens=s.skipgram_batch,
+        build=lambda kit: SkipGram(kit, vocabulary, s.skipgram_width),
+        batches=batches,
+        # A rate per element: frequent and rare words get gradients of very different sizes from a mean over the batch.
+        optimizer=lambda parameters: torch.optim.Adagrad(parameters, lr=0.1),
+        calls=calls,
+    )
+
+
+def _windows(ids: Tensor, batch: int, length: int, seed: int) -> Callable[[int], list[Batch]]:
+    """Random windows of a token stream, and the same windows one token on."""
+
+    def batches(steps: int) -> list[Batch]:
+        generator = torch.Generator().manual_seed(seed)
+        starts = torch.randint(len(ids) - length, (steps, batch, 1), generator=generator)
+        windows = ids[starts + torch.arange(length + 1)]
+        return [(w[:, :-1].contiguous(), w[:, 1:].contiguous()) for w in windows]
+
+    return batches
+
+
+def _lstm(characters: Tokens, s: Sizes, seed: int) -> Task:
+    vocabulary = len(characters.vocabulary)
+
+    def calls(model: Any) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+        tokens = torch.zeros(s.batch, s.lstm_length, dtype=torch.int64)
+        x = torch.zeros(s.batch, s.lstm_length, s.lstm_width)
+        h = torch.zeros(1, s.batch, s.lstm_hidden)
+        weights = [parameter.detach() for parameter in model.lstm.parameters()]
+        return [
+            ("embedding", (tokens, model.embedding.weight), {}),
+            ("lstm", (x, (h, h), weights), {"batch_first": True}),
+        ]
+
+    return Task(
+        name="LSTM",
+        title="LSTM language model",
+        shape=f"{vocabulary} characters, hidden {s.lstm_hidden}, {s.batch} x {s.lstm_length} a step",
+        tokens=s.batch * s.lstm_length,
+        build=lambda kit: LSTMLanguageModel(kit, vocabulary, s.lstm_width, s.lstm_hidden),
+        batches=_windows(characters.ids, s.batch, s.lstm_length, seed),
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=3e-3),
+        calls=calls,
+    )
+
+
+def _gpt(characters: Tokens, s: Sizes, seed: int) -> Task:
+    vocabulary = len(characters.vocabulary)
+
+    def calls(model: Any) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+        tokens = torch.zeros(s.gpt_batch, s.gpt_length, dtype=torch.int64)
+        q = torch.zeros(s.gpt_batch, s.gpt_heads, s.gpt_length, s.gpt_width // s.gpt_heads)
+        hidden = torch.zeros(s.gpt_batch, s.gpt_length, 4 * s.gpt_width)
+        return [
+            ("embedding", (tokens, model.token.weight), {}),
+            ("scaled_dot_product_attention", (q, q, q), {"is_causal": True}),
+            ("gelu", (hidden,), {}),
+        ]
+
+    return Task(
+        name="GPT",
+        title="GPT, a pre-norm decoder",
+        shape=f"{vocabulary} characters, {s.gpt_layers} layers of {s.gpt_width}, {s.gpt_batch} x {s.gpt_length} a step",
+        tokens=s.gpt_batch * s.gpt_length,
+        build=lambda kit: GPT(kit, vocabulary, s.gpt_width, s.gpt_heads, s.gpt_layers, s.gpt_length),
+        batches=_windows(characters.ids, s.gpt_batch, s.gpt_length, seed),
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
+        calls=calls,
+    )

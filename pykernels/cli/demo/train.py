@@ -1,0 +1,211 @@
+"""Trains one task twice, stock PyTorch and pykernels in turns, and measures equality, speed and memory.
+
+Equal start: parameters are copied from the stock model into ours. Equal work: the same batches in the same order. Fair
+timing: one thread, chunks of steps in the order A B B A, this thread's CPU time, medians over the chunks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...testing.compare import Comparison, compare
+from ...testing.memory import peak_bytes
+from .models import Kind, gradients, modules
+from .tasks import Batch, Task
+
+CURVE_BOUND, CURVE_STEPS = 1e-3, 200
+"""Largest relative difference of the two losses at any of the first CURVE_STEPS steps. Rounding alone separates two
+equal trainings, ever faster: two correct LSTMs were seen 3e-6 apart after 200 steps and 1e-2 after 1000, so later steps
+are shown and not judged. A wrong gradient is caught at step 1 already, where the bound is the rounding of float32."""
+
+CHUNK = 5
+
+
+@dataclass
+class Side:
+    """One of the two trainings."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # a step's, one entry a chunk
+    peak: int = 0
+
+
+@dataclass
+class Outcome:
+    """What came out of training a task twice.
+
+    Attributes:
+        first: the losses of all targets at step 1 against the float64 oracle.
+        gradient: the parameter gradients at step 1 against it: the parameter that is worst off.
+        served: operator -> the backend that serves it, and why the others do not.
+    """
+
+    task: Task
+    stock: Side
+    ours: Side
+    first: Comparison
+    gradient: Comparison
+    served: list[tuple[str, str, dict[str, str]]]
+
+    @property
+    def differences(self) -> list[float]:
+        """Relative difference of the two losses at each step; infinite where either is not finite."""
+        pairs = zip(self.stock.losses, self.ours.losses, strict=True)
+        finite = math.isfinite
+        return [abs(a - b) / max(abs(a), 1e-30) if finite(a) and finite(b) else math.inf for a, b in pairs]
+
+    @property
+    def checks(self) -> dict[str, bool]:
+        """What is judged, and the verdict."""
+        return {
+            "loss at step 1": self.first.passed,
+            "gradients at step 1": self.gradient.passed,
+            "loss along the curve": max(self.differences[:CURVE_STEPS]) <= CURVE_BOUND,
+        }
+
+    @property
+    def equal(self) -> bool:
+        return all(self.checks.values())
+
+    def rate(self, side: Side) -> float:
+        """Tokens per second of CPU time, median over the chunks."""
+        return self.task.tokens / median(_steady(side.seconds))
+
+    @property
+    def speed_ratio(self) -> tuple[float, float, float]:
+        """Median, 20th and 80th percentile over the rounds of (stock's time / ours)."""
+        pairs = zip(_steady(self.stock.seconds), _steady(self.ours.seconds), strict=True)
+        ratios = [a / b for a, b in pairs]
+        if len(ratios) < 2:
+            return ratios[0], ratios[0], ratios[0]
+        fifths = quantiles(ratios, n=5, method="inclusive")
+        return median(ratios), fifths[0], fifths[-1]
+
+    @property
+    def memory_ratio(self) -> float:
+        """Stock's peak / ours."""
+        return self.stock.peak / max(self.ours.peak, 1)
+
+
+def _steady(seconds: list[float]) -> list[float]:
+    """Without the first round, which warms up caches and the allocator."""
+    return seconds[1:] or seconds
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread: what it computes does not depend on the machine, and CPU time means work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def train_both(
+    task: Task,
+    steps: int,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda steps: None,
+    kit: Callable[[Kind], Any] = modules,
+) -> Outcome:
+    """Trains `task` with both kits for `steps` and compares.
+
+    Args:
+        progress: called with the number of training steps just done, `2 * steps` in all.
+        kit: kind -> building blocks.
+    """
+    batches = [tuple(t.to(device) for t in batch) for batch in task.batches(steps)]
+    models = {}
+    for kind in ("torch", "pykernels"):
+        torch.manual_seed(seed)
+        models[kind] = task.build(kit(kind)).to(device)
+    models["pykernels"].load_state_dict(models["torch"].state_dict(), strict=True)
+
+    with one_thread():
+        first, gradient = _first_step(models["torch"], models["pykernels"], batches[0])
+        sides = {kind: Side() for kind in models}
+        optimizers = {kind: task.optimizer(model.parameters()) for kind, model in models.items()}
+        for start in range(0, steps, CHUNK):
+            chunk = batches[start : start + CHUNK]
+            order = list(models) if start % (2 * CHUNK) == 0 else list(reversed(models))
+            for kind in order:
+                _train(models[kind], optimizers[kind], chunk, sides[kind], device)
+                progress(len(chunk))
+        for kind, model in models.items():
+            model.zero_grad(set_to_none=True)
+            sides[kind].peak = peak_bytes(functools.partial(_forward_backward, model, batches[0]), device)
+    served = _served(task, models["pykernels"], device)
+    return Outcome(task, sides["torch"], sides["pykernels"], first, gradient, served)
+
+
+def _forward_backward(model: nn.Module, batch: Batch) -> None:
+    model(*batch).mean().backward()
+
+
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, chunk: list[Batch], side: Side, device: str) -> None:
+    start = _now(device)
+    losses = []
+    for batch in chunk:
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(*batch).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    side.seconds.append((_now(device) - start) / len(chunk))
+    side.losses += [float(loss) for loss in losses]
+
+
+def _now(device: str) -> float:
+    """This thread's CPU time, which other processes cannot stretch; with a GPU, the wall once it is idle."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.thread_time()
+
+
+def _first_step(stock: nn.Module, ours: nn.Module, batch: Batch) -> tuple[Comparison, Comparison]:
+    """Losses and gradients of the first step against the stock model in float64."""
+    oracle = copy.deepcopy(stock).double()
+    losses, grads = [], []
+    for model in (ours, oracle, stock):
+        loss = model(*batch)
+        loss.mean().backward()
+        losses.append(loss.detach())
+        grads.append({name: gradient.detach().clone() for name, gradient in gradients(model)})
+        model.zero_grad(set_to_none=True)
+    mine, truth, peers = grads
+    compared = [
+        compare(name, mine.get(name, torch.zeros_like(peer)), truth[name], peer, long_sum=True)
+        for name, peer in peers.items()
+    ]
+    worst = max(compared, key=lambda one: (not one.passed, one.fraction))
+    return compare("loss", *losses), worst
+
+
+def _served(task: Task, model: nn.Module, device: str) -> list[tuple[str, str, dict[str, str]]]:
+    import pykernels
+
+    def move(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(device)
+        return type(value)(move(item) for item in value) if isinstance(value, (tuple, list)) else value
+
+    found = []
+    for name, args, kwargs in task.calls(model):
+        explanation = pykernels.explain(getattr(pykernels.functional, name), *move(args), **kwargs)
+        found.append((name, explanation.backend, dict(explanation.refused)))
+    return found
