@@ -101,19 +101,23 @@ rrelu_backward = define(
 )
 
 
+Options = tuple[str, float, str]  # activation, alpha, backend: one argument, since apply pays for each
+
+
 class UnaryGrad(Function):
     """dx as a function of (dy, saved); its own backward differentiates the reference."""
 
     @staticmethod
-    def forward(ctx: Any, dy: Tensor, saved: Tensor, activation: str, alpha: float, backend: str) -> Tensor:
+    def forward(ctx: Any, dy: Tensor, saved: Tensor, options: Options) -> Tensor:
+        activation, alpha, backend = options
         ctx.save_for_backward(dy, saved)
-        ctx.activation, ctx.alpha = activation, alpha
+        ctx.options = options
         dx: Tensor = unary_backward[backend](dy, saved, activation, alpha)
         return dx
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> Any:
-        activation, alpha = ctx.activation, ctx.alpha
+        activation, alpha, _ = ctx.options
 
         def first(dy: Tensor, saved: Tensor) -> Tensor:
             if activation in SAVES_OUTPUT:
@@ -121,17 +125,18 @@ class UnaryGrad(Function):
             dx: Tensor = torch.func.vjp(lambda x: REFERENCE[activation](x, alpha), saved)[1](dy)[0]
             return dx
 
-        return *second_derivative(first, ctx.saved_tensors, ddx), None, None, None
+        return *second_derivative(first, ctx.saved_tensors, ddx), None
 
 
 class Unary(Function):
     """Every activation of one tensor, on every backend."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, activation: str, alpha: float, backend: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, options: Options) -> Tensor:
+        activation, alpha, backend = options
         y: Tensor = unary_forward[backend](x, activation, alpha)
         ctx.save_for_backward(y if activation in SAVES_OUTPUT else x)
-        ctx.options = (activation, alpha, backend)
+        ctx.options = options
         return y
 
     @staticmethod
@@ -139,8 +144,8 @@ class Unary(Function):
         (saved,) = ctx.saved_tensors
         activation, alpha, backend = ctx.options
         if torch.is_grad_enabled():
-            return UnaryGrad.apply(dy, saved, activation, alpha, backend), None, None, None
-        return unary_backward[backend](dy, saved, activation, alpha), None, None, None
+            return UnaryGrad.apply(dy, saved, ctx.options), None
+        return unary_backward[backend](dy, saved, activation, alpha), None
 
 
 class UnaryInplace(Function):
@@ -148,13 +153,14 @@ class UnaryInplace(Function):
     for relu, sigmoid and tanh, and for leaky_relu, whose output has the input's sign."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, activation: str, alpha: float, backend: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, options: Options) -> Tensor:
+        activation, alpha, backend = options
         from_output = activation in SAVES_OUTPUT or (activation == "leaky_relu" and alpha > 0)
         saved = x if from_output else x.clone()
         unary_[backend](x, activation, alpha)
         ctx.mark_dirty(x)
         ctx.save_for_backward(saved)
-        ctx.options = (activation, alpha, backend)
+        ctx.options = options
         return x
 
     backward = staticmethod(Unary.backward)

@@ -34,7 +34,7 @@ def _unary(function: str, input: Tensor, activation: str, alpha: float, inplace:
     if backend == "reference":
         return REFERENCE[activation](input, alpha)
     if torch.is_grad_enabled() and input.requires_grad:
-        result: Tensor = Unary.apply(input, activation, alpha, backend)
+        result: Tensor = Unary.apply(input, (activation, alpha, backend))
         return result
     return unary_forward[backend](input, activation, alpha)  # type: ignore[no-any-return]
 
@@ -44,7 +44,7 @@ def _unary_inplace(function: str, input: Tensor, activation: str, alpha: float, 
     if backend == "reference":
         return input.copy_(REFERENCE[activation](input.clone(), alpha))
     if torch.is_grad_enabled() and input.requires_grad:
-        result: Tensor = UnaryInplace.apply(input, activation, alpha, backend)
+        result: Tensor = UnaryInplace.apply(input, (activation, alpha, backend))
         return result
     unary_[backend](input, activation, alpha)
     return input
