@@ -13,18 +13,21 @@ _PAGE_STYLE = """
 body { margin: 0 auto; max-width: 1180px; padding: 24px 20px 48px; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .3em; } h2 { font-size: 1.15rem; margin: 2em 0 .6em; }
-h3 { font-size: 1.05rem; margin: 0; } p { margin: .3em 0; } .quiet { color: var(--quiet); font-size: .85rem; }
+h3 { font-size: 1.05rem; margin: 0; } p { margin: .3em 0; max-width: 48rem; }
+.quiet { color: var(--quiet); font-size: .85rem; }
 .models { display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); }
 .model { border: 1px solid var(--rule); border-radius: 10px; padding: 16px; min-width: 0; }
 .model h4 { font-size: .85rem; font-weight: 600; margin: 1.1em 0 .2em; display: flex; gap: .6em;
   justify-content: space-between; }
-.model h4 span { font-weight: 400; color: var(--quiet); } .model h4 b { font-weight: 600; }
+@supports (grid-template-rows: subgrid) { .model { display: grid; grid-row: span 10; grid-template-rows: subgrid;
+  grid-template-columns: minmax(0, 1fr); gap: 0; align-items: start; } }
+.model h4 span { font-weight: 400; color: var(--quiet); } .model h4 b { font-weight: 600; color: var(--ink); }
 .key { display: flex; flex-wrap: wrap; gap: .3em 1.2em; margin: .8em 0 1.2em; } .key i { display: inline-block;
   width: 22px; border-radius: 2px; vertical-align: middle; margin-right: .5em; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; width: 100%; max-width: 760px;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .3em .6em; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
-th:first-child, td:first-child, .left td { text-align: left; } .left td { white-space: normal; }
+th:first-child, td:first-child, .left td, .left th { text-align: left; } .left td { white-space: normal; }
 tr.group td { font-weight: 600; padding-top: 1.1em; text-align: left; white-space: normal; }
 .good { color: var(--good); } .bad { color: var(--bad); font-weight: 700; }
 """
@@ -56,7 +59,7 @@ def page(outcomes: list[Outcome], facts: list[str]) -> str:
 def _model(outcome: Outcome) -> str:
     stock, ours = outcome.stock, outcome.ours
     loss = lines(
-        [Series("stock PyTorch", stock.losses, "stock", 5), Series("pykernels", ours.losses, "ours", 1.6)],
+        [Series("stock PyTorch", stock.losses, "stock", 6), Series("pykernels", ours.losses, "ours", 2)],
         f"Loss of {outcome.task.name} against the training step",
     )
     difference = lines(
@@ -82,8 +85,8 @@ def _model(outcome: Outcome) -> str:
     return (
         f'<section class="model"><h3>{escape(outcome.task.title)}</h3><p class="quiet">{escape(outcome.task.shape)}</p>'
         f"<h4>Loss <span>by step</span></h4>{loss}<h4>Difference of the losses <span>relative</span></h4>{difference}"
-        f"<h4>Tokens a second <b>{outcome.speed_ratio[0]:.2f}x</b></h4>{speed}"
-        f"<h4>Peak memory <b>{outcome.memory_ratio:.2f}x</b></h4>{memory}</section>"
+        f"<h4>Tokens a second <span>pykernels / stock <b>{outcome.speed_ratio[0]:.2f}x</b></span></h4>{speed}"
+        f"<h4>Peak memory <span>stock / pykernels <b>{outcome.memory_ratio:.2f}x</b></span></h4>{memory}</section>"
     )
 
 
