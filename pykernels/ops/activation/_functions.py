@@ -149,21 +149,22 @@ class Unary(Function):
 
 
 class UnaryInplace(Function):
-    """The in-place form. What backward needs of the input is copied first, unless the output serves as well:
-    for relu, sigmoid and tanh, and for leaky_relu, whose output has the input's sign."""
+    """The in-place form. `saved` is a copy of x made outside, so that second derivatives reach x through it; or None,
+    where backward can read the output in its place."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, options: Options) -> Tensor:
+    def forward(ctx: Any, x: Tensor, saved: Tensor | None, options: Options) -> Tensor:
         activation, alpha, backend = options
-        from_output = activation in SAVES_OUTPUT or (activation == "leaky_relu" and alpha > 0)
-        saved = x if from_output else x.clone()
         unary_[backend](x, activation, alpha)
         ctx.mark_dirty(x)
-        ctx.save_for_backward(saved)
+        ctx.save_for_backward(x if saved is None else saved)
         ctx.options = options
         return x
 
-    backward = staticmethod(Unary.backward)
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        dx, _ = Unary.backward(ctx, dy)
+        return dx, None, None
 
 
 def _by_backend(table: dict[str, Callable[..., Any]], adapt: Callable[..., Any]) -> dict[str, Callable[..., Any]]:

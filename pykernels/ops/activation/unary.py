@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from ... import _backends, reference
+from ..._backends import is_compiling
 from .. import _check
 from .._library import as_seed
 from ._functions import (
     REFERENCE,
     ROOM,
+    SAVES_OUTPUT,
     Parametric,
     RReLU,
     Unary,
@@ -44,9 +46,14 @@ def _unary_inplace(function: str, input: Tensor, activation: str, alpha: float, 
     if backend == "reference":
         return input.copy_(REFERENCE[activation](input.clone(), alpha))
     if torch.is_grad_enabled() and input.requires_grad:
-        result: Tensor = UnaryInplace.apply(input, (activation, alpha, backend))
+        # leaky_relu with a positive slope keeps the sign, which is all that its derivative asks for
+        output_serves = activation in SAVES_OUTPUT or (activation == "leaky_relu" and alpha > 0)
+        saved = None if output_serves else input.clone()
+        result: Tensor = UnaryInplace.apply(input, saved, (activation, alpha, backend))
         return result
     unary_[backend](input, activation, alpha)
+    if not is_compiling():  # the operator is opaque: without this, autograd would not see that a saved tensor changed
+        torch.autograd.graph.increment_version(input)
     return input
 
 
