@@ -37,7 +37,7 @@ struct Sigmoid {
 template <class M>
 struct Tanh {
   using V = typename M::V;
-  PK_INLINE V value(V x) const { return tanh<M>(x); }
+  PK_INLINE V value(V x) const { return M::tanh(x); }
   PK_INLINE V from_output(V y, V g) const { return g * (V(1) - y * y); }
 };
 
@@ -70,7 +70,7 @@ struct Elu {
   PK_INLINE V value(V x) const { return select_positive(x, x, M::expm1_nonpositive(at_most(x, V(0))) * alpha); }
   PK_INLINE V backward(V x, V g, V& y) const {
     y = value(x);
-    return select_positive(x, g, M::exp_nonpositive(at_most(x, V(0))) * alpha * g);
+    return select_nonpositive(x, M::exp_nonpositive(at_most(x, V(0))) * alpha * g, g);  // NaN passes g on, as torch
   }
 };
 

@@ -60,26 +60,43 @@ struct Math<float, kExact> {
     return fmadd(scale, r * p, scale - V(1.f));
   }
 
-  // 1 / d, d >= 1.
-  static PK_INLINE V reciprocal(V d) { return pk::reciprocal<kExact>(d); }
+  // 1 / (1 + v), 0 <= v < 1e9. The exact form corrects the quotient by the residual 1 - r - r v, in which 1 + v is never
+  // rounded: half a unit in the last place where dividing by the rounded sum has one and a half.
+  static PK_INLINE V reciprocal_1p(V v) {
+    const V r = reciprocal_estimate(v + V(1.f));
+    if constexpr (kExact) return fmadd(r, negated_fmadd(r, v, V(1.f) - r), r);
+    return r;
+  }
 
   // The normal distribution function; `e` = exp(-x^2 / 2).
-  //   Phi(-|x|) = e R(t),  t = 1 / (1 + p |x|),  R a polynomial without constant term (the form of Abramowitz-Stegun
-  // 7.1.26, refitted for relative error, so that the negative tail keeps its digits where 1 + erf cancels).
+  //   Phi(-|x|) = e t Q(u),  t = 1 / (1 + p |x|),  u = 1 - t = p |x| t
+  // (Abramowitz-Stegun 7.1.26 has a polynomial in t; refitted for relative error, so that the negative tail keeps its
+  // digits where 1 + erf cancels, and in u, whose rounding does not matter near 0, where t's would count threefold.)
   static PK_INLINE V normal_cdf(V x, V& e) {
     e = exp_minus_half_square(x);
     const V a = at_most(x.abs(), V(1e4f));
     V r;
     if constexpr (kExact) {
-      const V t = reciprocal(fmadd(a, V(0.265f), V(1.f)));
-      r = t * polynomial(t, V(0.10574156f), V(0.10524667f), V(0.10270093f), V(0.06031333f), V(0.13795255f),
-                         V(-0.11636174f), V(0.21781415f), V(-0.14422822f), V(0.030820768f));
+      const V v = a * V(0.38f), t = reciprocal_1p(v);
+      r = t * polynomial(v * t, V(0.5f), V(-0.54984784f), V(0.13160165f), V(0.12085304f), V(-0.0071020755f),
+                         V(-0.047550984f), V(0.007976967f), V(-0.04961129f), V(0.069614746f), V(-0.024345626f));
     } else {
-      const V t = reciprocal(fmadd(a, V(0.375f), V(1.f)));
+      const V t = reciprocal_1p(a * V(0.375f));
       r = t * polynomial(t, V(0.14906102f), V(0.15773395f), V(0.08356417f), V(0.20028152f), V(-0.09064275f));
     }
     const V q = r * e;
     return select_sign(x, q, V(1.f) - q);
+  }
+
+  // Odd, exact to the sign; |x| large gives 1, not inf / inf.
+  //   |x| < 0.625: x + x^3 P(x^2) (Cephes tanhf);  else 1 - 2 e / (1 + e), e = exp(-2|x|)
+  static PK_INLINE V tanh(V x) {
+    const V a = x.abs(), e = exp_nonpositive(a * V(-2.f));
+    const V large = negated_fmadd(e * V(2.f), reciprocal_1p(e), V(1.f));
+    const V s = x * x;
+    const V small = fmadd(a * s, polynomial(s, V(-3.33332819422e-1f), V(1.33314422036e-1f), V(-5.37397155531e-2f),
+                                            V(2.06390887954e-2f), V(-5.70498872745e-3f)), a);
+    return copy_sign(select_sign(a - V(0.625f), small, large), x);
   }
 
  private:
@@ -107,7 +124,8 @@ struct Math<double, true> {
 
   static PK_INLINE V exp_nonpositive(V x) { return x.exp(); }
   static PK_INLINE V expm1_nonpositive(V x) { return x.expm1(); }
-  static PK_INLINE V reciprocal(V d) { return V(1.) / d; }
+  static PK_INLINE V reciprocal_1p(V v) { return V(1.) / (v + V(1.)); }
+  static PK_INLINE V tanh(V x) { return x.tanh(); }
   static PK_INLINE V normal_cdf(V x, V& e) {
     e = (x * x * V(-0.5)).exp();
     return (x * V(-0.70710678118654752440)).erfc() * V(0.5);
@@ -119,7 +137,7 @@ template <class M>
 PK_INLINE typename M::V sigmoid(typename M::V x, typename M::V& c) {
   using V = typename M::V;
   const V e = M::exp_nonpositive(negative_abs(x));
-  const V r = M::reciprocal(e + V(1));
+  const V r = M::reciprocal_1p(e);
   const V er = e * r;
   c = select_sign(x, r, er);
   return select_sign(x, er, r);
@@ -129,18 +147,6 @@ template <class M>
 PK_INLINE typename M::V sigmoid(typename M::V x) {
   typename M::V c;
   return sigmoid<M>(x, c);
-}
-
-// Through expm1, so that small arguments keep their digits; |x| large gives 1, not inf / inf.
-template <class M>
-PK_INLINE typename M::V tanh(typename M::V x) {
-  using V = typename M::V;
-  if constexpr (std::is_same_v<V, VecD>) {
-    return x.tanh();
-  } else {
-    const V em1 = M::expm1_nonpositive(negative_abs(x) * V(2));
-    return copy_sign(em1 * M::reciprocal(em1 + V(2)), x);
-  }
 }
 
 }  // namespace

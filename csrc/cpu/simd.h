@@ -31,6 +31,10 @@ PK_INLINE VecF select_positive(VecF x, VecF positive, VecF other) {
 PK_INLINE VecF select_nonnegative(VecF x, VecF nonnegative, VecF other) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ), other, nonnegative);
 }
+// x <= 0 ? nonpositive : other  (NaN takes `other`)
+PK_INLINE VecF select_nonpositive(VecF x, VecF nonpositive, VecF other) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LE_OQ), other, nonpositive);
+}
 // x < bound ? 0 : value  (NaN keeps the value)
 PK_INLINE VecF zero_below(VecF x, VecF bound, VecF value) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_NLT_UQ), value);
@@ -53,17 +57,17 @@ PK_INLINE VecF copy_sign(VecF magnitude, VecF sign) {
   return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_set1_epi32(INT32_MIN), _mm512_castps_si512(sign),
                                                        _mm512_castps_si512(magnitude), 0xCA));
 }
-// 1 / d for 1 <= d < 2^126: to 1 ulp, or (kExact = false) to 2^-14. A division would occupy its unit for 16 cycles.
-template <bool kExact>
-PK_INLINE VecF reciprocal(VecF d) {
-  const __m512 r = _mm512_rcp14_ps(d);
-  return kExact ? VecF(_mm512_fmadd_ps(r, _mm512_fnmadd_ps(d, r, _mm512_set1_ps(1.f)), r)) : VecF(r);
-}
+// 1 / d for 1 <= d < 2^126, to 2^-14 (a division would occupy its unit for 16 cycles)
+PK_INLINE VecF reciprocal_estimate(VecF d) { return _mm512_rcp14_ps(d); }
+PK_INLINE VecF negated_fmadd(VecF a, VecF b, VecF c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
 PK_INLINE VecD select_sign(VecD x, VecD negative, VecD other) {
   return _mm512_mask_blend_pd(_mm512_movepi64_mask(_mm512_castpd_si512(x)), other, negative);
 }
 PK_INLINE VecD select_positive(VecD x, VecD positive, VecD other) {
   return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(x, _mm512_setzero_pd(), _CMP_GT_OQ), other, positive);
+}
+PK_INLINE VecD select_nonpositive(VecD x, VecD nonpositive, VecD other) {
+  return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(x, _mm512_setzero_pd(), _CMP_LE_OQ), other, nonpositive);
 }
 PK_INLINE VecD select_nonnegative(VecD x, VecD nonnegative, VecD other) {
   return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(x, _mm512_setzero_pd(), _CMP_GE_OQ), other, nonnegative);
@@ -77,6 +81,9 @@ PK_INLINE VecD zero_unless_positive(VecD x, VecD value) {
 PK_INLINE VecF select_sign(VecF x, VecF negative, VecF other) { return _mm256_blendv_ps(other, negative, x); }
 PK_INLINE VecF select_positive(VecF x, VecF positive, VecF other) {
   return _mm256_blendv_ps(other, positive, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ));
+}
+PK_INLINE VecF select_nonpositive(VecF x, VecF nonpositive, VecF other) {
+  return _mm256_blendv_ps(other, nonpositive, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_LE_OQ));
 }
 PK_INLINE VecF select_nonnegative(VecF x, VecF nonnegative, VecF other) {
   return _mm256_blendv_ps(other, nonnegative, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GE_OQ));
@@ -102,13 +109,14 @@ PK_INLINE VecF copy_sign(VecF magnitude, VecF sign) {
   return _mm256_or_ps(_mm256_and_ps(bit, sign), _mm256_andnot_ps(bit, magnitude));
 }
 // rcpps has 12 bits, too few for float16 without a Newton step that costs what the division does.
-template <bool kExact>
-PK_INLINE VecF reciprocal(VecF d) {
-  return _mm256_div_ps(_mm256_set1_ps(1.f), d);
-}
+PK_INLINE VecF reciprocal_estimate(VecF d) { return _mm256_div_ps(_mm256_set1_ps(1.f), d); }
+PK_INLINE VecF negated_fmadd(VecF a, VecF b, VecF c) { return _mm256_fnmadd_ps(a, b, c); }
 PK_INLINE VecD select_sign(VecD x, VecD negative, VecD other) { return _mm256_blendv_pd(other, negative, x); }
 PK_INLINE VecD select_positive(VecD x, VecD positive, VecD other) {
   return _mm256_blendv_pd(other, positive, _mm256_cmp_pd(x, _mm256_setzero_pd(), _CMP_GT_OQ));
+}
+PK_INLINE VecD select_nonpositive(VecD x, VecD nonpositive, VecD other) {
+  return _mm256_blendv_pd(other, nonpositive, _mm256_cmp_pd(x, _mm256_setzero_pd(), _CMP_LE_OQ));
 }
 PK_INLINE VecD select_nonnegative(VecD x, VecD nonnegative, VecD other) {
   return _mm256_blendv_pd(other, nonnegative, _mm256_cmp_pd(x, _mm256_setzero_pd(), _CMP_GE_OQ));
