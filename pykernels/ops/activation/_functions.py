@@ -128,6 +128,14 @@ class UnaryGrad(Function):
         return *second_derivative(first, ctx.saved_tensors, ddx), None
 
 
+def _unary_dx(ctx: Any, dy: Tensor) -> Tensor:
+    (saved,) = ctx.saved_tensors
+    activation, alpha, backend = ctx.options
+    if torch.is_grad_enabled():
+        return UnaryGrad.apply(dy, saved, ctx.options)  # type: ignore[no-any-return]
+    return unary_backward[backend](dy, saved, activation, alpha)  # type: ignore[no-any-return]
+
+
 class Unary(Function):
     """Every activation of one tensor, on every backend."""
 
@@ -141,11 +149,7 @@ class Unary(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (saved,) = ctx.saved_tensors
-        activation, alpha, backend = ctx.options
-        if torch.is_grad_enabled():
-            return UnaryGrad.apply(dy, saved, ctx.options), None
-        return unary_backward[backend](dy, saved, activation, alpha), None
+        return _unary_dx(ctx, dy), None
 
 
 class UnaryInplace(Function):
@@ -163,8 +167,7 @@ class UnaryInplace(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        dx, _ = Unary.backward(ctx, dy)
-        return dx, None, None
+        return _unary_dx(ctx, dy), None, None
 
 
 def _by_backend(table: dict[str, Callable[..., Any]], adapt: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
