@@ -286,8 +286,9 @@ def normal_cdf(x, PRECISE: tl.constexpr):
 def _odds_against(x, square):
     """(1 - Phi(x)) / Phi(x), fitted up to |x| = 5.7; the fit's last slope goes on beyond, where Phi or 1 - Phi < 1e-8."""
     s = tl.minimum(square, 32.0)
-    p = 9.625136528891596e-05 + s * (-5.1680430296549145e-06 + s * 9.00902100126402e-08)
-    return tl.exp2(x * (-2.301846274740237 + s * (-0.10545999184396217 + s * (0.0003996825520243109 + s * p))))
+    p = -5.810977414995644e-06 + s * (1.4636508211648416e-07 + s * -1.4023850958144157e-09)
+    p = -0.10559876381187441 + s * (0.000431349158430247 + s * (9.650839490163383e-05 + s * p))
+    return tl.exp2(x * (-2.301718344728624 + s * p))
 
 
 # Activations: value(x, alpha, PRECISE), and gradient(dy, x, alpha, PRECISE) = dy * value'(x). Kinks select, as torch
