@@ -52,7 +52,8 @@ def poisoned() -> Iterator[None]:
 def spec_id(spec: OpSpec) -> str:
     options = next((case.options for case in spec.cases if case.options), {})
     texts = [str(v) for v in options.values() if isinstance(v, (str, float)) and not isinstance(v, bool)]
-    tensors = sorted({name for case in spec.cases for name in case.inputs} - {"input", "gate", "up"})
+    names = {name for case in spec.cases for name in case.inputs} - {"input", "gate", "up"}
+    tensors = sorted(name for name in names if not name[-1].isdigit())
     return "-".join((spec.name, *texts, *tensors))
 
 

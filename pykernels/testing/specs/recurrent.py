@@ -1,0 +1,185 @@
+"""The recurrent room's contract. The cases name tensors one by one: x, h0, c0 and the flat weights w0, w1, ..."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec import Case, Input, OpSpec
+
+_GATES = {"rnn": 1, "lstm": 4, "gru": 3}
+
+
+def _flat(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(y for part in result for y in _flat(part))
+
+
+def _weights(arguments: dict[str, Any]) -> list[Tensor]:
+    return [arguments.pop(f"w{i}") for i in range(sum(name[0] == "w" for name in arguments))]
+
+
+def _of_named_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A cell or sequence function as one of the case's tensors; outputs and final states in one flat tuple."""
+    cell = function.__name__.endswith("cell")
+
+    def call(x: Tensor, h0: Tensor | None = None, c0: Tensor | None = None, **arguments: Any) -> tuple[Tensor, ...]:
+        weights = _weights(arguments)
+        hx = h0 if c0 is None else (h0, c0)
+        return _flat(function(x, hx, *weights, **arguments) if cell else function(x, hx, weights, **arguments))
+
+    return call
+
+
+def _torch_sequence(mode: str) -> Callable[..., Any]:
+    """torch.lstm, torch.gru, torch.rnn_tanh or torch.rnn_relu as a function of the case's tensors."""
+
+    def call(
+        x: Tensor, h0: Tensor | None = None, c0: Tensor | None = None, nonlinearity: str = "tanh", **options: Any
+    ) -> Any:
+        weights = _weights(options)
+        layers, both = options.get("num_layers", 1), options.get("bidirectional", False)
+        proj = options.get("proj_size", 0)
+        states = layers * (2 if both else 1)
+        if h0 is None:
+            batch = x.shape[0 if options.get("batch_first") else 1]
+            h0 = x.new_zeros(states, batch, weights[1].shape[1])
+            c0 = x.new_zeros(states, batch, weights[0].shape[0] // 4)
+        biases = len(weights) // states - (proj > 0) == 4
+        function = getattr(torch, f"rnn_{nonlinearity}" if mode == "rnn" else mode)
+        hx = (h0, c0) if mode == "lstm" else h0
+        found = function(x, hx, weights, biases, layers, 0.0, False, both, options.get("batch_first", False))
+        return _flat(found)
+
+    return call
+
+
+def _cell_case(
+    label: str, mode: str, batch: int, size: int, hidden: int, bias: bool = True, scale: float = 1.0
+) -> Case:
+    inputs = {"x": Input((batch, size), scale=scale), "h0": Input((batch, hidden))}
+    if mode == "lstm":
+        inputs["c0"] = Input((batch, hidden), scale=scale)
+    gated = _GATES[mode] * hidden
+    shapes = [(gated, size), (gated, hidden), *([(gated,)] * 2 if bias else [])]
+    return Case(label, {**inputs, **{f"w{i}": Input(s, scale=0.3) for i, s in enumerate(shapes)}})
+
+
+def _cell_cases(mode: str) -> tuple[Case, ...]:
+    return (
+        _cell_case("sample", mode, 3, 33, 1),
+        _cell_case("one", mode, 1, 1, 1),
+        _cell_case("no-bias", mode, 3, 5, 33, bias=False),
+        _cell_case("wide", mode, 17, 20, 100),
+        _cell_case("saturated", mode, 4, 7, 9, scale=60.0),
+        _cell_case("no-rows", mode, 0, 5, 3),
+    )
+
+
+def _case(
+    label: str,
+    mode: str,
+    steps: int,
+    batch: int,
+    size: int,
+    hidden: int,
+    bias: bool = True,
+    state: bool = True,
+    scale: float = 1.0,
+    layout: str = "contiguous",
+    dy: str = "contiguous",
+    **options: Any,
+) -> Case:
+    layers, both, proj = options.get("num_layers", 1), options.get("bidirectional", False), options.get("proj_size", 0)
+    directions, width, gated = 2 if both else 1, proj or hidden, _GATES[mode] * hidden
+    shape = (batch, steps, size) if options.get("batch_first") else (steps, batch, size)
+    inputs = {"x": Input(shape, scale=scale, layout=layout)}
+    if state:
+        inputs["h0"] = Input((layers * directions, batch, width))
+        if mode == "lstm":
+            inputs["c0"] = Input((layers * directions, batch, hidden))
+    shapes: list[tuple[int, ...]] = []
+    for layer in range(layers):
+        for _ in range(directions):
+            shapes += [(gated, width * directions if layer else size), (gated, width)]
+            shapes += [(gated,)] * 2 * bias + [(proj, hidden)] * (proj > 0)
+    inputs |= {f"w{i}": Input(s, scale=0.3) for i, s in enumerate(shapes)}
+    return Case(label, inputs, options, dy)
+
+
+def _cases(mode: str) -> tuple[Case, ...]:
+    extra = [_case("relu", mode, 7, 3, 5, 6, nonlinearity="relu")] if mode == "rnn" else []
+    if mode == "lstm":
+        extra += [
+            _case("projected", mode, 5, 3, 4, 6, proj_size=3),
+            _case("projected-deep", mode, 5, 3, 4, 6, proj_size=2, num_layers=2, bidirectional=True),
+        ]
+    return (
+        _case("sample", mode, 3, 3, 28, 1),
+        _case("one", mode, 1, 1, 1, 1),
+        _case("no-state", mode, 5, 3, 4, 6, state=False),
+        _case("no-bias", mode, 5, 3, 4, 6, bias=False),
+        _case("deep", mode, 5, 3, 4, 6, num_layers=3),
+        _case("both-ways", mode, 5, 3, 4, 6, num_layers=2, bidirectional=True),
+        _case("batch-first", mode, 5, 3, 4, 6, batch_first=True),
+        _case("long", mode, 100, 2, 3, 9),
+        _case("wide", mode, 4, 17, 20, 100),
+        _case("saturated", mode, 6, 3, 4, 6, scale=60.0),
+        _case("no-rows", mode, 4, 0, 3, 5),
+        _case("rows", mode, 5, 3, 4, 6, layout="rows"),
+        _case("dy-expanded", mode, 5, 3, 4, 6, dy="expanded"),
+        *extra,
+    )
+
+
+def _dropout_cases() -> tuple[Case, ...]:
+    """What torch has in another form or not at all: dropout by our mask, and no steps."""
+    options = {"dropout": 0.4, "training": True, "seed": torch.tensor([0x1234_5678_9ABC_DEF])}
+    return (
+        _case("no-steps", "lstm", 0, 3, 4, 6),
+        _case("sample", "lstm", 3, 3, 20, 1, num_layers=2, **options),
+        _case("dropout-deep", "lstm", 5, 3, 4, 6, num_layers=3, bidirectional=True, **options),
+    )
+
+
+def _flops(case: Case, dtype: torch.dtype) -> dict[str, int]:
+    """The matrix products: one for each weight and element of a step forward, two backward."""
+    steps = math.prod(case.inputs["x"].shape[:2])
+    matrices = (x.shape for name, x in case.inputs.items() if name[0] == "w" and len(x.shape) == 2)
+    forward = 2 * steps * sum(math.prod(shape) for shape in matrices)
+    return {"forward": forward, "backward": 2 * forward}
+
+
+_BENCH = ((64, 32, 256), (64, 32, 512), (100, 128, 64))
+
+
+def _cell(name: str, mode: str) -> OpSpec:
+    peer = _of_named_tensors(getattr(torch, name))
+    return OpSpec(name, "recurrent", _cell_cases(mode), peer=peer, long_sums=_LONG, wrap=_of_named_tensors)
+
+
+def _sequence(mode: str) -> OpSpec:
+    bench = tuple(_case(f"T{t}-B{b}-H{h}", mode, t, b, h, h) for t, b, h in _BENCH)
+    peer = _torch_sequence(mode)
+    return OpSpec(
+        mode, "recurrent", _cases(mode), bench, peer, flops=_flops, long_sums=_LONG, wrap=_of_named_tensors
+    )
+
+
+_LONG = frozenset(("x", "h0", "c0", *(f"w{i}" for i in range(24))))
+
+SPECS = (
+    _cell("rnn_tanh_cell", "rnn"),
+    _cell("rnn_relu_cell", "rnn"),
+    _cell("lstm_cell", "lstm"),
+    _cell("gru_cell", "gru"),
+    _sequence("rnn"),
+    _sequence("lstm"),
+    _sequence("gru"),
+    OpSpec(
+        "lstm", "recurrent", _dropout_cases(), extra=frozenset(("seed",)), long_sums=_LONG, wrap=_of_named_tensors
+    ),
+)
