@@ -51,7 +51,8 @@ def dimension(function: str, name: str, dim: object, ndim: int) -> int:
         raise TypeError(f"{function}(): argument '{name}' must be int, not {type(dim).__name__}")
     if not -ndim <= dim < ndim:
         raise IndexError(
-            f"{function}(): argument '{name}' is out of range (expected to be in range of [{-ndim}, {ndim - 1}], but got {dim})"
+            f"{function}(): argument '{name}' is out of range "
+            f"(expected to be in range of [{-ndim}, {ndim - 1}], but got {dim})"
         )
     return dim % ndim
 

@@ -1,7 +1,7 @@
 """Defines operators in the `pykernels` namespace: one schema, one overload per backend, one fake, all in Python.
 
-The dispatcher cannot choose between backends (native CPU code, the emulator and interpreted Triton all take CPU tensors)
-and a choice made through a global would not be recorded in a compiled graph; so the backend is part of the operator's
+The dispatcher cannot choose between backends (native CPU code, the emulator and interpreted Triton all take CPU
+tensors) and a choice made through a global would not be recorded in a compiled graph; so the backend is part of the operator's
 name, `torch.ops.pykernels.unary_forward.cpu`. The native CPU implementations add themselves when `_cpu_ext` loads.
 """
 
@@ -19,7 +19,7 @@ LIBRARY = Library("pykernels", "DEF")
 _KEYS = {"triton": ("CPU", "CUDA"), "cuda": ("CUDA",), "emulator": ("CPU",)}
 
 DEFINED: dict[str, Sequence[str]] = {}
-"""Operator name -> names of its tensor arguments that a sharding rule may treat elementwise (see integrations/dtensor)."""
+"""Operator name -> its tensor arguments, for those that are elementwise in all of them (see integrations/dtensor)."""
 
 
 def define(

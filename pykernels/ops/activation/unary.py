@@ -58,7 +58,7 @@ def _unary_inplace(function: str, input: Tensor, activation: str, alpha: float, 
 
 
 def _unusual(function: str, input: Tensor, activation: str, alpha: float, inplace: bool, backend: str | None) -> Tensor:
-    """Arguments no kernel serves: what torch computes (relu of integers, sigmoid and tanh of anything) the reference does."""
+    """Arguments no kernel serves. What torch computes (relu of integers, sigmoid and tanh of anything) is computed."""
     _check.tensor(function, "input", input)
     complex_ok = input.is_complex() and activation in ("sigmoid", "tanh", "silu")
     integral = not input.is_complex() and not input.is_floating_point()
@@ -69,7 +69,7 @@ def _unusual(function: str, input: Tensor, activation: str, alpha: float, inplac
         _check.floating(function, "input", input)
     if backend not in (None, "auto", "reference"):
         raise _backends.BackendError(
-            f"{function}(): backend {backend!r} cannot serve this call: its kernels are for real floats, not {input.dtype}"
+            f"{function}(): backend {backend!r} cannot serve this call: kernels are for real floats, not {input.dtype}"
         )
     ROOM.resolve(function, "reference", input)
     result = REFERENCE[activation](input, alpha)
@@ -215,8 +215,8 @@ def _parametric(
     channels = input.shape[1] if input.dim() > 1 else 1
     if weight.numel() not in (1, channels):
         raise RuntimeError(
-            f"{function}(): mismatch of parameter numbers and input channel size: '{name}' has {weight.numel()} elements, "
-            f"allowed are 1 and {channels} (dimension 1 of 'input')"
+            f"{function}(): mismatch of parameter numbers and input channel size: '{name}' has {weight.numel()} "
+            f"elements, allowed are 1 and {channels} (dimension 1 of 'input')"
         )
     backend = ROOM.resolve(function, backend, input)
     if backend == "reference":
@@ -239,9 +239,9 @@ def rrelu(
 ) -> Tensor:
     """Randomised leaky ReLU: y = x if x > 0 else slope * x. As `torch.nn.functional.rrelu`. Xu et al., 2015.
 
-    In training slope is uniform in [lower, upper), drawn anew for each element; otherwise it is (lower + upper) / 2. The
-    draw is addressed by the element's position, so it is the same for every backend, tile size and replay of one seed;
-    it is recomputed in backward, nothing of it is stored. It is not torch's stream: equality holds in distribution.
+    In training slope is uniform in [lower, upper), drawn anew for each element; otherwise it is (lower + upper) / 2.
+    The draw is addressed by the element's position, so it is the same for every backend, tile size and replay of one
+    seed; it is recomputed in backward, nothing of it is stored. Not torch's stream: equality holds in distribution.
 
     Args:
         input: any shape and strides; float32, float16, bfloat16, float64.
