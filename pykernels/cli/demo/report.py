@@ -29,6 +29,10 @@ h3 { font-size: 1.05rem; margin: 0; } p { margin: .3em 0; max-width: 48rem; }
 th, td { padding: .3em .6em; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th:first-child, td:first-child, .left td, .left th { text-align: left; } .left td { white-space: normal; }
 tr.group td { font-weight: 600; padding-top: 1.1em; text-align: left; white-space: normal; }
+td:first-child { overflow-wrap: anywhere; }
+.model h4 { white-space: nowrap; flex-wrap: wrap; gap: 0 .6em; }
+@media (max-width: 480px) { body { padding: 16px 10px 32px; } table { font-size: .72rem; } .model { padding: 12px; }
+  th, td { padding: .3em .25em; } .left td { min-width: 4em; } .model h4 { font-size: .8rem; } }
 .good { color: var(--good); } .bad { color: var(--bad); font-weight: 700; }
 """
 

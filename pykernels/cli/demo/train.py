@@ -6,14 +6,13 @@ timing: one thread, chunks of steps in the order A B B A, this thread's CPU time
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import nn
 
 from ...testing.compare import Comparison, compare
 from ...testing.memory import peak_bytes
+from ...testing.timing import Timing, one_thread
 from .models import Kind, gradients, modules
 from .tasks import Batch, Task
 
@@ -85,12 +85,7 @@ class Outcome:
     @property
     def speed_ratio(self) -> tuple[float, float, float]:
         """Median, 20th and 80th percentile over the rounds of (stock's time / ours)."""
-        pairs = zip(_steady(self.stock.seconds), _steady(self.ours.seconds), strict=True)
-        ratios = [a / b for a, b in pairs]
-        if len(ratios) < 2:
-            return ratios[0], ratios[0], ratios[0]
-        fifths = quantiles(ratios, n=5, method="inclusive")
-        return median(ratios), fifths[0], fifths[-1]
+        return Timing.of(_steady(self.ours.seconds)).ratio(Timing.of(_steady(self.stock.seconds)))
 
     @property
     def memory_ratio(self) -> float:
@@ -101,17 +96,6 @@ class Outcome:
 def _steady(seconds: list[float]) -> list[float]:
     """Without the first round, which warms up caches and the allocator."""
     return seconds[1:] or seconds
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """torch on one thread: what it computes does not depend on the machine, and CPU time means work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def train_both(

@@ -1,0 +1,219 @@
+"""One row of a benchmark: an operator at one shape and dtype, against torch eager and torch.compile, checked first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._backends import explain
+from .memory import saved_bytes
+from .run import check_case
+from .spec import Case, OpSpec
+from .timing import Timing, copy_function, measure, one_thread
+
+DIRECTIONS = ("forward", "backward", "forward+backward")
+OURS, COPY = "pykernels", "copy"
+
+
+@dataclass
+class Row:
+    """One operator, shape, dtype and direction.
+
+    Attributes:
+        backend: that served pykernels' call.
+        seconds: provider -> Timing; empty where the check failed: a wrong kernel has no speed.
+        moved: bytes the operator must move in this direction, by its spec; None where the spec does not say.
+        saved: provider -> bytes kept for backward beyond the inputs.
+        failures: of the check, or of a peer that could not be compiled ("compile: ...").
+    """
+
+    op: str
+    shape: str
+    dtype: str
+    direction: str
+    backend: str
+    seconds: dict[str, Timing] = field(default_factory=dict)
+    moved: int | None = None
+    saved: dict[str, int] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    correct: bool = True
+
+    @property
+    def peer(self) -> str | None:
+        """The fastest of the others."""
+        others = [name for name in self.seconds if name not in (OURS, COPY)]
+        return min(others, key=lambda name: self.seconds[name].median, default=None)
+
+    @property
+    def ratio(self) -> tuple[float, float, float] | None:
+        """The best peer's time / ours: median, p20, p80."""
+        return self.seconds[OURS].ratio(self.seconds[self.peer]) if self.peer else None
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Bytes a second."""
+        return self.moved / self.seconds[OURS].median if self.moved and OURS in self.seconds else None
+
+    @property
+    def of_limit(self) -> float | None:
+        """Time of a copy that moves as much / ours."""
+        if COPY not in self.seconds or OURS not in self.seconds:
+            return None
+        return self.seconds[COPY].median / self.seconds[OURS].median
+
+    def as_dict(self) -> dict[str, Any]:
+        timings = {name: {"median": t.median, "p20": t.p20, "p80": t.p80} for name, t in self.seconds.items()}
+        plain = {name: value for name, value in asdict(replace(self, seconds={})).items() if name != "seconds"}
+        ratio = dict(zip(("median", "p20", "p80"), self.ratio, strict=True)) if self.ratio else None
+        derived = {"best_peer": self.peer, "ratio": ratio, "bytes_per_second": self.bandwidth}
+        return {**plain, "seconds": timings, **derived, "fraction_of_copy_limit": self.of_limit}
+
+
+@contextmanager
+def _retained_graphs() -> Iterator[None]:
+    """A compiled backward may give its buffers away and then cannot run twice; it is timed more than once."""
+    from torch._functorch import config
+
+    with config.patch(donated_buffer=False):
+        yield
+
+
+def rows(
+    spec: OpSpec,
+    case: Case,
+    dtype: torch.dtype,
+    *,
+    label: str | None = None,
+    backend: str | None = None,
+    device: str = "cpu",
+    compile_modes: tuple[str, ...] = ("default",),
+    rounds: int = 20,
+    seconds: float = 3.0,
+    step: Callable[[str], None] = lambda direction: None,
+) -> list[Row]:
+    """The three directions of one case; peers are torch eager and torch.compile in the modes given.
+
+    Args:
+        label: name of the row; default the operator's.
+        step: called before each direction is timed.
+    """
+    with one_thread(), _retained_graphs():
+        return _rows(spec, case, dtype, label or spec.name, backend, device, compile_modes, rounds, seconds, step)
+
+
+def _rows(
+    spec: OpSpec,
+    case: Case,
+    dtype: torch.dtype,
+    label: str,
+    backend: str | None,
+    device: str,
+    compile_modes: tuple[str, ...],
+    rounds: int,
+    seconds: float,
+    step: Callable[[str], None],
+) -> list[Row]:
+    inputs = case.make(dtype, device)
+    served = explain(spec.function, **inputs, **case.options, backend=backend).backend
+    name = str(dtype).removeprefix("torch.")
+    found = [Row(label, case.label, name, direction, served) for direction in DIRECTIONS]
+    failures = [one.why for one in check_case(spec, case, served, dtype, device) if not one.passed]
+    if failures:
+        for row in found:
+            row.correct, row.failures = False, failures
+        return found
+    calls, unavailable = _providers(spec, case, inputs, served, compile_modes)
+    moved = spec.bytes_moved(case, dtype) if spec.bytes_moved else {}
+    for row in found:
+        step(row.direction)
+        row.failures = unavailable
+        row.moved = moved.get(row.direction) or sum(moved.values()) or None
+        functions = {provider: call.direction(row.direction) for provider, call in calls.items()}
+        if row.moved:
+            functions[COPY] = copy_function(row.moved, device)
+        row.seconds = measure(functions, rounds, seconds=seconds, device=device)
+        row.saved = {provider: call.saved for provider, call in calls.items() if provider in (OURS, "eager")}
+    return found
+
+
+class _Call:
+    """One provider's function bound to leaves of its own."""
+
+    def __init__(self, function: Callable[..., Tensor], case: Case, inputs: dict[str, Tensor]) -> None:
+        self.leaves = {
+            name: x.detach().clone().requires_grad_(case.inputs[name].grad and x.is_floating_point())
+            for name, x in inputs.items()
+        }
+        self.wanted = [x for x in self.leaves.values() if x.requires_grad]
+        self.function = function
+        self.output = self.forward()
+        self.dy = case.make_gradient(self.output)
+
+    def forward(self) -> Tensor:
+        return self.function(**self.leaves)
+
+    def backward(self) -> Any:
+        return torch.autograd.grad(self.output, self.wanted, self.dy, retain_graph=True)
+
+    def both(self) -> Any:
+        return torch.autograd.grad(self.forward(), self.wanted, self.dy)
+
+    def direction(self, name: str) -> Callable[[], Any]:
+        return {"forward": self.forward, "backward": self.backward, "forward+backward": self.both}[name]
+
+    @property
+    def saved(self) -> int:
+        return saved_bytes(self.forward, self.leaves.values())
+
+
+def _providers(
+    spec: OpSpec, case: Case, inputs: dict[str, Tensor], backend: str, compile_modes: tuple[str, ...]
+) -> tuple[dict[str, _Call], list[str]]:
+    def ours(**leaves: Tensor) -> Tensor:
+        return spec.function(**leaves, **case.options, backend=backend)
+
+    def eager(**leaves: Tensor) -> Tensor:
+        return spec.call_peer(**leaves, **case.options)
+
+    calls, unavailable = {OURS: _Call(ours, case, inputs), "eager": _Call(eager, case, inputs)}, []
+    for mode in compile_modes:
+        provider = "compile" if mode == "default" else mode
+        torch.compiler.reset()
+        try:
+            call = _Call(torch.compile(eager, mode=mode, dynamic=False), case, inputs)
+            call.both()
+        except Exception as error:  # the compiler needs a C++ compiler (CPU) or triton (GPU) of its own
+            unavailable.append(f"{provider}: {type(error).__name__}: {str(error).splitlines()[0]}")
+        else:
+            calls[provider] = call
+    return calls, unavailable
+
+
+def overhead(spec: OpSpec, case: Case, rounds: int = 20) -> dict[str, dict[str, Timing]]:
+    """What a call costs when there is next to nothing to compute: the case's options at a shape of 2 x 4.
+
+    Returns:
+        "no grad", "forward", "forward+backward" -> {"pykernels", "eager"} -> Timing.
+    """
+    tiny = Case("tiny", {name: replace(one, shape=(2, 4)) for name, one in case.inputs.items()}, case.options)
+    inputs = tiny.make(torch.float32)
+
+    def ours(**leaves: Tensor) -> Tensor:
+        return spec.function(**leaves, **tiny.options)
+
+    def eager(**leaves: Tensor) -> Tensor:
+        return spec.call_peer(**leaves, **tiny.options)
+
+    found = {}
+    with one_thread():
+        calls = {OURS: _Call(ours, tiny, inputs), "eager": _Call(eager, tiny, inputs)}
+        with torch.no_grad():
+            found["no grad"] = measure({name: call.forward for name, call in calls.items()}, rounds)
+        found["forward"] = measure({name: call.forward for name, call in calls.items()}, rounds)
+        found["forward+backward"] = measure({name: call.both for name, call in calls.items()}, rounds)
+    return found
