@@ -26,8 +26,8 @@ BACKENDS = ("cpu", "triton", "cuda", "emulator")
 """The backends with kernels; "reference" (pure torch) is always there."""
 
 PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
-"""Order of `auto` by device type; the reference is last everywhere. On the CPU the native kernels lead because they
-were measured ahead of torch's own there (benchmarks/results). On GPUs Triton leads until a GPU record says otherwise."""
+"""Order of `auto` by device type; the reference is last everywhere. On the CPU the native kernels lead: measured ahead of
+torch's own (benchmarks/results). On GPUs Triton leads until a GPU record says otherwise."""
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 DEFAULT = os.environ.get("PYKERNELS_BACKEND") or None  # read once, at import
@@ -165,7 +165,7 @@ def _find_cuda(room: str, kind: str) -> tuple[Any, str | None]:
         return None, f"the {room} room has no CUDA C++ kernels yet"
     from ._cuda._extension import Extension
 
-    extension = Extension(kind)
+    extension = Extension(f"_{kind}_ext")
     return (_Bound(module, extension), None) if extension.available else (None, extension.reason)
 
 

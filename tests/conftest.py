@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite. Without a GPU every Triton kernel runs on the repaired interpreter, CUDA C++ on the emulator."""
+"""Fixtures of the whole suite. Without a GPU Triton runs on the repaired interpreter, CUDA C++ on the emulator."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..ops import activation as ops
 
 __all__ = [
-    "ELU", "GEGLU", "GELU", "GLU", "Bilinear", "LeakyReLU", "PReLU", "RReLU", "ReGLU", "ReLU", "SiLU", "Sigmoid", "SwiGLU",
-    "Swish", "Tanh",
+    "ELU", "GEGLU", "GELU", "GLU", "Bilinear", "LeakyReLU", "PReLU", "RReLU", "ReGLU", "ReLU", "SiLU", "Sigmoid",
+    "SwiGLU", "Swish", "Tanh",
 ]  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """Defines operators in the `pykernels` namespace: one schema, one overload per backend, one fake, all in Python.
 
 The dispatcher cannot choose between backends (native CPU code, the emulator and interpreted Triton all take CPU
-tensors) and a choice made through a global would not be recorded in a compiled graph; so the backend is part of the operator's
-name, `torch.ops.pykernels.unary_forward.cpu`. The native CPU implementations add themselves when `_cpu_ext` loads.
+tensors) and a choice made through a global would not be recorded in a compiled graph; so the backend is part of the
+operator's name, `torch.ops.pykernels.unary_forward.cpu`. Native CPU implementations add themselves when `_cpu_ext`
+loads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The pure-torch twins of `pykernels.functional`: same names, same arguments (without `backend`), any device, any dtype."""
+"""The pure-torch twins of `pykernels.functional`: same names and arguments (no `backend`), any device, any dtype."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def silu(input: Tensor) -> Tensor:
 
 @_rounded_once
 def swish(input: Tensor, beta: float | Tensor = 1.0) -> Tensor:
-    """x * sigmoid(beta * x), beta a number, or a tensor of 1 or C elements along dimension 1. Ramachandran et al., 2017."""
+    """x * sigmoid(beta * x), beta a number or a tensor of 1 or C elements (dimension 1). Ramachandran et al., 2017."""
     return input * torch.sigmoid((_per_channel(beta, input) if isinstance(beta, Tensor) else beta) * input)
 
 

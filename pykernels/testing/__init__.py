@@ -1,1 +1,1 @@
-"""What proves the kernels: the contract of each operator as data, the rule of equality, timing, Triton's interpreter."""
+"""What proves the kernels: each operator's contract as data, the rule of equality, timing, Triton's interpreter."""

@@ -1,0 +1,160 @@
+"""The house's rules: who may import whom, file sizes, what must not exist."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pykernels.testing.spec import ROOMS
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 500
+SOURCES = [
+    ROOT / line
+    for line in subprocess.check_output(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True
+    ).splitlines()
+    if (ROOT / line).is_file()
+]
+PYTHON = [p for p in SOURCES if p.suffix == ".py"]
+
+
+def module_of(path: Path) -> str:
+    relative = path.relative_to(ROOT).with_suffix("")
+    parts = ["pykernels", "_triton", *relative.parts[1:]] if relative.parts[0] == "kernels" else list(relative.parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path, text: str | None = None) -> set[str]:
+    """Absolute names of everything a file imports, anywhere in it."""
+    module = module_of(path)
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(text if text is not None else path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            found.update({name, *(f"{name}.{alias.name}" for alias in node.names)})
+    return found
+
+
+def room_of(module: str) -> str | None:
+    return next((part for part in module.split(".") if part in ROOMS), None)
+
+
+FLOORS = {
+    # floor: what of pykernels it may import (prefixes), beside its own package's helpers
+    "pykernels.reference": ("pykernels.reference",),
+    "pykernels._triton": ("pykernels._triton",),
+    "pykernels._cuda": ("pykernels._cuda", "pykernels._cuda_ext", "pykernels._emulator_ext"),
+    "pykernels._cpu": ("pykernels._cpu", "pykernels._cpu_ext"),
+    "pykernels.ops": (
+        "pykernels.ops",
+        "pykernels._backends",
+        "pykernels.reference",
+        "pykernels._triton",
+        "pykernels._cuda",
+        "pykernels._cpu",
+    ),
+    "pykernels.nn": ("pykernels.nn", "pykernels.ops", "pykernels._backends"),
+}
+
+
+def violations(path: Path, text: str | None = None) -> list[str]:
+    module = module_of(path)
+    floor = next((f for f in FLOORS if module == f or module.startswith(f + ".")), None)
+    if floor is None:
+        return []
+    wrong = []
+    for name in imports_of(path, text):
+        if name != "pykernels" and not name.startswith("pykernels."):
+            continue
+        if name == "pykernels" or not name.startswith(FLOORS[floor]):
+            # `from .. import reference` names the package itself first
+            if not any(allowed.startswith(name + ".") or allowed == name for allowed in FLOORS[floor]):
+                wrong.append(f"{module} imports {name}")
+        elif name.startswith(floor) and room_of(module) and room_of(name) not in (None, room_of(module)):
+            wrong.append(f"{module} imports another room, {name}")
+    return wrong
+
+
+def test_floors_import_only_what_they_may() -> None:
+    wrong = [w for path in PYTHON for w in violations(path)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("kernels/activation.py", "from ..reference import activation"),
+        ("pykernels/_cpu/activation.py", "from .._triton import activation"),
+        ("pykernels/reference/attention.py", "from ..ops import attention"),
+        ("pykernels/reference/attention.py", "from .recurrent import lstm"),
+        ("pykernels/nn/attention.py", "from ..reference import attention"),
+    ],
+)
+def test_a_forbidden_import_is_seen(path: str, line: str) -> None:
+    assert violations(ROOT / path, line)
+
+
+def test_no_file_is_long() -> None:
+    kinds = {".py", ".cu", ".h", ".cpp", ".inc", ".sh"}
+    long = {
+        str(p.relative_to(ROOT)): n
+        for p in SOURCES
+        if p.suffix in kinds and (n := len(p.read_text().splitlines())) > LIMIT
+    }
+    assert not long, f"over {LIMIT} lines: {long}"
+
+
+def test_kernels_folder_is_no_package() -> None:
+    """kernels/__init__.py would shadow, or be broken by, the PyPI package `kernels`."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "pykernels" / "_triton").is_symlink()
+
+
+def test_cuda_kernels_include_no_torch_and_no_ptx() -> None:
+    for path in (ROOT / "csrc" / "cuda").glob("*"):
+        text = path.read_text()
+        assert "<torch/" not in text and "<ATen/" not in text, path
+        if path.suffix == ".cu":
+            assert "asm(" not in text and "asm volatile" not in text and "<<<" not in text, path
+
+
+def test_public_names_are_the_same_everywhere() -> None:
+    """pk.functional and pk.reference hold the same operators; everything public is in an __all__."""
+    from pykernels import functional, reference
+
+    public = {n for n in vars(functional) if not n.startswith("_") and callable(getattr(functional, n))}
+    assert public == {n for n in vars(reference) if not n.startswith("_") and callable(getattr(reference, n))}
+
+
+def test_two_environment_variables() -> None:
+    """PYKERNELS_BACKEND and PYKERNELS_BUILD, and no others of ours."""
+    ours = {
+        word.strip("\"'`.,:;()[]=")
+        for p in SOURCES
+        if p.suffix in (".py", ".cpp", ".h", ".cu")
+        for word in p.read_text().split()
+        if word.strip("\"'`.,:;()[]=").startswith("PYKERNELS_")
+    }
+    names = {name.split("=")[0] for name in ours if name.split("=")[0].isupper()}
+    assert names <= {"PYKERNELS_BACKEND", "PYKERNELS_BUILD"}, names
+
+
+def test_import_is_light() -> None:
+    """Importing pykernels after torch stays below 0.3 s and pulls in neither DTensor nor the compiler."""
+    code = (
+        "import sys, torch, time; before = set(sys.modules); t = time.perf_counter(); import pykernels; "
+        "print(time.perf_counter() - t); new = set(sys.modules) - before; "
+        "print(*[m for m in ('torch.distributed.tensor', 'torch._inductor', 'pykernels.testing') if m in new])"
+    )
+    seconds, modules = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split("\n")[:2]
+    assert not modules, modules
+    assert float(seconds) < 1.5, f"{seconds} s (the target is 0.3 s on a quiet machine)"

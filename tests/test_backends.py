@@ -1,0 +1,157 @@
+"""The registry: choice, refusal, explanation; and that nothing falls back when it was named."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import pykernels as pk
+from pykernels import _backends
+from pykernels.ops.activation._functions import ROOM
+
+ROOT = Path(__file__).parent.parent
+f = pk.functional
+
+
+def test_every_floor_was_built() -> None:
+    """A missing floor must not pass for a green one: on a machine without a GPU these three execute everything."""
+    if torch.cuda.is_available():
+        assert {"cpu", "triton", "cuda"} <= set(ROOM.modules), ROOM.absent
+    else:
+        assert {"cpu", "triton", "emulator"} <= set(ROOM.modules), ROOM.absent
+
+
+def test_auto_takes_the_native_kernels_on_the_cpu() -> None:
+    x = torch.randn(3)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        assert ROOM.resolve("gelu", None, x.to(dtype)) == "cpu"
+    assert ROOM.resolve("gelu", "auto", x) == "cpu"
+    assert ROOM.resolve("gelu", "reference", x) == "reference"
+    assert ROOM.resolve("gelu", None, x.to("meta")) == "reference"
+    assert f.gelu(x.to("meta")).shape == x.shape
+
+
+def test_explain_tells_the_choice_and_every_refusal_without_running() -> None:
+    x = torch.randn(3)
+    found = pk.explain(f.gelu, x)
+    assert (found.function, found.room, found.backend) == ("gelu", "activation", "cpu")
+    assert set(found.refused) == {"triton", "cuda", "emulator"} and all(found.refused.values())
+    assert "gelu (activation): cpu" in str(found) and "not emulator: runs only when named" in str(found)
+    assert pk.explain(pk.nn.GELU(), x).backend == "cpu"
+    assert pk.explain(f.gelu, x.double(), backend="reference").backend == "reference"
+    with pytest.raises(TypeError, match="approximate|must be Tensor"):
+        pk.explain(f.gelu, "x")
+    with pytest.raises(TypeError, match="did not choose a backend"):
+        pk.explain(torch.relu, x)
+    leaf = torch.randn(3)
+    pk.explain(f.relu, leaf, inplace=True)
+    assert (leaf == leaf).all() and leaf._version == 0, "explain must not run the call"
+
+
+def test_explain_in_one_thread_leaves_the_others_alone() -> None:
+    x, results, stop = torch.randn(3), [], threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            results.append(f.gelu(x))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    for _ in range(200):
+        pk.explain(f.gelu, x)
+    stop.set()
+    thread.join()
+    assert results and all(torch.equal(r, results[0]) for r in results)
+
+
+def test_a_named_backend_never_falls_back() -> None:
+    with pytest.raises(pk.BackendError, match="backend 'triton' cannot serve this call: .*float64"):
+        f.gelu(torch.randn(3).double(), backend="triton")
+    with pytest.raises(pk.BackendError, match="backend 'cuda' cannot serve this call"):
+        f.gelu(torch.randn(3), backend="cuda")
+    with pytest.raises(
+        ValueError, match="backend must be one of auto, cpu, triton, cuda, emulator, reference, not 'gpu'"
+    ):
+        f.gelu(torch.randn(3), backend="gpu")
+    assert issubclass(pk.BackendError, RuntimeError)
+
+
+def test_transforms_are_served_by_the_reference_and_a_named_backend_refuses() -> None:
+    x = torch.randn(4)
+    torch.testing.assert_close(
+        torch.func.grad(lambda v: f.gelu(v).sum())(x), torch.func.grad(lambda v: torch.nn.functional.gelu(v).sum())(x)
+    )
+    with pytest.raises(pk.BackendError, match=r"torch\.func transform"):
+        torch.func.grad(lambda v: f.gelu(v, backend="cpu").sum())(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        assert torch.autograd.forward_ad.unpack_dual(f.gelu(dual)).tangent is not None
+        with pytest.raises(pk.BackendError, match="forward-mode"):
+            f.gelu(dual, backend="cpu")
+    found = torch.func.vmap(lambda v: v + (pk.explain(f.gelu, v).backend == "reference"))(x)
+    assert torch.equal(found, x + 1)
+    compiled = torch.compile(torch.func.grad(lambda v: f.gelu(v).sum()), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), torch.func.grad(lambda v: f.gelu(v).sum())(x))
+
+
+def _python(code: str, **environment: str) -> str:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    outcome = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr
+    return outcome.stdout.strip()
+
+
+def test_environment_names_the_default_backend() -> None:
+    code = "import torch, pykernels as pk; x = torch.randn(3); print(pk.explain(pk.functional.gelu, x).backend)"
+    assert _python(code, PYKERNELS_BACKEND="reference") == "reference"
+    code = (
+        "import torch, pykernels as pk\n"
+        "try: pk.functional.gelu(torch.randn(3))\n"
+        "except pk.BackendError as error: print(error)"
+    )
+    assert "backend 'cuda' cannot serve this call" in _python(code, PYKERNELS_BACKEND="cuda")
+
+
+def test_without_any_extension_or_triton_the_reference_serves() -> None:
+    """A compiler-less install has the same operators and results."""
+    code = """
+import importlib.abc, sys
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.startswith("pykernels._") and name.endswith("_ext"):
+            raise ModuleNotFoundError(name=name)
+sys.meta_path.insert(0, Absent())
+import torch, pykernels as pk
+x = torch.randn(5)
+torch.testing.assert_close(pk.functional.gelu(x), torch.nn.functional.gelu(x))
+found = pk.explain(pk.functional.gelu, x)
+print(found.backend, "|", found.refused["cpu"], "|", hasattr(torch.ops.pykernels.unary_forward, "cpu"))
+"""
+    backend, reason, defined = _python(code).split(" | ")
+    assert backend == "reference" and defined == "True"
+    assert "_cpu_ext is not built" in reason and "pip install" in reason
+
+
+def test_an_extension_built_for_another_torch_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "_cpu_ext.torch").write_text("1.0.0\n")
+    monkeypatch.setattr(_backends, "__file__", str(tmp_path / "_backends.py"))
+    _, reason = _backends._find_cpu("activation")
+    assert reason is not None and "built for torch 1.0.0" in reason and "rebuild: pip install" in reason
+
+
+def test_an_import_error_of_ours_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a module that is not there counts as absent; anything else would hide a bug."""
+
+    def broken(name: str, package: str | None = None) -> object:
+        raise ModuleNotFoundError("No module named 'typo'", name="typo")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(ModuleNotFoundError, match="typo"):
+        _backends._find_cuda("activation", "emulator")

@@ -1,0 +1,115 @@
+"""The suite can fail: kernels with planted mistakes, each of which the contract must find."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICE
+from torch import Tensor
+
+from pykernels.ops.activation import _functions as fn
+from pykernels.testing.compare import assert_equal, compare
+from pykernels.testing.run import check_case
+from pykernels.testing.spec import OpSpec, load
+
+NAME = {(s.name, tuple(s.cases[0].options.values())): s for s in load("activation")}
+GELU, SWIGLU, GLU = NAME["gelu", ()], NAME["swiglu", ()], NAME["glu", (-1,)]
+BACKEND = "cpu" if DEVICE == "cpu" else "triton"
+
+
+def caught(spec: OpSpec, dtype: torch.dtype = torch.float32) -> bool:
+    return not all(c.passed for case in spec.cases for c in check_case(spec, case, BACKEND, dtype, DEVICE))
+
+
+@pytest.fixture
+def plant(
+    monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> Iterator[Callable[[dict[str, Any], Callable[..., Any]], None]]:
+    """plant(kernel table, wrong): the table's kernel becomes wrong(kernel, *arguments)."""
+
+    def planting(table: dict[str, Any], wrong: Callable[..., Any]) -> None:
+        kernel = table[BACKEND]
+        monkeypatch.setitem(table, BACKEND, lambda *arguments: wrong(kernel, *arguments))
+
+    yield planting
+
+
+def test_the_right_kernels_pass() -> None:
+    assert not caught(GELU) and not caught(SWIGLU) and not caught(GLU)
+
+
+def _as_if_contiguous(dy: Tensor) -> Tensor:
+    """dy's memory read in order, whatever its strides: what a kernel without a stride check does."""
+    big_enough = dy.untyped_storage().nbytes() >= dy.numel() * dy.element_size()
+    return dy.as_strided(dy.shape, torch.empty(dy.shape).stride()) if big_enough else dy
+
+
+MISTAKES: dict[str, tuple[OpSpec, dict[str, Any], Callable[..., Any]]] = {
+    "wrong sign of the gradient": (GELU, fn.unary_backward, lambda k, *a: -k(*a)),
+    "missing factor": (GELU, fn.unary_backward, lambda k, *a: k(*a) * 0.999),
+    "the tanh form in place of erf": (GELU, fn.unary_forward, lambda k, x, act, alpha: k(x, "gelu_tanh", alpha)),
+    "gradient reads the output": (GELU, fn.unary_backward, lambda k, dy, x, *a: k(dy, torch.nn.functional.gelu(x), *a)),
+    "halves swapped": (GLU, fn.glu_forward, lambda k, x, dim, act, first: k(x, dim, act, not first)),
+    "gradients swapped": (SWIGLU, fn.gated_backward, lambda k, *a: k(*a)[::-1]),
+    "strides ignored": (
+        GELU,
+        fn.unary_backward,
+        lambda k, dy, x, *a: k(_as_if_contiguous(dy), x, *a),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_is_found(mistake: str, plant: Callable[..., None]) -> None:
+    spec, table, wrong = MISTAKES[mistake]
+    plant(table, wrong)
+    assert caught(spec)
+
+
+def test_an_unwritten_element_is_found(plant: Callable[..., None]) -> None:
+    def last_unwritten(kernel: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+        y = kernel(x, *rest)
+        out = torch.empty_like(y)
+        if y.numel() > 1:
+            out.view(-1)[:-1] = y.view(-1)[:-1] if y.is_contiguous() else y.reshape(-1)[:-1]
+            return out
+        return y
+
+    plant(fn.gated_forward, lambda kernel, gate, up, act: last_unwritten(kernel, gate, up, act))
+    assert caught(SWIGLU)
+
+
+def test_one_wrong_element_in_low_precision_is_found(plant: Callable[..., None]) -> None:
+    def off_by_a_bit(kernel: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+        y = kernel(x, *rest).clone()
+        if y.numel() > 500:
+            y.view(-1)[499] += 0.05 * y.abs().nan_to_num(0).max()
+        return y
+
+    plant(fn.unary_forward, off_by_a_bit)
+    assert caught(GELU, torch.bfloat16)
+
+
+def test_the_rule_itself() -> None:
+    oracle = torch.linspace(-3, 3, 101, dtype=torch.float64)
+    good = oracle.float()
+    assert compare("x", good, oracle, good).passed
+    assert not compare("x", good * (1 + 1e-6), oracle, good).passed
+    assert compare("x", good * (1 + 1e-6), oracle, good * (1 - 1e-6)).passed, "torch's own error calibrates"
+    biased = good + 2e-5
+    assert not compare("x", biased, oracle, good + 1.1e-5).passed or not compare("x", biased * 1.1, oracle, good).passed
+    assert not compare("x", good[:-1], oracle, good).passed
+    for special in (float("nan"), float("inf")):
+        spoiled = good.clone()
+        spoiled[7] = special
+        outcome = compare("dq", spoiled, oracle, good)
+        assert not outcome.passed and outcome.why.startswith("dq: ") and "(7,)" in outcome.why
+        wide = oracle.clone()
+        wide[7] = special
+        assert compare("dq", spoiled, wide, good).passed and not compare("dq", good, wide, good).passed
+    with pytest.raises(AssertionError, match=r"dv: error .* at \(100,\)"):
+        assert_equal("dv", good + torch.eye(101)[100] * 0.1, oracle, good)
+    assert compare("x", torch.full((2,), 1e5, dtype=torch.float16), torch.full((2,), 1e5, dtype=torch.float64)).passed
