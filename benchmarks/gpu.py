@@ -1,0 +1,204 @@
+"""`make gpu`: build for the GPU that is here, run the contract on it, measure, write a record.
+
+    python benchmarks/gpu.py                    everything, inside nine minutes
+    python benchmarks/gpu.py --only bench       one step or several (build, tests, sanitizer, bench), e.g. to resume
+
+Needs no network: what is missing (compute-sanitizer, pytest-xdist) is left out and said so. Each step has its share of
+the time; a step that runs out of it is recorded as such, with what it had printed. The summary table is printed last and
+the record is benchmarks/results/<gpu>-<date>.json. Without a GPU: exit code 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+# seconds for each step; together under nine minutes
+SHARE = {"build": 150, "tests": 170, "sanitizer": 50, "bench": 150}
+GPU_TESTS = ("tests/test_contract.py", "tests/test_activation.py", "tests/test_backends.py")
+
+
+def run(command: list[str], seconds: float, **environment: str) -> dict[str, Any]:
+    """Runs one step; its exit code, time, and the end of what it printed."""
+    print(f"\n$ {' '.join(command)}", flush=True)
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | environment,
+            timeout=seconds,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        code, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as late:
+        text = late.stdout or b""
+        code, output = 124, (text.decode(errors="replace") if isinstance(text, bytes) else text) + "\n(out of time)"
+    except FileNotFoundError as missing:
+        code, output = 127, str(missing)
+    taken = time.monotonic() - start
+    print(output[-4000:], flush=True)
+    return {"exit_code": code, "seconds": round(taken, 1), "output_tail": output[-12000:], "output": output}
+
+
+def step_build(seconds: float) -> dict[str, Any]:
+    """The CUDA module for this GPU alone, and the CPU module; no pip, no network."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    number = f"{major}.{minor}" + ("a" if (major, minor) == (9, 0) else "")
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    return run(command, seconds, TORCH_CUDA_ARCH_LIST=number, PYKERNELS_BUILD="auto")
+
+
+def step_tests(seconds: float) -> dict[str, Any]:
+    command = [sys.executable, "-m", "pytest", "-q", *GPU_TESTS]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "6"]
+    outcome = run(command, seconds)
+    counts = {
+        word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", outcome["output"][-400:])
+    }
+    outcome["counts"] = counts
+    outcome["failed"] = re.findall(r"^FAILED (\S+)", outcome["output"], re.M)
+    return outcome
+
+
+SANITIZED = """
+import torch
+from pykernels.testing.run import evaluate
+from pykernels.testing.spec import load
+for spec in load():
+    for backend in {"triton", "cuda"} & set(spec.kernels):
+        for case in spec.cases[:6]:
+            evaluate(spec.function, case, case.make(torch.float32, "cuda"), backend=backend)
+torch.cuda.synchronize()
+"""
+
+
+def step_sanitizer(seconds: float) -> dict[str, Any]:
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).exists():
+        return {"exit_code": None, "why": "compute-sanitizer is not installed here"}
+    return run([tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", SANITIZED], seconds)
+
+
+def step_bench(seconds: float) -> dict[str, Any]:
+    """Each backend over each room's benchmark shapes; the tables are in the record as `rows`."""
+    found: dict[str, Any] = {"exit_code": 0, "rows": []}
+    deadline = time.monotonic() + seconds
+    for dtype in ("bfloat16", "float32"):
+        for backend in ("triton", "cuda"):
+            left = deadline - time.monotonic()
+            command = [sys.executable, "-m", "pykernels", "bench", "activation", "--json", "--device", "cuda"]
+            command += ["--dtype", dtype, "--backend", backend, "--seconds", "0.15"]
+            outcome = run(command, max(left, 1))
+            found["exit_code"] = found["exit_code"] or outcome["exit_code"]
+            start = outcome["output"].find("{")
+            try:
+                report = json.loads(outcome["output"][start:])
+            except ValueError:
+                found.setdefault("unreadable", []).append(outcome["output_tail"][-2000:])
+                continue
+            found["rows"] += report["rows"]
+            found["copy_bytes_per_second"] = report["copy_bytes_per_second"]
+    return found
+
+
+def describe() -> dict[str, Any]:
+    import torch
+    import triton
+
+    properties = torch.cuda.get_device_properties(0)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader"]
+    smi = subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which("nvidia-smi") else ""
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "driver, clock, maximum clock, power limit": smi,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def summary(record: dict[str, Any]) -> str:
+    lines = [f"{record['machine']['gpu']}, torch {record['machine']['torch']}, {record['machine']['commit'][:10]}"]
+    for name, outcome in record["steps"].items():
+        state = {None: f"left out: {outcome.get('why')}", 0: "ok", 124: "OUT OF TIME"}.get(
+            outcome["exit_code"], "FAILED"
+        )
+        lines.append(f"{name:10} {state:12} {outcome.get('seconds', '')} s  {outcome.get('counts', '')}")
+        lines += [f"    {test}" for test in outcome.get("failed", [])[:20]]
+    rows = record["steps"].get("bench", {}).get("rows", [])
+    if rows:
+        lines.append(
+            f"{'op':16} {'shape':12} {'dtype':9} {'backend':8} {'direction':17} {'ms':>8} {'GB/s':>7} {'x peer':>7}"
+        )
+    for row in rows:
+        ours = row["seconds"].get("pykernels")
+        if ours is None:
+            lines.append(
+                f"{row['op']:16} {row['shape']:12} {row['dtype']:9} {row['backend']:8} {row['direction']:17} check FAILED"
+            )
+            continue
+        peers = [t["median"] for name, t in row["seconds"].items() if name not in ("pykernels", "copy")]
+        rate = f"{row['moved'] / ours['median'] / 1e9:7.0f}" if row.get("moved") else " " * 7
+        ratio = f"{min(peers) / ours['median']:7.2f}" if peers else ""
+        lines.append(
+            f"{row['op']:16} {row['shape']:12} {row['dtype']:9} {row['backend']:8} {row['direction']:17} "
+            f"{ours['median'] * 1e3:8.4f} {rate} {ratio}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(SHARE), help="steps to run (default: all)")
+    arguments = parser.parse_args()
+    try:
+        import torch
+    except ImportError:
+        print("make gpu: torch is not installed for this python", file=sys.stderr)
+        return 3
+    if not torch.cuda.is_available():
+        print("make gpu: no CUDA device is visible to torch here; nothing was run", file=sys.stderr)
+        return 3
+    os.environ.pop("TRITON_INTERPRET", None)
+    machine = describe()
+    name = re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
+    path = RESULTS / f"{name}-{machine['date'][:10]}.json"
+    record: dict[str, Any] = {"machine": machine, "steps": {}}
+    if arguments.only and path.exists():
+        record["steps"] = json.loads(path.read_text())["steps"]
+    for step in arguments.only or SHARE:
+        outcome = globals()[f"step_{step}"](SHARE[step])
+        outcome.pop("output", None)
+        record["steps"][step] = outcome
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")  # after each step: what was measured is never lost
+    print(f"\nrecord: {path.relative_to(ROOT)}\n{summary(record)}")
+    return 0 if all(outcome["exit_code"] in (0, None) for outcome in record["steps"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
