@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --only bench       one step or several (build, tests, sanitizer, bench), e.g. to resume
 
 Needs no network: what is missing (compute-sanitizer, pytest-xdist) is left out and said so. Each step has its share of
-the time; a step that runs out of it is recorded as such, with what it had printed. The summary table is printed last and
+the time; a step that runs out of it is recorded as such, with what it had printed. The summary table is printed last,
 the record is benchmarks/results/<gpu>-<date>.json. Without a GPU: exit code 3.
 """
 
@@ -156,18 +156,14 @@ def summary(record: dict[str, Any]) -> str:
         )
     for row in rows:
         ours = row["seconds"].get("pykernels")
+        what = f"{row['op']:16} {row['shape']:12} {row['dtype']:9} {row['backend']:8} {row['direction']:17}"
         if ours is None:
-            lines.append(
-                f"{row['op']:16} {row['shape']:12} {row['dtype']:9} {row['backend']:8} {row['direction']:17} check FAILED"
-            )
+            lines.append(f"{what} check FAILED")
             continue
         peers = [t["median"] for name, t in row["seconds"].items() if name not in ("pykernels", "copy")]
         rate = f"{row['moved'] / ours['median'] / 1e9:7.0f}" if row.get("moved") else " " * 7
         ratio = f"{min(peers) / ours['median']:7.2f}" if peers else ""
-        lines.append(
-            f"{row['op']:16} {row['shape']:12} {row['dtype']:9} {row['backend']:8} {row['direction']:17} "
-            f"{ours['median'] * 1e3:8.4f} {rate} {ratio}"
-        )
+        lines.append(f"{what} {ours['median'] * 1e3:8.4f} {rate} {ratio}")
     return "\n".join(lines)
 
 
