@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ..ops import _autocast
 from ..ops import recurrent as ops
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
@@ -145,7 +145,7 @@ class _Sequence(nn.RNNBase):
 
     def _check_input(self, input: Tensor) -> None:
         dtype = getattr(self, self._flat_weights_names[0]).dtype
-        if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
+        if input.dtype != dtype and not _autocast.enabled(input.device):
             raise ValueError(f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype})")
         if input.size(-1) != self.input_size:
             raise RuntimeError(
@@ -210,7 +210,7 @@ class _Sequence(nn.RNNBase):
         if hasattr(module, "nonlinearity"):
             options["nonlinearity"] = module.nonlinearity
         size = module.input_size, module.hidden_size, module.num_layers
-        new = cls(*size, **options, device="meta", backend=backend)  # type: ignore[misc]
+        new = cls(*size, **options, device="meta", backend=backend)
         _adopt(new, module)
         return new
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _backends, reference
 from ..reference.attention import attention_and_weights as _reference_and_weights
-from . import _check, _ids
+from . import _autocast, _check, _ids
 from ._library import as_seed
 
 __all__ = ["scaled_dot_product_attention"]
@@ -97,16 +97,13 @@ def _tensors(name: str, *tensors: Any) -> list[Tensor]:
     names = ("query", "key", "value")
     for key, value in zip(names, tensors, strict=True):
         _check.tensor(name, key, value)
-    device = tensors[0].device.type
-    if torch.is_autocast_enabled(device):
-        lower = torch.get_autocast_dtype(device)
-        tensors = tuple(t.to(lower) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
-    _check.floating(name, "query", tensors[0])
-    for key, value in zip(names, tensors, strict=True):
-        _check.same(name, key, value, "query", tensors[0])
+    cast: list[Tensor] = _autocast.lower(tensors, tensors[0].device)
+    _check.floating(name, "query", cast[0])
+    for key, value in zip(names, cast, strict=True):
+        _check.same(name, key, value, "query", cast[0])
         if value.dim() < 2:
             raise RuntimeError(f"{name}(): argument '{key}' must have at least 2 dimensions, not {value.dim()}")
-    return list(tensors)
+    return cast
 
 
 def _check_shapes(name: str, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import _backends, reference
-from . import _check, _ids
+from . import _autocast, _check, _ids
 from ._library import as_seed
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_relu_cell", "rnn_tanh_cell"]
@@ -262,14 +261,6 @@ def rnn(
     return reference.rnn(input, None if state is None else state[0], weights, nonlinearity=nonlinearity, **options)
 
 
-def _lower(tensors: tuple[Any, ...], device: str) -> tuple[Any, ...]:
-    """Autocast: everything but float64 in the lower precision."""
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-
-
 def _check_tensors(function: str, named: dict[str, Tensor | None], input: Tensor) -> None:
     for key, value in named.items():
         if value is not None:
@@ -290,7 +281,7 @@ def _cell_arguments(
         if value is not None or key in ("w_ih", "w_hh"):
             _check.tensor(function, key, value)
     _check.floating(function, "input", input)
-    (input, *rest) = _lower((input, *hx, *weights), input.device.type)
+    input, *rest = _autocast.lower((input, *hx, *weights), input.device)
     hx, weights = tuple(rest[: len(hx)]), tuple(rest[len(hx) :])
     _check_tensors(function, {**dict(zip(states, hx, strict=True)), **dict(zip(named, weights, strict=True))}, input)
     w_ih, w_hh, b_ih, b_hh = weights
@@ -326,7 +317,7 @@ def _sequence_arguments(
         _check.tensor(function, f"weights[{i}]", weight)
     _check.floating(function, "input", input)
     states = len(hx or ())
-    (input, *rest) = _lower((input, *(hx or ()), *weights), input.device.type)
+    input, *rest = _autocast.lower((input, *(hx or ()), *weights), input.device)
     hx, weights = None if hx is None else tuple(rest[:states]), tuple(rest[states:])
     _check_tensors(function, {f"weights[{i}]": w for i, w in enumerate(weights)}, input)
     layers, directions = options["num_layers"], 2 if options["bidirectional"] else 1

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import _backends, reference
-from . import _check, _ids
+from . import _autocast, _check, _ids
 
 __all__ = ["negative_sampling_loss"]
 
@@ -56,9 +55,7 @@ def negative_sampling_loss(
         _check.tensor(name, key, value)
     _check.floating(name, "input", input)
     _check.floating(name, "weight", weight)
-    device = input.device.type
-    if torch.is_autocast_enabled(device):
-        input, weight = (t if t.dtype == torch.float64 else t.float() for t in (input, weight))
+    input, weight = _autocast.float32((input, weight), input.device)
     _check.same(name, "weight", weight, "input", input)
     _check_shapes(input, weight, target, negatives)
     if reduction not in _REDUCTIONS:
