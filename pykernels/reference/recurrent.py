@@ -246,6 +246,7 @@ def _sequence(
     valid = None
     if lengths is not None:
         valid = (torch.arange(x.shape[0], device=x.device).unsqueeze(1) < lengths).unsqueeze(2)
+        x = torch.where(valid, x, 0)  # what lies beyond may be NaN, and 0 * NaN would reach the gradients
     finals: list[State] = []
     for layer in range(num_layers):
         outputs = []
