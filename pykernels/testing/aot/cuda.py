@@ -1,0 +1,106 @@
+"""The same table for CUDA C++: nvcc makes PTX, ptxas reports resources, and the machine code is read as for Triton."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from . import measure, sass
+from .rules import Row, Rules, check
+
+SOURCES = Path(__file__).parents[3] / "csrc" / "cuda"
+ARCHITECTURES = {80: "80", 90: "90a"}
+
+#: Rules of kernels that need others than the default, by a regular expression on the readable name.
+RULES: dict[str, Rules] = {}
+
+_THREADS = re.compile(r"\.entry\s+(\w+)\s*\((?:[^)]*)\)\s*((?:\.\w+[^\n{]*\n)*)")
+_MAXNTID = re.compile(r"\.(?:max|req)ntid\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?")
+_LOG = re.compile(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry function|\Z)", re.S)
+
+
+def nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def release(compiler: str) -> str:
+    text = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release (\d+\.\d+)", text)
+    return match.group(1) if match else "unknown"
+
+
+def sources() -> list[Path]:
+    return sorted(SOURCES.glob("*.cu"))
+
+
+def targets(source: Path) -> tuple[int, ...]:
+    """A file named *_sm90.cu holds Hopper's own instructions, which other targets do not compile."""
+    return (90,) if source.stem.endswith("_sm90") else tuple(ARCHITECTURES)
+
+
+def run(compiler: str, source: Path, target: int) -> list[Row]:
+    """A row for each kernel of `source`; one row with the fault where it does not compile."""
+    start, arch = time.perf_counter(), ARCHITECTURES[target]
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "out.ptx"), Path(folder, "out.cubin")
+        flags = ["-std=c++20", "-O3", f"-I{SOURCES}", f"-I{SOURCES.parent}", f"-arch=compute_{arch}"]
+        made = subprocess.run([compiler, "-ptx", *flags, str(source), "-o", str(ptx)], capture_output=True, text=True)
+        if made.returncode == 0:
+            assembler = str(_beside(compiler))
+            arguments = ["-v", "-O3", f"--gpu-name=sm_{arch}", str(ptx), "-o", str(cubin)]
+            made = subprocess.run([assembler, *arguments], capture_output=True, text=True)
+        if made.returncode != 0:
+            text = next((line for line in made.stderr.splitlines() if "error" in line), made.stderr.strip()[:200])
+            return [Row(source.name, "?", target, faults=[f"does not compile: {text}"])]
+        threads = _threads(ptx.read_text())
+        logs = dict(_LOG.findall(made.stderr))
+        functions = sass.disassemble(cubin.read_bytes()) if threads else []
+    rows = []
+    for function in functions:
+        row = Row(source.name, readable(function.name), target)
+        warps = -(-threads.get(function.name, 1024) // 32)
+        measure.from_function(row, function, warps, function.shared, logs.get(function.name, ""))
+        row.seconds = (time.perf_counter() - start) / len(functions)
+        rules = next((r for pattern, r in RULES.items() if re.search(pattern, row.kernel)), Rules())
+        row.faults += check(row, rules)
+        rows.append(row)
+    return rows
+
+
+def readable(name: str) -> str:
+    """The demangled name without its parameter list."""
+    if shutil.which("c++filt") is None:
+        return name
+    text = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
+    depth = 0
+    for i, character in enumerate(text):
+        depth += (character == "<") - (character == ">")
+        if character == "(" and depth == 0 and not text.startswith("(anonymous", i):
+            text = text[:i]
+            break
+    return text.removeprefix("void ").replace("(anonymous namespace)::", "")
+
+
+def _beside(compiler: str) -> Path:
+    """ptxas of the toolkit that nvcc belongs to (nvcc may be a wrapper script, so ask it)."""
+    trace = subprocess.run([compiler, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    match = re.search(r"#\$ TOP=(\S+)", trace)
+    found = Path(match.group(1), "bin", "ptxas") if match else None
+    return found if found is not None and found.exists() else Path(shutil.which("ptxas") or "ptxas")
+
+
+def _threads(ptx: str) -> dict[str, int]:
+    """Kernel -> threads of its largest block, from __launch_bounds__."""
+    found: dict[str, int] = {}
+    for name, directives in _THREADS.findall(ptx):
+        match = _MAXNTID.search(directives)
+        sizes = [int(n) for n in match.groups() if n] if match else [1024]
+        product = 1
+        for size in sizes:
+            product *= size
+        found[name] = product
+    return found
