@@ -85,7 +85,7 @@ def lines(
     for tick in range(int(low), int(high) + 1, max(1, int(high - low) // 3)) if log else ticks(low, high):
         text = _number(tick) if not log else f"<1e{tick}" if 10.0**tick <= floor else f"1e{tick}"
         parts.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{text}</text>')
+        parts.append(f'<text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{escape(text)}</text>')
     steps = [tick for tick in ticks(0, count) if tick == int(tick) and 1 <= tick <= count] or [count]
     for tick in dict.fromkeys([1, *steps]):
         anchor = "end" if tick == count and count > 1 else "start" if tick == 1 else "middle"

@@ -10,7 +10,7 @@ import torch
 from ...testing import machine
 from .._output import BadInput, console, json_option, print_json, progress
 from . import report, table
-from .tasks import tasks
+from .tasks import make_tasks
 from .text import TextError, default_text, read_text
 from .train import train_both
 
@@ -20,7 +20,7 @@ from .train import train_both
     "--text", "path", type=click.Path(path_type=Path), metavar="FILE", help="UTF-8 text. Default: Python's own prose."
 )
 @click.option(
-    "--steps", type=click.IntRange(min=2), default=200, show_default=True, help="Training steps of each model."
+    "--steps", type=click.IntRange(min=2), default=150, show_default=True, help="Training steps of each model."
 )
 @click.option(
     "--report",
@@ -50,7 +50,7 @@ def command(path: Path | None, steps: int, report_path: Path, device: str, seed:
         text = read_text(path) if path else default_text()
     except TextError as error:
         raise BadInput(str(error)) from error
-    jobs = tasks(text, seed=seed)
+    jobs = make_tasks(text, seed=seed)
     outcomes = []
     with progress(2 * steps * len(jobs)) as advance:
         for task in jobs:

@@ -61,7 +61,7 @@ class Sizes:
 TINY = Sizes(8, 64, 3, 2, 2, 8, 8, 16, 2, 16, 16, 2, 1)
 
 
-def tasks(text: Text, sizes: Sizes | None = None, seed: int = 0) -> list[Task]:
+def make_tasks(text: Text, sizes: Sizes | None = None, seed: int = 0) -> list[Task]:
     """The three tasks over `text`; batches depend on `seed` only."""
     sizes = sizes or Sizes()
     words, characters = text.words(), text.characters()

@@ -14,6 +14,7 @@ import torch
 
 MIN_WORDS = 1000
 MAX_BYTES = 8 << 20  # far more than the demo trains on; a larger file is read up to here
+DEFAULT_LENGTH = 1_000_000  # characters, about: no more of the standard library is read
 MAX_WORD_TYPES = 5000
 MAX_CHARACTER_TYPES = 256
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
@@ -69,7 +70,7 @@ def default_text() -> Text:
 
     Docstrings are read from the source files, not from imported modules: nothing runs, and ``python -OO`` has them too.
     """
-    parts = []
+    parts: list[str] = []
     try:
         from pydoc_data import topics
     except ImportError:  # some distributions split it off; the docstrings are enough on their own
@@ -77,6 +78,8 @@ def default_text() -> Text:
     else:
         parts += [topics.topics[name] for name in sorted(topics.topics)]
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        if sum(map(len, parts)) > DEFAULT_LENGTH:
+            break
         parts += _docstrings(path)
     return Text(f"text shipped with Python {sysconfig.get_python_version()}", "\n\n".join(parts))
 
