@@ -176,14 +176,16 @@ class Ninja:
         self.module(target, objects, f"-fopenmp -L{lib} -lc10 -ltorch_cpu -ltorch -Wl,--as-needed -Wl,-rpath,{lib} -s")
 
     def bindings(self, kind: str, flags: str) -> list[str]:
-        return [self.unit(kind, "cxx", s, flags) for s in sorted((CSRC / "cuda").glob("*bindings.cpp"))]
+        folders = ("cuda", "emulator") if kind == "emulator" else ("cuda",)
+        return [self.unit(kind, "cxx", s, flags) for f in folders for s in sorted((CSRC / f).glob("*bindings.cpp"))]
 
     def emulator(self, target: Path) -> None:
         base = f"{COMMON} {WARNINGS}"
         kernels = [*sorted((CSRC / "cuda").glob("*.cu")), *sorted((CSRC / "emulator").glob("*.cu"))]
-        objects = [self.unit("emulator", "cxx", s, f"{base} {CHECKED} -DPK_EMULATOR") for s in kernels]
-        runtime = sorted((CSRC / "emulator").glob("*.cpp"))
-        objects += [self.unit("emulator", "cxx", s, f"{base} -O2 -g1 -DEMU_HOOKS -DPK_EMULATOR") for s in runtime]
+        # The runtime is linked first: where a template is in both, the copy without hooks must be the one that stays.
+        runtime = [s for s in sorted((CSRC / "emulator").glob("*.cpp")) if not s.name.endswith("bindings.cpp")]
+        objects = [self.unit("emulator", "cxx", s, f"{base} -O2 -g1 -DEMU_HOOKS -DPK_EMULATOR") for s in runtime]
+        objects += [self.unit("emulator", "cxx", s, f"{base} {CHECKED} -DPK_EMULATOR") for s in kernels]
         objects += self.bindings("emulator", f"{base} -O1 -DPK_EMULATOR -DPK_MODULE=_emulator_ext {self.python}")
         self.module(target, objects, "-ldl")
 

@@ -23,7 +23,6 @@ void atomic_access(const void* p, size_t n, Atomic kind, Site site) {
   const uintptr_t a = reinterpret_cast<uintptr_t>(p);
   const Access access = kind == Atomic::load_acquire ? Access::atomic_read : Access::atomic_write;
   checked_access(t, a, n, access, true, origin_of(site));
-  t.idle_reads = 0;
   auto it = handoffs.find(a);
   if (kind == Atomic::store_release) {  // a plain store starts anew: it does not pass on what the location held
     if (it != handoffs.end()) handoffs.erase(it), it = handoffs.end();

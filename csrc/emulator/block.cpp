@@ -18,7 +18,7 @@ void* static_shared(const void* key, size_t size, size_t align, Site s) {
   if (b.static_bytes + cfg.smem > kSharedLimit || offset + size + 128 > kArena)
     fail("static and dynamic shared memory exceed 227 KiB at %s", name_site(s).c_str());
   b.vars.push_back({key, offset, size});
-  b.top = offset + size + 32;  // a gap: overruns are seen, not absorbed by the next variable
+  b.top = offset + size + kGap;  // overruns are seen, not absorbed by the next variable
   memset(b.arena + offset, 0xff, size);
   return b.arena + offset;
 }

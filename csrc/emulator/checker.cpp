@@ -85,24 +85,23 @@ template <class F> void for_cells(uintptr_t a, size_t n, F f) {
   }
 }
 
+std::string where_shared(const Block& b, size_t offset) {
+  char s[96];
+  for (const SharedVar& v : b.vars)
+    if (offset >= v.offset && offset < v.offset + v.size + kGap) {
+      snprintf(s, sizeof s, "static shared memory + %zu (of %zu bytes)", offset - v.offset, v.size);
+      return s;
+    }
+  if (offset >= kReserved)
+    snprintf(s, sizeof s, "dynamic shared memory + %zu (of %zu bytes)", offset - kReserved, b.dynamic_end - kReserved);
+  else
+    snprintf(s, sizeof s, "shared memory address 0x%zx", offset);
+  return s;
+}
+
 std::string where(const Thread& t, uintptr_t a) {
   const uintptr_t arena = reinterpret_cast<uintptr_t>(t.blk->arena);
-  char s[96];
-  if (a - arena < kArena) {
-    const size_t offset = a - arena;
-    for (const SharedVar& v : t.blk->vars)
-      if (offset >= v.offset && offset < v.offset + v.size) {
-        snprintf(s, sizeof s, "static shared memory + %zu", offset - v.offset);
-        return s;
-      }
-    if (offset >= kReserved) snprintf(s, sizeof s, "dynamic shared memory + %zu", offset - kReserved);
-    else snprintf(s, sizeof s, "shared memory address 0x%zx", offset);
-  } else if (const int i = nearest_extent(a); i >= 0) {
-    snprintf(s, sizeof s, "tensor %d + %zu bytes", i, static_cast<size_t>(a - extent(i).base));
-  } else {
-    snprintf(s, sizeof s, "global address 0x%zx", static_cast<size_t>(a));
-  }
-  return s;
+  return a - arena < kArena ? where_shared(*t.blk, a - arena) : name_global(a);
 }
 
 const char* verb(Access a) {
@@ -190,7 +189,7 @@ void checked_access(Thread& t, uintptr_t a, size_t n, Access kind, bool aligned,
   if (!shared && (in_module(a) || a - reinterpret_cast<uintptr_t>(call_frame) < 4096)) return;
   if (aligned && (a & (n - 1)))
     fail("misaligned %zu-byte %s of %s at %s", n, verb(kind), where(t, a).c_str(), name_origin(origin).c_str());
-  if (shared ? !in_shared(*t.blk, offset, n) : !no_extents() && !find_extent(a, n))
+  if (shared ? !in_shared(*t.blk, offset, n) : !in_extents(a, n))
     fail("out of bounds: %zu-byte %s of %s at %s", n, verb(kind), where(t, a).c_str(), name_origin(origin).c_str());
   stats.checked_bytes += n;
   const Block& b = *t.blk;

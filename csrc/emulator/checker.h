@@ -35,10 +35,8 @@ struct Extent {
   std::vector<std::pair<size_t, size_t>> dims;  // (stride in bytes, count), outermost first
 };
 void set_extents(std::vector<Extent>);
-const Extent* find_extent(uintptr_t a, size_t n);
-int nearest_extent(uintptr_t a);  // the one whose span holds a, or -1
-const Extent& extent(int i);
-bool no_extents();
+bool in_extents(uintptr_t a, size_t n);  // true where none were given
+std::string name_global(uintptr_t a);
 
 std::string name_origin(uint32_t origin);
 bool in_module(uintptr_t a);

@@ -1,5 +1,6 @@
 // Where a launch may go in global memory: the exact elements of the tensors it was given.
 #include <algorithm>
+#include <cstdio>
 
 #include "checker.h"
 
@@ -7,6 +8,7 @@ namespace emu {
 
 namespace {
 
+constexpr size_t kNear = 4096;  // an address this close to a tensor is described by it
 std::vector<Extent> extents;
 size_t last = 0;  // the extent found last: neighbouring accesses go to the same tensor
 
@@ -24,23 +26,34 @@ void set_extents(std::vector<Extent> e) {
   last = 0;
 }
 
-const Extent* find_extent(uintptr_t a, size_t n) {
-  if (last < extents.size() && holds(extents[last], a, n)) return &extents[last];
+bool in_extents(uintptr_t a, size_t n) {
+  if (extents.empty() || holds(extents[last], a, n)) return true;
   for (size_t i = 0; i < extents.size(); ++i)
     if (holds(extents[i], a, n)) {
       last = i;
-      return &extents[i];
+      return true;
     }
-  return nullptr;
+  return false;
 }
 
-int nearest_extent(uintptr_t a) {
-  for (size_t i = 0; i < extents.size(); ++i)
-    if (a >= extents[i].base && a < extents[i].base + extents[i].span) return static_cast<int>(i);
-  return -1;
+std::string name_global(uintptr_t a) {
+  size_t nearest = kNear, which = 0;
+  for (size_t i = 0; i < extents.size(); ++i) {
+    const Extent& e = extents[i];
+    const size_t distance = a < e.base ? e.base - a : a >= e.base + e.span ? a - (e.base + e.span) + 1 : 0;
+    if (distance < nearest) nearest = distance, which = i;
+  }
+  char s[128];
+  if (nearest == kNear) {
+    snprintf(s, sizeof s, "global address 0x%zx, in none of the %zu tensors", static_cast<size_t>(a), extents.size());
+    return s;
+  }
+  const Extent& e = extents[which];
+  if (a < e.base) snprintf(s, sizeof s, "%zu bytes before tensor %zu", nearest, which);
+  else if (nearest) snprintf(s, sizeof s, "%zu bytes behind the end of tensor %zu", nearest - 1, which);
+  else snprintf(s, sizeof s, "tensor %zu + %zu bytes%s", which, static_cast<size_t>(a - e.base),
+                holds(e, a, 1) ? "" : " (between its rows)");
+  return s;
 }
-
-const Extent& extent(int i) { return extents[static_cast<size_t>(i)]; }
-bool no_extents() { return extents.empty(); }
 
 }  // namespace emu

@@ -8,13 +8,12 @@ namespace emu {
 
 namespace {
 
-// A loop on plain loads never yields by itself: let the others run now and then, and end it when nothing helps.
-void count_idle_read(Thread& t) {
-  if (++t.idle_reads & 0xffff) return;
-  const uint32_t so_far = t.idle_reads;
-  if (so_far >= options.max_idle_reads) fail("livelock: %u reads without a write, a wait or an exit", so_far);
+// A loop on plain loads never yields by itself: let the others run now and then, and end it when no thread writes.
+void count_idle_read() {
+  if (++idle_reads & 0xffff) return;
+  if (idle_reads >= options.max_idle_reads)
+    fail("livelock: %u reads while no thread wrote, waited or exited", idle_reads);
   yield();
-  t.idle_reads = so_far;
 }
 
 void on_access(void* p, size_t n, bool write, bool aligned, const void* pc) {
@@ -22,8 +21,8 @@ void on_access(void* p, size_t n, bool write, bool aligned, const void* pc) {
   Thread& t = *self();
   const uintptr_t a = reinterpret_cast<uintptr_t>(p);
   checked_access(t, a, n, write ? Access::write : Access::read, aligned, origin_of_pc(pc));
-  if (write) t.idle_reads = 0;
-  else count_idle_read(t);
+  if (write) idle_reads = 0;
+  else count_idle_read();
 }
 
 void on_entry(const char* frame) {

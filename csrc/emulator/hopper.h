@@ -1,7 +1,7 @@
 // g++ side of csrc/cuda/hopper.h: mbarriers, TMA (2-d and 4-d, 128-byte swizzle, load and store), wgmma, setmaxnreg.
 #pragma once
-#include "hopper_state.h"
 #include "platform.h"
+#include "tensor_map.h"
 
 namespace emu {
 

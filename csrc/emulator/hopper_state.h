@@ -6,15 +6,9 @@
 
 #include "clocks.h"
 #include "emulator.h"
+#include "tensor_map.h"
 
 namespace emu {
-
-struct alignas(64) TensorMap {
-  const char* base;
-  int rank, dim[4], box[4];
-  size_t stride[4];  // bytes
-  int element;
-};
 
 struct Wgmma {
   float* d;

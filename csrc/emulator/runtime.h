@@ -13,6 +13,7 @@ namespace emu {
 
 constexpr size_t kArena = 320 * 1024;          // shared memory of a block and the gaps that catch overruns
 constexpr size_t kReserved = 1024;             // dynamic shared memory starts here: address 0 is never valid
+constexpr size_t kGap = 32;                     // behind each static variable
 constexpr size_t kSharedLimit = 227 * 1024;    // what sm_90 grants a block
 constexpr size_t kStaticLimit = 48 * 1024;
 constexpr size_t kStack = 128 * 1024;
@@ -35,7 +36,6 @@ struct Thread : Position {
   State state;
   const char* waiting_at;
   Site site;
-  uint32_t idle_reads;  // since its last write or wait: a spin on plain loads
   Clock clock;
   FenceState fences;
   std::vector<CpAsync> copies;
@@ -99,6 +99,7 @@ struct Options {
 extern Stats stats;
 extern Options options;
 extern uint32_t grid_epoch;     // grid_sync rounds of this launch
+extern uint32_t idle_reads;     // since any thread wrote or got further
 extern const void* call_frame;  // the kernel's arguments, which threads may read
 inline Thread* self() { return static_cast<Thread*>(cur); }
 

@@ -19,6 +19,7 @@ Config cfg;
 Stats stats;
 Options options;
 uint32_t grid_epoch = 0;
+uint32_t idle_reads = 0;
 const void* call_frame = nullptr;
 
 namespace {
@@ -137,7 +138,6 @@ void start_thread(Block& b, int lin, size_t stack) {
   t.stack = stacks + stack * kStack;
   t.blk = &b, t.lin = lin, t.lane = lin % 32, t.warp = lin / 32;
   t.state = State::ready;
-  t.idle_reads = 0;
   t.fences = {};
   t.copies.clear(), t.copy_group = 0;
   t.wgmma = {}, t.stores = {};
@@ -228,7 +228,8 @@ void run(const Config& c, void (*thunk)(void*), void* ctx) {
   cfg = c, kernel_thunk = thunk, call_frame = ctx;
   const size_t concurrent = c.cooperative ? blocks : 1;
   reserve(concurrent, threads);
-  error.clear(), idle_yields = 0, grid_epoch = 0;
+  error.clear();
+  idle_yields = 0, idle_reads = 0, grid_epoch = 0;
   random_state = options.order >= 2 ? static_cast<uint64_t>(options.order) * 0x9e3779b97f4a7c15ull | 1 : 1;
   grid_barrier = {};
   checker_new_launch();
@@ -247,7 +248,7 @@ void run(const Config& c, void (*thunk)(void*), void* ctx) {
 
 int max_resident_blocks() { return options.max_resident_blocks; }
 
-void made_progress() { idle_yields = 0; }
+void made_progress() { idle_yields = 0, idle_reads = 0; }
 
 void yield() {
   if (!cur) return;
@@ -262,7 +263,6 @@ void yield() {
 void wait(const char* what, Site s) {
   Thread* t = self();
   t->state = State::waiting, t->waiting_at = what, t->site = s;
-  t->idle_reads = 0;
   switch_away();
 }
 

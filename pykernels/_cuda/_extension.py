@@ -1,0 +1,92 @@
+"""Loads the extension modules built from csrc/cuda and calls their launchers with tensors.
+
+`_cuda_ext` (nvcc) and `_emulator_ext` (g++) bind the same launchers, functions on raw pointers, so the modules of
+`pykernels/_cuda` serve both: what differs is in :class:`Extension`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import threading
+from types import ModuleType
+from typing import Any
+
+import torch
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cuda/dtype.h
+
+_REBUILD = {
+    "_cuda_ext": "PYKERNELS_BUILD=cuda python setup.py build_ext --inplace (needs nvcc)",
+    "_emulator_ext": "PYKERNELS_BUILD=emulator python setup.py build_ext --inplace",
+}
+
+
+class Extension:
+    """One of the two extension modules.
+
+    Attributes:
+        available: whether the module was built and is loaded.
+        reason: why it is not, with the command that builds it; None where it is available.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in _REBUILD:
+            raise ValueError(f"unknown extension {name!r}, expected one of {sorted(_REBUILD)}")
+        self.name = name
+        self.module: ModuleType | None = None
+        self.reason: str | None = None
+        package = __package__.rpartition(".")[0]
+        # found but broken is an error of ours and is raised; only a module that was never built counts as absent
+        if importlib.util.find_spec(f"{package}.{name}") is None:
+            self.reason = f"{package}.{name} was not built; build it with: {_REBUILD[name]}"
+        else:
+            self.module = importlib.import_module(f"{package}.{name}")
+        self._emulated = name == "_emulator_ext"
+        self._lock = threading.Lock()  # the emulator is one machine: extents belong to the launch that follows
+
+    @property
+    def available(self) -> bool:
+        return self.module is not None
+
+    def call(self, launcher: str, *args: Any) -> None:
+        """Runs a launcher on the current stream of the tensors' device.
+
+        Args:
+            launcher: its name in the module.
+            *args: its arguments without the stream. A tensor is passed as its address, None as the null pointer, a
+                dtype as its code, anything else as it is. The tensors stay alive until the launch is queued.
+
+        Raises:
+            RuntimeError: the extension is not available, the launch failed, or the emulator found an error in the
+                kernel (with file, line and thread).
+        """
+        if self.module is None:
+            raise RuntimeError(self.reason)
+        function = getattr(self.module, launcher)
+        raw: list[Any] = []
+        tensors: list[torch.Tensor] = []
+        for a in args:
+            if isinstance(a, torch.Tensor):
+                tensors.append(a)
+                raw.append(a.data_ptr())
+            elif a is None:
+                raw.append(0)
+            elif isinstance(a, torch.dtype):
+                raw.append(DTYPE_CODES[a])
+            else:
+                raw.append(a)
+        if not self._emulated:
+            function(*raw, _raw_stream(tensors))
+            return
+        buffers = [(t.data_ptr(), t.element_size(), t.shape, t.stride()) for t in tensors]
+        with self._lock:
+            self.module.set_buffers(buffers)
+            function(*raw, 0)
+
+
+def _raw_stream(tensors: list[torch.Tensor]) -> int:
+    for t in tensors:
+        if t.is_cuda:
+            return torch.cuda.current_stream(t.device).cuda_stream
+    return 0
