@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .._backends import BACKENDS, BackendError
+from .. import BackendError
+from .._backends import BACKENDS
 from ..testing import bench, machine
 from ..testing.spec import ROOMS, Case, OpSpec, load
 from ..testing.timing import Timing, copy_bandwidth

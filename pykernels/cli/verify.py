@@ -14,7 +14,8 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from .._backends import BACKENDS, BackendError, explain
+from .. import BackendError, explain
+from .._backends import BACKENDS
 from ..testing import machine
 from ..testing.compare import Comparison
 from ..testing.run import check_case

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backends import explain
+from .. import explain
 from .memory import saved_bytes
 from .run import check_case
 from .spec import Case, OpSpec
