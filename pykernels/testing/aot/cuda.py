@@ -47,7 +47,7 @@ def run(compiler: str, source: Path, target: int) -> list[Row]:
     start, arch = time.perf_counter(), ARCHITECTURES[target]
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "out.ptx"), Path(folder, "out.cubin")
-        flags = ["-std=c++20", "-O3", f"-I{SOURCES}", f"-I{SOURCES.parent}", f"-arch=compute_{arch}"]
+        flags = ["-std=c++20", "-O3", f"-I{SOURCES.parent}", f"-arch=compute_{arch}"]
         made = subprocess.run([compiler, "-ptx", *flags, str(source), "-o", str(ptx)], capture_output=True, text=True)
         if made.returncode == 0:
             assembler = str(_beside(compiler))

@@ -108,7 +108,7 @@ class Baseline:
 
 
 def table(rows: Sequence[Row]) -> str:
-    cells = [COLUMNS]
+    cells: list[tuple[str, ...]] = [COLUMNS]
     for r in rows:
         per_byte = "" if r.instructions_per_byte is None else f"{r.instructions_per_byte:.2f} {r.issue_share:4.0%}"
         wide = f"{r.loads_128}+{r.stores_128}" + (f" ({r.narrow} narrow)" if r.narrow else "")
@@ -124,10 +124,11 @@ def lint(name: str, tasks: Sequence[Task], baseline: Baseline, options: argparse
     start = time.perf_counter()
     rows = run(tasks, options.jobs)
     complete = not (options.only or options.target)
-    if options.update_baseline:
+    if options.update_baseline and (options.baseline or not options.entries):
         baseline.write(rows, complete)
         baseline = Baseline(baseline.path, baseline.compiler)
-    stale = baseline.compare(rows, complete) if baseline.gated else []
+    comparable = baseline.gated and (options.baseline or not options.entries)
+    stale = baseline.compare(rows, complete) if comparable else []
     print(table(rows))
     for row in rows:
         for fault in row.faults:
@@ -152,7 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kind", choices=("triton", "cuda"), help="one half of the lint")
     parser.add_argument("--json", type=Path, help="write all rows to this file")
     parser.add_argument("--update-baseline", action="store_true", help="accept the figures of this run")
-    parser.add_argument("--entries", help="a Python file with ENTRIES, instead of the rooms'; without a baseline")
+    parser.add_argument(
+        "--entries", help="a Python file with ENTRIES, instead of the rooms'; needs --baseline to compare"
+    )
+    parser.add_argument("--baseline", type=Path, help="instead of the committed one of this Triton version")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -165,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     passed = True
     if options.kind != "cuda":
-        path = HERE / f"baseline_triton_{triton.__version__}.json" if not options.entries else HERE / "no baseline"
+        path = options.baseline or HERE / f"baseline_triton_{triton.__version__}.json"
         found, good = lint("triton", triton_tasks(options), Baseline(path, f"triton {triton.__version__}"), options)
         rows, passed = rows + found, passed and good
     compiler = cuda.nvcc()

@@ -15,24 +15,9 @@ from collections.abc import Sequence
 from . import sass
 
 _SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)\.")
-_INTEGER = frozenset(
-    (
-        "FMNMX",
-        "FMNMX3",
-        "FSEL",
-        "SEL",
-        "ISETP",
-        "FSETP",
-        "LOP3",
-        "PLOP3",
-        "SHF",
-        "PRMT",
-        "IADD",
-        "IADD3",
-        "LEA",
-        "IMNMX",
-    )
-    + ("VIMNMX", "VIADD", "F2FP", "FCHK", "MOV", "SGXT", "CS2R", "R2P", "VOTE")
+_INTEGER = (
+    *("FMNMX", "FMNMX3", "FSEL", "SEL", "ISETP", "FSETP", "LOP3", "PLOP3", "SHF", "PRMT", "IADD", "IADD3", "LEA"),
+    *("IMNMX", "VIMNMX", "VIADD", "F2FP", "FCHK", "MOV", "SGXT", "CS2R", "R2P", "VOTE"),
 )
 _FLOAT = ("FFMA", "FMUL", "FADD", "IMAD", "HFMA2", "HADD2", "HMUL2", "FFMA2", "FMUL2", "FADD2")
 _SHARED = ("LDS", "STS", "LDSM", "STSM", "LDGSTS", "SHFL", "LDG", "STG")
