@@ -175,7 +175,8 @@ _rooms: dict[str, Room] = {}
 class Room:
     """The backends of one room: `modules` (name -> module), `absent` (name -> reason).
 
-    A backend module exports `unsupported(x) -> str | None`: why it cannot serve a tensor of this device and dtype.
+    A backend module exports `unsupported(x, *features) -> str | None`: why it cannot serve a tensor of this device and
+    dtype, or one of the features (short descriptions, for an operator that a backend may serve in part only).
     """
 
     def __init__(self, name: str) -> None:
@@ -198,8 +199,8 @@ class Room:
             return _find_triton(self.name)
         return _find_cuda(self.name, backend)
 
-    def resolve(self, function: str, backend: str | None, tensor: torch.Tensor) -> str:
-        """The backend that serves `function` for tensors like this one.
+    def resolve(self, function: str, backend: str | None, tensor: torch.Tensor, *features: str) -> str:
+        """The backend that serves `function` for tensors like this one, with what the call needs beyond the dtype.
 
         Raises:
             BackendError: the named backend cannot serve the call, and why.
@@ -207,27 +208,29 @@ class Room:
         """
         if is_compiling():
             if functorch_active() or forward_ad._current_level >= 0:
-                return self._decide(function, backend, tensor, {})
-            return _resolve_while_tracing(self.name, function, backend, tensor.device.type, tensor.dtype)
+                return self._decide(function, backend, tensor, {}, features)
+            return _resolve_while_tracing(self.name, function, backend, tensor.device.type, tensor.dtype, *features)
         if _explaining is not None and _explaining == threading.get_ident():
-            raise _Explained(self._explanation(function, backend, tensor))
+            raise _Explained(self._explanation(function, backend, tensor, features))
         if functorch_active() or forward_ad._current_level >= 0:
-            return self._decide(function, backend, tensor, {})
+            return self._decide(function, backend, tensor, {}, features)
         # is_cpu spares the two objects that device.type makes; they are a sixth of this function's time
-        key = (backend, tensor.is_cpu or tensor.device.type, tensor.dtype, tensor.__class__)
+        key = (backend, tensor.is_cpu or tensor.device.type, tensor.dtype, tensor.__class__, features)
         found = self._resolved.get(key)
         if found is None:
             _prepare(tensor)
-            found = self._resolved[key] = self._decide(function, backend, tensor, {})
+            found = self._resolved[key] = self._decide(function, backend, tensor, {}, features)
         return found
 
-    def _explanation(self, function: str, backend: str | None, tensor: torch.Tensor) -> Explanation:
+    def _explanation(
+        self, function: str, backend: str | None, tensor: torch.Tensor, features: tuple[str, ...]
+    ) -> Explanation:
         refused: dict[str, str] = {}
-        chosen = self._decide(function, backend, tensor, refused)
+        chosen = self._decide(function, backend, tensor, refused, features)
         if backend in (None, "auto"):
             for name in BACKENDS:
                 if name != chosen and name not in refused:
-                    refused[name] = self._reason(name, tensor) or self._unpreferred(name, chosen)
+                    refused[name] = self._reason(name, tensor, features) or self._unpreferred(name, chosen)
         return Explanation(function, self.name, chosen, refused)
 
     @staticmethod
@@ -236,18 +239,25 @@ class Room:
             return "runs only when named: it executes the CUDA kernels on the CPU for tests"
         return f"{chosen} comes first in the order of preference"
 
-    def _reason(self, name: str, tensor: torch.Tensor) -> str | None:
+    def _reason(self, name: str, tensor: torch.Tensor, features: tuple[str, ...]) -> str | None:
         if name in self.absent:
             return self.absent[name]
-        reason: str | None = self.modules[name].unsupported(tensor)
+        reason: str | None = self.modules[name].unsupported(tensor, *features)
         return reason
 
-    def _decide(self, function: str, backend: str | None, tensor: torch.Tensor, refused: dict[str, str]) -> str:
+    def _decide(
+        self,
+        function: str,
+        backend: str | None,
+        tensor: torch.Tensor,
+        refused: dict[str, str],
+        features: tuple[str, ...] = (),
+    ) -> str:
         wanted = DEFAULT if backend is None else backend
         transform = transform_reason()
         if wanted is None or wanted == "auto":
             for name in PREFERENCE.get(tensor.device.type, ()):
-                reason = transform or self._reason(name, tensor)
+                reason = transform or self._reason(name, tensor, features)
                 if reason is None:
                     return name
                 refused[name] = reason
@@ -257,16 +267,18 @@ class Room:
         if wanted not in BACKENDS:
             allowed = ", ".join(("auto", *BACKENDS, "reference"))
             raise ValueError(f"{function}(): backend must be one of {allowed}, not {wanted!r}")
-        reason = transform or self._reason(wanted, tensor)
+        reason = transform or self._reason(wanted, tensor, features)
         if reason is not None:
             raise BackendError(f"{function}(): backend {wanted!r} cannot serve this call: {reason}")
         return wanted
 
 
-def _resolve_while_tracing(room: str, function: str, backend: str | None, device: str, dtype: torch.dtype) -> str:
+def _resolve_while_tracing(
+    room: str, function: str, backend: str | None, device: str, dtype: torch.dtype, *features: str
+) -> str:
     """The choice made for a tensor of this device and dtype; Dynamo takes it as a constant of the graph."""
     stand_in = torch.empty(0, device=device, dtype=dtype)
-    return _rooms[room]._decide(function, backend, stand_in, {})
+    return _rooms[room]._decide(function, backend, stand_in, {}, features)
 
 
 # What torch.compiler.assume_constant_result does; calling it would import the compiler, which takes a second.

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _backends, reference
-from ..reference.attention import attention_and_weights as _reference_and_weights
-from . import _autocast, _check, _ids
-from ._library import as_seed
+from ... import reference
+from ...reference.attention import attention_and_weights as _reference_and_weights
+from .. import _check, _ids
+from .._library import as_seed
+from . import _arguments as arguments
+from ._functions import ROOM, Masks, Options, run
+from .attend import default_scale
 
 __all__ = ["scaled_dot_product_attention"]
 
-_ROOM = _backends.Room("attention")
+_SHARED_DROPOUT = "dropout decisions shared by values of a larger batch"
 
 
 def scaled_dot_product_attention(
@@ -66,11 +70,25 @@ def scaled_dot_product_attention(
     weights = _check_shapes(name, query, key, value, enable_gqa)
     _check_mask(name, attn_mask, weights, query, is_causal)
     _check_dropout(name, dropout_p)
-    _ROOM.resolve(name, backend, query)
+    batch = _batch(query, key, value, enable_gqa)
+    shared = dropout_p > 0 and len(query.shape[:-2]) and math.prod(batch) != math.prod(weights[:-2])
+    chosen = ROOM.resolve(name, backend, query, *((_SHARED_DROPOUT,) if shared else ()))
     drawn = as_seed(seed, query, name) if dropout_p > 0 else None
-    return reference.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, seed=drawn
+    if chosen == "reference":
+        return reference.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, seed=drawn
+        )
+    q, k, v = _four_dimensions(query, key, value, batch, enable_gqa)
+    mask = None if attn_mask is None else _four_dimensional_mask(attn_mask, batch)
+    additive = mask is not None and mask.dtype != torch.bool
+    options = Options(
+        causal="top_left" if is_causal else "none",
+        dropout_p=dropout_p,
+        scale=default_scale(query) if scale is None else scale,
     )
+    masks = Masks(mask=None if additive else mask, seed=drawn)
+    out, _ = run(chosen, q, k, v, mask if additive else None, None, masks, options)
+    return out.reshape(*batch, *out.shape[-2:])
 
 
 def attention_and_weights(
@@ -87,23 +105,44 @@ def attention_and_weights(
     query, key, value = _tensors(name, query, key, value)
     _check_mask(name, attn_mask, _check_shapes(name, query, key, value, False), query, False)
     _check_dropout(name, dropout_p)
-    _ROOM.resolve(name, backend, query)
+    ROOM.resolve(name, backend, query, "attention weights as a result")
     drawn = as_seed(None, query, name) if dropout_p > 0 else None
     return _reference_and_weights(query, key, value, attn_mask, dropout_p, seed=drawn)
 
 
-def _tensors(name: str, *tensors: Any) -> list[Tensor]:
-    """Query, key and value: checked one by one and against each other, in autocast's lower precision."""
-    names = ("query", "key", "value")
-    for key, value in zip(names, tensors, strict=True):
-        _check.tensor(name, key, value)
-    cast: list[Tensor] = _autocast.lower(tensors, tensors[0].device)
-    _check.floating(name, "query", cast[0])
-    for key, value in zip(names, cast, strict=True):
-        _check.same(name, key, value, "query", cast[0])
-        if value.dim() < 2:
-            raise RuntimeError(f"{name}(): argument '{key}' must have at least 2 dimensions, not {value.dim()}")
-    return cast
+def _tensors(name: str, *given: Any) -> list[Tensor]:
+    tensors = arguments.query_key_value(name, *given)
+    for label, x in zip(("query", "key", "value"), tensors, strict=True):
+        if x.dim() < 2:
+            raise RuntimeError(f"{name}(): argument '{label}' must have at least 2 dimensions, not {x.dim()}")
+    return tensors
+
+
+def _batch(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
+    """The output's dimensions before the last two."""
+    kept = 3 if enable_gqa else 2
+    leading = torch.broadcast_shapes(*(x.shape[:-kept] for x in (query, key, value)))
+    return (*leading, query.shape[-3]) if enable_gqa else tuple(leading)
+
+
+def _four_dimensions(
+    query: Tensor, key: Tensor, value: Tensor, batch: tuple[int, ...], enable_gqa: bool
+) -> tuple[Tensor, ...]:
+    """(B, H, L, D) views, broadcast; a copy only where several batch dimensions cannot become one."""
+    if enable_gqa and key.shape[-3] != value.shape[-3]:
+        key, value = (x.repeat_interleave(batch[-1] // x.shape[-3], -3) for x in (key, value))
+    found = []
+    for x in (query, key, value):
+        x = x.expand(*batch[:-1], *x.shape[-3:]) if enable_gqa else x.expand(*batch, *x.shape[-2:])
+        found.append(x[(None,) * (4 - x.dim())] if x.dim() <= 4 else x.flatten(0, -4))
+    return tuple(found)
+
+
+def _four_dimensional_mask(mask: Tensor, batch: tuple[int, ...]) -> Tensor:
+    if len(batch) <= 2:
+        return mask[(None,) * (4 - mask.dim())]
+    mask = mask[(None,) * (len(batch) + 2 - mask.dim())]
+    return mask.expand(*batch[:-1], *mask.shape[-3:]).flatten(0, -4)
 
 
 def _check_shapes(name: str, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:

@@ -1,0 +1,214 @@
+"""The attention operators (schemas, fakes) and the autograd Function that every backend runs under.
+
+Saved for backward: query, key, value, the output, the log-sum-exp, the masks as given and the seed. Nothing of the size
+Lq x Lk is kept or made, except the gradient of a bias that has this size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ... import _backends, reference
+from .._function import second_derivative
+from .._library import define
+
+ROOM = _backends.Room("attention")
+
+_MASKS = (
+    "Tensor? mask, Tensor? key_padding_mask, Tensor? prefix_length, Tensor? alibi_slopes, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, Tensor? seed"
+)
+_OPTIONS = "str causal, SymInt window_left, SymInt window_right, float softcap, float dropout_p, float scale"
+
+
+class Masks(NamedTuple):
+    """The tensor arguments without gradient, as the operators take them.
+
+    mask: bool, four dimensions, each 1 or the full size. key_padding_mask: (B, Lk) bool. prefix_length: (B,) int64.
+    alibi_slopes: float32, (H,) or (B, H). cu_seqlens: (B + 1,) int64. seed: one int64.
+    """
+
+    mask: Tensor | None = None
+    key_padding_mask: Tensor | None = None
+    prefix_length: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seed: Tensor | None = None
+
+
+class Options(NamedTuple):
+    """The other arguments. causal: "none", "bottom_right" or "top_left"; window: -1 unbounded; softcap 0: none."""
+
+    causal: str = "none"
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    scale: float = 1.0
+
+
+def _rows_like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Dense, with x's order of heads and positions: what was projected as (B, L, H, D) stays so, and is not copied."""
+    if len(shape) == 4 and x.stride(1) < x.stride(2):
+        batch, heads, length, size = shape
+        return x.new_empty((batch, length, heads, size)).transpose(1, 2)
+    return x.new_empty(shape)
+
+
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    shape = (*query.shape[:-1], value.shape[-1])
+    return _rows_like(query, shape), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+def _fake_backward(
+    dout: Tensor, dlse: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    bias, sinks, output_mask = rest[0], rest[1], rest[-1]
+    made = [_rows_like(x, tuple(x.shape)) if m else x for x, m in zip((query, key, value), output_mask, strict=False)]
+    made += [x.new_empty(x.shape) if m else query for x, m in zip((bias, sinks), output_mask[3:], strict=True)]
+    return tuple(x if m else query.new_empty(0) for x, m in zip(made, output_mask, strict=True))
+
+
+attention_forward = define(
+    ROOM,
+    "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, "
+    f"{_MASKS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    _fake_forward,
+)
+attention_backward = define(
+    ROOM,
+    "attention_backward(Tensor dout, Tensor dlse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    f"Tensor? bias, Tensor? sinks, {_MASKS}, {_OPTIONS}, bool[5] output_mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+
+
+def attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sinks: Tensor | None, masks: Masks, options: Options
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the operators' arguments."""
+    return reference.attention(  # type: ignore[return-value]
+        query,
+        key,
+        value,
+        bias=bias,
+        sinks=sinks,
+        mask=masks.mask,
+        key_padding_mask=masks.key_padding_mask,
+        prefix_length=masks.prefix_length,
+        alibi_slopes=masks.alibi_slopes,
+        cu_seqlens_q=masks.cu_seqlens_q,
+        cu_seqlens_k=masks.cu_seqlens_k,
+        seed=masks.seed,
+        causal=False if options.causal == "none" else options.causal,
+        window=(options.window_left, options.window_right),
+        softcap=options.softcap or None,
+        dropout_p=options.dropout_p,
+        scale=options.scale,
+        return_lse=True,
+    )
+
+
+class AttentionGrad(Function):
+    """The gradients as a function of (dout, dlse, q, k, v, bias, sinks); its own backward differentiates the reference."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dout: Tensor,
+        dlse: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        sinks: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        *rest: Any,
+    ) -> tuple[Tensor, ...]:
+        *masks, options, backend, wanted = rest
+        ctx.save_for_backward(dout, dlse, query, key, value, bias, sinks, *masks)
+        ctx.options, ctx.wanted = options, wanted
+        grads: tuple[Tensor, ...] = attention_backward[backend](
+            dout, dlse, query, key, value, out, lse, bias, sinks, *masks, *options, wanted
+        )
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        saved, masks = ctx.saved_tensors[:7], Masks(*ctx.saved_tensors[7:])
+        present = [i for i, x in enumerate(saved) if x is not None]
+        wanted = [i for i in range(5) if ctx.wanted[i]]
+
+        def first(*given: Tensor) -> tuple[Tensor, ...]:
+            full: list[Tensor | None] = [None] * 7
+            for i, x in zip(present, given, strict=True):
+                full[i] = x
+
+            def of(*chosen: Tensor) -> tuple[Tensor, Tensor]:
+                arguments = list(full[2:])
+                for i, x in zip(wanted, chosen, strict=True):
+                    arguments[i] = x
+                return attention_reference(*arguments, masks, ctx.options)  # type: ignore[arg-type]
+
+            pullback = torch.func.vjp(of, *(full[2 + i] for i in wanted))[1]
+            found: tuple[Tensor, ...] = pullback((full[0], full[1]))
+            return found
+
+        second = second_derivative(
+            first, tuple(saved[i] for i in present), tuple(cotangents[i] for i in wanted)
+        )
+        by_input: list[Tensor | None] = [None] * 7
+        for i, x in zip(present, second, strict=True):
+            by_input[i] = x
+        return *by_input, *(None,) * (2 + len(masks) + 3)
+
+
+class Attention(Function):
+    """(out, lse), both differentiable, of (query, key, value, bias, sinks, *masks, options, backend)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sinks: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        *masks, options, backend = rest
+        out, lse = attention_forward[backend](query, key, value, bias, sinks, *masks, *options)
+        ctx.save_for_backward(query, key, value, bias, sinks, *masks, out, lse)
+        ctx.options, ctx.backend = options, backend
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> Any:
+        query, key, value, bias, sinks, *masks, out, lse = ctx.saved_tensors
+        wanted, tail = ctx.needs_input_grad[:5], (None,) * (len(masks) + 2)
+        if torch.is_grad_enabled():
+            grads = AttentionGrad.apply(
+                dout, dlse, query, key, value, bias, sinks, out, lse, *masks, ctx.options, ctx.backend, wanted
+            )
+        else:
+            grads = attention_backward[ctx.backend](
+                dout, dlse, query, key, value, out, lse, bias, sinks, *masks, *ctx.options, wanted
+            )
+        return *(g if m else None for g, m in zip(grads, wanted, strict=True)), *tail
+
+
+def run(
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    masks: Masks,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) on the backend that the registry chose."""
+    if backend == "reference":
+        return attention_reference(query, key, value, bias, sinks, masks, options)
+    return Attention.apply(query, key, value, bias, sinks, *masks, options, backend)  # type: ignore[no-any-return]
