@@ -13,16 +13,21 @@ namespace pk {
 namespace detail {
 
 template <class T>
-using InPython = std::conditional_t<std::is_pointer_v<T>, uintptr_t, std::conditional_t<std::is_same_v<T, DType>, int, T>>;
+using InPython =
+    std::conditional_t<std::is_pointer_v<T>, uintptr_t, std::conditional_t<std::is_same_v<T, DType>, int, T>>;
 
-template <class T> T from_python(InPython<T> x) {
-  if constexpr (std::is_pointer_v<T>) return reinterpret_cast<T>(x);
-  else return static_cast<T>(x);
+template <class T>
+T from_python(InPython<T> x) {
+  if constexpr (std::is_pointer_v<T>)
+    return reinterpret_cast<T>(x);
+  else
+    return static_cast<T>(x);
 }
 
 }  // namespace detail
 
-template <class... P> void def(pybind11::module_& m, const char* name, void (*launcher)(P...)) {
+template <class... P>
+void def(pybind11::module_& m, const char* name, void (*launcher)(P...)) {
   m.def(name, [launcher](detail::InPython<P>... args) { launcher(detail::from_python<P>(args)...); });
 }
 

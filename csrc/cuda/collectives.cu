@@ -36,18 +36,22 @@ __global__ void block_votes_kernel(const int* in, int* out) {
   out[3 * i + 2] = __syncthreads_or(p) != 0;
 }
 
-template <bool TRANS> __global__ void ldmatrix_kernel(const uint16_t* tile, uint32_t* out) {
+template <bool TRANS>
+__global__ void ldmatrix_kernel(const uint16_t* tile, uint32_t* out) {
   PK_SHARED(uint4, rows, [32]);
   const int lane = static_cast<int>(threadIdx.x);
   rows[lane] = reinterpret_cast<const uint4*>(tile)[lane];
   __syncwarp();
   uint32_t r[4];
-  if constexpr (TRANS) ldmatrix_x4_trans(r, smem_addr(&rows[lane]));
-  else ldmatrix_x4(r, smem_addr(&rows[lane]));
+  if constexpr (TRANS)
+    ldmatrix_x4_trans(r, smem_addr(&rows[lane]));
+  else
+    ldmatrix_x4(r, smem_addr(&rows[lane]));
   for (int i = 0; i < 4; ++i) out[4 * lane + i] = r[i];
 }
 
-template <class T> __global__ void mma_kernel(const uint32_t* a, const uint32_t* b, const float* c, float* d) {
+template <class T>
+__global__ void mma_kernel(const uint32_t* a, const uint32_t* b, const float* c, float* d) {
   const int lane = static_cast<int>(threadIdx.x);
   const uint32_t fragment[4] = {a[4 * lane], a[4 * lane + 1], a[4 * lane + 2], a[4 * lane + 3]};
   float acc[4] = {c[4 * lane], c[4 * lane + 1], c[4 * lane + 2], c[4 * lane + 3]};
@@ -55,7 +59,8 @@ template <class T> __global__ void mma_kernel(const uint32_t* a, const uint32_t*
   for (int i = 0; i < 4; ++i) d[4 * lane + i] = acc[i];
 }
 
-template <class T> __global__ void convert_kernel(const float* in, float* out, uint32_t* packed, int n) {
+template <class T>
+__global__ void convert_kernel(const float* in, float* out, uint32_t* packed, int n) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i < n) out[i] = to_float(from_float<T>(in[i]));
   if constexpr (sizeof(T) == 2) {
@@ -67,7 +72,8 @@ __global__ void philox_kernel(const uint32_t* counter, uint32_t* out, int n, uin
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= n) return;
   const uint32_t* c = counter + 4 * i;
-  const Philox4 r = philox4x32_10(c[0], c[1], c[2], c[3], static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  const Philox4 r =
+      philox4x32_10(c[0], c[1], c[2], c[3], static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   for (int k = 0; k < 4; ++k) out[4 * i + k] = r.v[k];
 }
 
@@ -86,7 +92,8 @@ __global__ void block_reduce_kernel(const float* in, float* out, int rows, int c
 
 __global__ void last_block_kernel(const float* in, float* partial, unsigned* counter, float* total, int n) {
   float sum = 0;
-  for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < n; i += static_cast<int>(gridDim.x * blockDim.x))
+  for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < n;
+       i += static_cast<int>(gridDim.x * blockDim.x))
     sum += in[i];
   sum = block_sum<kThreads>(sum);
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
@@ -116,13 +123,15 @@ __global__ void cp_async_kernel(const float* in, float* out, int n) {
 }
 
 __global__ void grid_sync_kernel(const int* in, int* scratch, int* out, int n) {
-  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x), step = static_cast<int>(gridDim.x * blockDim.x);
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x),
+            step = static_cast<int>(gridDim.x * blockDim.x);
   for (int k = i; k < n; k += step) scratch[k] = in[k];
   grid_sync();
   for (int k = i; k < n; k += step) out[k] = ld_cg(scratch + n - 1 - k);
 }
 
-template <class T> __global__ void vec_copy_kernel(const T* in, T* out, int64_t n) {
+template <class T>
+__global__ void vec_copy_kernel(const T* in, T* out, int64_t n) {
   constexpr int N = Vec16<T>::N;
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
   if (i >= n) return;
@@ -167,7 +176,8 @@ void check_philox(const uint32_t* counter, uint32_t* out, int n, uint64_t seed, 
 void check_block_reduce(const float* in, float* out, int rows, int cols, void* stream) {
   launch(block_reduce_kernel, static_cast<unsigned>(rows), kThreads, 0, stream, in, out, rows, cols);
 }
-void check_last_block(const float* in, float* partial, unsigned* counter, float* total, int n, int blocks, void* stream) {
+void check_last_block(const float* in, float* partial, unsigned* counter, float* total, int n, int blocks,
+                      void* stream) {
   launch(last_block_kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, in, partial, counter, total, n);
 }
 void check_cp_async(const float* in, float* out, int n, int tiles, void* stream) {

@@ -26,7 +26,8 @@ void check_philox(const uint32_t* counter, uint32_t* out, int n, uint64_t seed, 
 // Rows of `cols` floats, one block each: out[row] = sum, out[rows + row] = maximum.
 void check_block_reduce(const float* in, float* out, int rows, int cols, void* stream);
 // total[0] = sum of in, by the last of `blocks` blocks to finish; partial: blocks floats, counter: a zero.
-void check_last_block(const float* in, float* partial, unsigned* counter, float* total, int n, int blocks, void* stream);
+void check_last_block(const float* in, float* partial, unsigned* counter, float* total, int n, int blocks,
+                      void* stream);
 // Copies n elements through cp.async, a block of 128 threads for each 1024 bytes; zeros beyond n up to whole tiles.
 void check_cp_async(const float* in, float* out, int n, int tiles, void* stream);
 // out[i] = in[n - 1 - i], each half of the way by another block of a cooperative grid.

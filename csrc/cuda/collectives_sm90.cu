@@ -8,7 +8,8 @@ namespace {
 constexpr int BM = 64, BN = 64, BK = 64, kStages = 3, kTileBytes = BM * BK * 2;
 
 // Registers of A's 16 x 16 fragment at column k: rows g and g + 8, columns 2 c, 2 c + 1 and 8 further.
-template <class T> __device__ void load_fragment(uint32_t (&r)[4], const T* a, int row, int k, int M, int K) {
+template <class T>
+__device__ void load_fragment(uint32_t (&r)[4], const T* a, int row, int k, int M, int K) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, c = 2 * (lane % 4);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -40,8 +41,10 @@ __global__ void __launch_bounds__(160)
       mbar_wait(empty + 8 * st, (k / kStages & 1) ^ 1);
       mbar_arrive_expect_tx(full + 8 * st, A_REGISTERS ? kTileBytes : 2 * kTileBytes);
       if (!A_REGISTERS) tma_load_2d(sa + st * kTileBytes, map_a, k * BK, m0, full + 8 * st);
-      if (MN_B) tma_load_2d(sb + st * kTileBytes, map_b, n0, k * BK, full + 8 * st);
-      else tma_load_2d(sb + st * kTileBytes, map_b, k * BK, n0, full + 8 * st);
+      if (MN_B)
+        tma_load_2d(sb + st * kTileBytes, map_b, n0, k * BK, full + 8 * st);
+      else
+        tma_load_2d(sb + st * kTileBytes, map_b, k * BK, n0, full + 8 * st);
     }
     return;
   }
@@ -57,10 +60,12 @@ __global__ void __launch_bounds__(160)
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < BK / 16; ++kk) {
-      const uint64_t db = MN_B ? wgmma_desc_mn(sb + st * kTileBytes + kk * 2048, BK * 128)
-                               : wgmma_desc(sb + st * kTileBytes + kk * 32);
-      if constexpr (A_REGISTERS) wgmma_rs<T, BN, MN_B>(acc, fragment[kk], db, k + kk > 0);
-      else wgmma_ss<T, BN, MN_B>(acc, wgmma_desc(sa + st * kTileBytes + kk * 32), db, k + kk > 0);
+      const uint64_t db =
+          MN_B ? wgmma_desc_mn(sb + st * kTileBytes + kk * 2048, BK * 128) : wgmma_desc(sb + st * kTileBytes + kk * 32);
+      if constexpr (A_REGISTERS)
+        wgmma_rs<T, BN, MN_B>(acc, fragment[kk], db, k + kk > 0);
+      else
+        wgmma_ss<T, BN, MN_B>(acc, wgmma_desc(sa + st * kTileBytes + kk * 32), db, k + kk > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -78,15 +83,18 @@ template <class T, bool MN_B, bool A_REGISTERS>
 void run_wgmma(const void* a, const void* b, float* c, int M, int N, int K, void* stream) {
   const T *pa = static_cast<const T*>(a), *pb = static_cast<const T*>(b);
   const auto map_a = make_tensor_map<T, 2>(pa, {K, M}, {K}, {BK, BM});
-  const auto map_b = MN_B ? make_tensor_map<T, 2>(pb, {N, K}, {N}, {BN, BK}) : make_tensor_map<T, 2>(pb, {K, N}, {K}, {BK, BN});
+  const auto map_b =
+      MN_B ? make_tensor_map<T, 2>(pb, {N, K}, {N}, {BN, BK}) : make_tensor_map<T, 2>(pb, {K, N}, {K}, {BK, BN});
   const dim3 grid(static_cast<unsigned>(ceil_div(N, BN)), static_cast<unsigned>(ceil_div(M, BM)));
   launch(wgmma_kernel<T, MN_B, A_REGISTERS>, grid, 160, 2 * kStages * kTileBytes, stream, map_a, map_b, pa, c, M, N, K);
 }
 
 template <class T>
 void run_wgmma(const void* a, const void* b, float* c, int M, int N, int K, bool b_mn, bool a_registers, void* stream) {
-  if (a_registers) (b_mn ? run_wgmma<T, true, true> : run_wgmma<T, false, true>)(a, b, c, M, N, K, stream);
-  else (b_mn ? run_wgmma<T, true, false> : run_wgmma<T, false, false>)(a, b, c, M, N, K, stream);
+  if (a_registers)
+    (b_mn ? run_wgmma<T, true, true> : run_wgmma<T, false, true>)(a, b, c, M, N, K, stream);
+  else
+    (b_mn ? run_wgmma<T, true, false> : run_wgmma<T, false, false>)(a, b, c, M, N, K, stream);
 }
 
 constexpr int kRows = 8;
@@ -98,7 +106,8 @@ __global__ void __launch_bounds__(32)
   PK_SHARED(uint64_t, bar, [1]);
   if (threadIdx.x != 0) return;
   const uint32_t s = smem_addr(smem), full = smem_addr(bar);
-  const int y = static_cast<int>(blockIdx.x) * kRows, z = static_cast<int>(blockIdx.y), w = static_cast<int>(blockIdx.z);
+  const int y = static_cast<int>(blockIdx.x) * kRows, z = static_cast<int>(blockIdx.y),
+            w = static_cast<int>(blockIdx.z);
   mbar_init(full, 1);
   mbar_fence_init();
   for (int x = 0, k = 0; x < d0; x += 64, ++k) {
@@ -117,8 +126,10 @@ __global__ void __launch_bounds__(32)
 void check_wgmma(const void* a, const void* b, float* c, int M, int N, int K, bool b_mn, bool a_registers, DType dtype,
                  void* stream) {
   const DeviceGuard guard(c);
-  if (dtype == DType::bf16) run_wgmma<bf16>(a, b, c, M, N, K, b_mn, a_registers, stream);
-  else run_wgmma<fp16>(a, b, c, M, N, K, b_mn, a_registers, stream);
+  if (dtype == DType::bf16)
+    run_wgmma<bf16>(a, b, c, M, N, K, b_mn, a_registers, stream);
+  else
+    run_wgmma<fp16>(a, b, c, M, N, K, b_mn, a_registers, stream);
 }
 
 void check_tma_copy(const void* in, void* out, int d0, int d1, int d2, int d3, int64_t s1, int64_t s2, int64_t s3,
@@ -126,13 +137,16 @@ void check_tma_copy(const void* in, void* out, int d0, int d1, int d2, int d3, i
   const DeviceGuard guard(in);  // the kernel's own arguments hold no bare pointer
   auto run = [&](auto tag) {
     using T = decltype(tag);
-    const auto from = make_tensor_map<T, 4>(static_cast<const T*>(in), {d0, d1, d2, d3}, {s1, s2, s3}, {64, kRows, 1, 1});
+    const auto from =
+        make_tensor_map<T, 4>(static_cast<const T*>(in), {d0, d1, d2, d3}, {s1, s2, s3}, {64, kRows, 1, 1});
     const auto to = make_tensor_map<T, 4>(static_cast<T*>(out), {d0, d1, d2, d3}, {s1, s2, s3}, {64, kRows, 1, 1});
     const dim3 grid(static_cast<unsigned>(ceil_div(d1, kRows)), static_cast<unsigned>(d2), static_cast<unsigned>(d3));
     launch(tma_copy_kernel<T>, grid, 32, 64 * kRows * 2, stream, from, to, d0);
   };
-  if (dtype == DType::bf16) run(bf16{});
-  else run(fp16{});
+  if (dtype == DType::bf16)
+    run(bf16{});
+  else
+    run(fp16{});
 }
 
 }  // namespace pk

@@ -88,7 +88,8 @@ __device__ __forceinline__ void tma_prefetch(const TensorMap& m) {
 }
 __device__ __forceinline__ void tma_load_2d(uint32_t dst, const TensorMap& m, int c0, int c1, uint32_t bar) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(dst),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          dst),
       "l"(&m), "r"(c0), "r"(c1), "r"(bar)
       : "memory");
 }
@@ -101,65 +102,70 @@ __device__ __forceinline__ void tma_load_4d(uint32_t dst, const TensorMap& m, in
       : "memory");
 }
 __device__ __forceinline__ void tma_store_4d(const TensorMap& m, uint32_t src, int c0, int c1, int c2, int c3) {
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&m), "r"(src),
-               "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&m),
+               "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
                : "memory");
 }
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // The shared memory of all but the last N groups may be overwritten.
-template <int N> __device__ __forceinline__ void tma_store_wait_read() {
+template <int N>
+__device__ __forceinline__ void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
 
 // Registers move between warpgroups; over the block the totals must balance, or inc waits for ever.
-template <int N> __device__ __forceinline__ void setmaxnreg_inc() {
+template <int N>
+__device__ __forceinline__ void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
-template <int N> __device__ __forceinline__ void setmaxnreg_dec() {
+template <int N>
+__device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> __device__ __forceinline__ void wgmma_wait() {
+template <int N>
+__device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 // Ties registers to this place in the program: the compiler may not move their uses across it, which it otherwise does,
 // because wgmma_wait has no register operands.
-template <int N> __device__ __forceinline__ void wgmma_touch(float (&r)[N]) {
+template <int N>
+__device__ __forceinline__ void wgmma_touch(float (&r)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(r[i])::"memory");
 }
-template <int N> __device__ __forceinline__ void wgmma_touch(uint32_t (&r)[N]) {
+template <int N>
+__device__ __forceinline__ void wgmma_touch(uint32_t (&r)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+r"(r[i])::"memory");
 }
 
 // The accumulator's N / 2 registers as one operand list, spelled for N = 64 and N = 128.
-#define PK_D8(i)                                                                                          \
+#define PK_D8(i)                                                                                              \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
 #define PK_D32(i) PK_D8(i), PK_D8(i + 8), PK_D8(i + 16), PK_D8(i + 24)
 #define PK_OUT32 PK_D32(0)
 #define PK_OUT64 PK_D32(0), PK_D32(32)
-#define PK_S32                                                                                           \
+#define PK_S32                                                                                             \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
   "%28,%29,%30,%31"
-#define PK_S64                                                                                            \
-  PK_S32                                                                                                  \
+#define PK_S64                                                                                                \
+  PK_S32                                                                                                      \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57," \
   "%58,%59,%60,%61,%62,%63"
-#define PK_SS(n, t, S, D, a, b, p, tb)                                                                    \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n       \
-               "k16.f32." t "." t " {" S "}, %" #a ", %" #b ", p, 1, 1, 0, %" #tb ";\n}"                  \
-               : D                                                                                        \
+#define PK_SS(n, t, S, D, a, b, p, tb)                                                                                 \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." t "." t \
+               " {" S "}, %" #a ", %" #b ", p, 1, 1, 0, %" #tb ";\n}"                                                  \
+               : D                                                                                                     \
                : "l"(a_desc), "l"(b_desc), "r"(static_cast<int>(scale_d)), "n"(MN_B ? 1 : 0))
-#define PK_RS(n, t, S, D, a0, a1, a2, a3, b, p, tb)                                                       \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n       \
-               "k16.f32." t "." t " {" S "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b              \
-               ", p, 1, 1, %" #tb ";\n}"                                                                  \
-               : D                                                                                        \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(static_cast<int>(scale_d)), \
+#define PK_RS(n, t, S, D, a0, a1, a2, a3, b, p, tb)                                                                    \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." t "." t \
+               " {" S "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", p, 1, 1, %" #tb ";\n}"                    \
+               : D                                                                                                     \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(static_cast<int>(scale_d)),              \
                  "n"(MN_B ? 1 : 0))
 
 // D[64 x N] (+)= A B^T over 16 of K, A K-major from shared memory (ss) or registers (rs), B N x K; asynchronous.
@@ -167,19 +173,27 @@ template <class T, int N, bool MN_B>
 __device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], uint64_t a_desc, uint64_t b_desc, bool scale_d) {
   static_assert(N == 64 || N == 128);
   constexpr bool BF = std::is_same_v<T, bf16>;
-  if constexpr (N == 64 && BF) PK_SS(64, "bf16", PK_S32, PK_OUT32, 32, 33, 34, 35);
-  else if constexpr (N == 64) PK_SS(64, "f16", PK_S32, PK_OUT32, 32, 33, 34, 35);
-  else if constexpr (BF) PK_SS(128, "bf16", PK_S64, PK_OUT64, 64, 65, 66, 67);
-  else PK_SS(128, "f16", PK_S64, PK_OUT64, 64, 65, 66, 67);
+  if constexpr (N == 64 && BF)
+    PK_SS(64, "bf16", PK_S32, PK_OUT32, 32, 33, 34, 35);
+  else if constexpr (N == 64)
+    PK_SS(64, "f16", PK_S32, PK_OUT32, 32, 33, 34, 35);
+  else if constexpr (BF)
+    PK_SS(128, "bf16", PK_S64, PK_OUT64, 64, 65, 66, 67);
+  else
+    PK_SS(128, "f16", PK_S64, PK_OUT64, 64, 65, 66, 67);
 }
 template <class T, int N, bool MN_B>
 __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b_desc, bool scale_d) {
   static_assert(N == 64 || N == 128);
   constexpr bool BF = std::is_same_v<T, bf16>;
-  if constexpr (N == 64 && BF) PK_RS(64, "bf16", PK_S32, PK_OUT32, 32, 33, 34, 35, 36, 37, 38);
-  else if constexpr (N == 64) PK_RS(64, "f16", PK_S32, PK_OUT32, 32, 33, 34, 35, 36, 37, 38);
-  else if constexpr (BF) PK_RS(128, "bf16", PK_S64, PK_OUT64, 64, 65, 66, 67, 68, 69, 70);
-  else PK_RS(128, "f16", PK_S64, PK_OUT64, 64, 65, 66, 67, 68, 69, 70);
+  if constexpr (N == 64 && BF)
+    PK_RS(64, "bf16", PK_S32, PK_OUT32, 32, 33, 34, 35, 36, 37, 38);
+  else if constexpr (N == 64)
+    PK_RS(64, "f16", PK_S32, PK_OUT32, 32, 33, 34, 35, 36, 37, 38);
+  else if constexpr (BF)
+    PK_RS(128, "bf16", PK_S64, PK_OUT64, 64, 65, 66, 67, 68, 69, 70);
+  else
+    PK_RS(128, "f16", PK_S64, PK_OUT64, 64, 65, 66, 67, 68, 69, 70);
 }
 
 #undef PK_SS

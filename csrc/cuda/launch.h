@@ -45,14 +45,16 @@ class DeviceGuard {
 namespace detail {
 
 inline const void* first_pointer() { return nullptr; }
-template <class A, class... R> const void* first_pointer(const A& a, const R&... rest) {
+template <class A, class... R>
+const void* first_pointer(const A& a, const R&... rest) {
   if constexpr (std::is_pointer_v<A>) {
     if (a) return a;
   }
   return first_pointer(rest...);
 }
 
-template <class K> void allow_shared(K kernel, size_t bytes) {
+template <class K>
+void allow_shared(K kernel, size_t bytes) {
   if (bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
           "dynamic shared memory");
@@ -92,7 +94,8 @@ inline int sm_count() {
 }
 
 // How many blocks of this kernel the current device holds at once: the largest cooperative grid.
-template <class... P> int resident_blocks(void (*kernel)(P...), int threads, size_t smem) {
+template <class... P>
+int resident_blocks(void (*kernel)(P...), int threads, size_t smem) {
   int per_sm = 0;
   detail::allow_shared(kernel, smem);
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, smem), "occupancy");

@@ -23,8 +23,8 @@ __host__ __device__ inline Philox4 philox4x32_10(uint32_t c0, uint32_t c1, uint3
   return {{c0, c1, c2, c3}};
 }
 
-// The library's one layout: key = seed (low word, high word), counter = (offset low, offset high, 0, 0), first word out.
-// offset: row-major index of the element in its logical tensor.
+// The library's one layout: key = seed (low word, high word), counter = (offset low, offset high, 0, 0), first word
+// out. offset: row-major index of the element in its logical tensor.
 __host__ __device__ inline uint32_t philox_word(uint64_t seed, uint64_t offset) {
   return philox4x32_10(static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32), 0, 0,
                        static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32))

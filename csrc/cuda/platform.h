@@ -29,10 +29,14 @@ __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); 
 __device__ __forceinline__ float to_float(fp16 x) { return __half2float(x); }
 
 // Rounds to nearest even, once: every kernel computes in fp32 and converts at the store.
-template <class T> __device__ __forceinline__ T from_float(float x) {
-  if constexpr (std::is_same_v<T, bf16>) return __float2bfloat16_rn(x);
-  else if constexpr (std::is_same_v<T, fp16>) return __float2half_rn(x);
-  else return x;
+template <class T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return __float2bfloat16_rn(x);
+  else if constexpr (std::is_same_v<T, fp16>)
+    return __float2half_rn(x);
+  else
+    return x;
 }
 
 }  // namespace pk
@@ -52,17 +56,22 @@ namespace pk {
 constexpr int kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
-template <class A, class B> __host__ __device__ constexpr std::common_type_t<A, B> ceil_div(A a, B b) {
+template <class A, class B>
+__host__ __device__ constexpr std::common_type_t<A, B> ceil_div(A a, B b) {
   return (a + b - 1) / b;
 }
 
 // Calls f(std::type_identity<T>{}) with the element type of `dtype`:
 //   dispatch(dtype, [&](auto tag) { using T = typename decltype(tag)::type; ... });
-template <class F> void dispatch(DType dtype, F&& f) {
+template <class F>
+void dispatch(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::f32: return f(std::type_identity<float>{});
-    case DType::bf16: return f(std::type_identity<bf16>{});
-    case DType::f16: return f(std::type_identity<fp16>{});
+    case DType::f32:
+      return f(std::type_identity<float>{});
+    case DType::bf16:
+      return f(std::type_identity<bf16>{});
+    case DType::f16:
+      return f(std::type_identity<fp16>{});
   }
   throw std::invalid_argument("unknown dtype code");
 }

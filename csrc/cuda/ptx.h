@@ -9,11 +9,14 @@
 namespace pk {
 
 // Two floats to a packed pair, `lo` in the low half.
-template <class T> __device__ __forceinline__ uint32_t pack2(float lo, float hi) {
+template <class T>
+__device__ __forceinline__ uint32_t pack2(float lo, float hi) {
   static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>);
   uint32_t r;
-  if constexpr (std::is_same_v<T, bf16>) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
   return r;
 }
 
@@ -62,7 +65,8 @@ __device__ __forceinline__ void cp_async16(uint32_t dst, const void* src, bool p
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits for all but the last N groups this thread committed; other threads' copies need a barrier as well.
-template <int N> __device__ __forceinline__ void cp_async_wait() {
+template <int N>
+__device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
@@ -78,7 +82,10 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int n) {
 __device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sync(); }
 
 // Load from L2: sees other blocks' writes after grid_sync even where this multiprocessor's L1 has the line.
-template <class T> __device__ __forceinline__ T ld_cg(const T* p) { return __ldcg(p); }
+template <class T>
+__device__ __forceinline__ T ld_cg(const T* p) {
+  return __ldcg(p);
+}
 
 // Handoff between blocks through a 32-bit flag: what precedes st_release is seen by what follows the ld_acquire that
 // read its value.

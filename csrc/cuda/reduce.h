@@ -18,7 +18,8 @@ __device__ __forceinline__ float warp_max(float x) {
 namespace detail {
 
 // Every thread of a one-dimensional block of THREADS calls this and gets the result.
-template <int THREADS, bool MAX> __device__ __forceinline__ float block_reduce(float x) {
+template <int THREADS, bool MAX>
+__device__ __forceinline__ float block_reduce(float x) {
   static_assert(THREADS % kWarp == 0 && THREADS <= 1024);
   PK_SHARED(float, part, [THREADS / kWarp]);
   x = MAX ? warp_max(x) : warp_sum(x);
@@ -33,10 +34,12 @@ template <int THREADS, bool MAX> __device__ __forceinline__ float block_reduce(f
 
 }  // namespace detail
 
-template <int THREADS> __device__ __forceinline__ float block_sum(float x) {
+template <int THREADS>
+__device__ __forceinline__ float block_sum(float x) {
   return detail::block_reduce<THREADS, false>(x);
 }
-template <int THREADS> __device__ __forceinline__ float block_max(float x) {
+template <int THREADS>
+__device__ __forceinline__ float block_max(float x) {
   return detail::block_reduce<THREADS, true>(x);
 }
 

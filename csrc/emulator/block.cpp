@@ -73,8 +73,10 @@ void named_barrier(int id, int n, bool block, Site site) {
   if (id < 1 || id > 15 || n % 32 || n < 32 || n > b.threads)
     fail("%s: bad named barrier (id %d, %d threads)", name_site(site).c_str(), id, n);
   Barrier& r = b.barriers[id];
-  if (r.arrived == 0) r.need = n, r.site = site;
-  else if (r.need != n) fail("%s: named barrier %d met with %d and %d threads", name_site(site).c_str(), id, r.need, n);
+  if (r.arrived == 0)
+    r.need = n, r.site = site;
+  else if (r.need != n)
+    fail("%s: named barrier %d met with %d and %d threads", name_site(site).c_str(), id, r.need, n);
   // who comes to it must come after the whole last round, or could have been counted in that one
   if (!covers(*t, r.last))
     fail("%s: named barrier %d is used again by a thread its last round is not ordered before", name_site(site).c_str(),
@@ -132,7 +134,8 @@ void cp_async_wait(int n) {
 }
 
 void check_no_async_left(const Thread& t) {
-  if (!t.copies.empty()) fail("exits with cp.async never waited for (issued at %s)", name_site(t.copies[0].site).c_str());
+  if (!t.copies.empty())
+    fail("exits with cp.async never waited for (issued at %s)", name_site(t.copies[0].site).c_str());
   if (!t.wgmma.issued.empty())
     fail("exits with a wgmma never waited for (issued at %s)", name_site(t.wgmma.issued[0].site).c_str());
   if (!t.stores.issued.empty())

@@ -11,7 +11,12 @@ namespace emu {
 namespace {
 
 enum : uint8_t {
-  kWritten = 1, kAtomicWrite = 2, kRead0 = 4, kRead1 = 8, kAtomicRead0 = 16, kAtomicRead1 = 32,
+  kWritten = 1,
+  kAtomicWrite = 2,
+  kRead0 = 4,
+  kRead1 = 8,
+  kAtomicRead0 = 16,
+  kAtomicRead1 = 32,
   kAsync = 64,     // last written by the async proxy
   kInFlight = 128  // target of an async copy nobody has waited for
 };
@@ -37,7 +42,10 @@ struct Page {
 
 std::unordered_map<uintptr_t, Page> pages;
 std::vector<Cell*> spare[3];
-struct Recent { uintptr_t key; Page* page; };
+struct Recent {
+  uintptr_t key;
+  Page* page;
+};
 Recent recent[64];  // an unordered_map's elements stay where they are
 
 Cell* new_cells(uint8_t shift) {
@@ -73,7 +81,8 @@ void refine(Page& p, uint8_t shift) {
 }
 
 // f(cell, address) for each granule of [a, a + n)
-template <class F> void for_cells(uintptr_t a, size_t n, F f) {
+template <class F>
+void for_cells(uintptr_t a, size_t n, F f) {
   while (n) {
     Page& p = page(a);
     const size_t here = std::min(n, kPage - a % kPage);
@@ -106,10 +115,14 @@ std::string where(const Thread& t, uintptr_t a) {
 
 const char* verb(Access a) {
   switch (a) {
-    case Access::read: return "read";
-    case Access::write: return "write";
-    case Access::atomic_read: return "atomic read";
-    case Access::atomic_write: return "atomic";
+    case Access::read:
+      return "read";
+    case Access::write:
+      return "write";
+    case Access::atomic_read:
+      return "atomic read";
+    case Access::atomic_write:
+      return "atomic";
   }
   return "access";
 }
@@ -121,10 +134,13 @@ bool ordered(const Thread& t, const Event& past, uint16_t epoch) {
   return has_seen(t, block, static_cast<int>(past.thread % n), past.tick);
 }
 
-[[noreturn]] void race(const Thread& t, uintptr_t a, Access mine, uint32_t origin, const char* theirs, const Event& past) {
+[[noreturn]] void race(const Thread& t, uintptr_t a, Access mine, uint32_t origin, const char* theirs,
+                       const Event& past) {
   const uint32_t n = static_cast<uint32_t>(t.blk->threads);
   const uint32_t block = past.thread / n, lin = past.thread % n;
-  const bool unfenced = t.fences.would_have_seen(static_cast<int>(block), static_cast<int>(lin), past.tick);
+  bool unfenced = false;
+  for (const Thread& other : t.blk->thread)
+    unfenced |= other.fences.would_have_seen(static_cast<int>(block), static_cast<int>(lin), past.tick);
   fail("data race on %s: %s by thread %d of block %d at %s, %s by thread %u of block %u at %s, %s", where(t, a).c_str(),
        verb(mine), t.lin, t.blk->index, name_origin(origin).c_str(), theirs, lin, block,
        name_origin(past.origin).c_str(),
@@ -182,8 +198,8 @@ void checker_new_block(Block& b) {
 }
 
 void checked_access(Thread& t, uintptr_t a, size_t n, Access kind, bool aligned, uint32_t origin) {
-  if (a - reinterpret_cast<uintptr_t>(t.stack) < kStack) return;               // its own locals
-  if (a - reinterpret_cast<uintptr_t>(&t) < sizeof(Thread)) return;            // threadIdx, blockIdx
+  if (a - reinterpret_cast<uintptr_t>(t.stack) < kStack) return;     // its own locals
+  if (a - reinterpret_cast<uintptr_t>(&t) < sizeof(Thread)) return;  // threadIdx, blockIdx
   const uintptr_t offset = a - reinterpret_cast<uintptr_t>(t.blk->arena);
   const bool shared = offset < kArena;
   if (!shared && (in_module(a) || a - reinterpret_cast<uintptr_t>(call_frame) < 4096)) return;
@@ -194,7 +210,7 @@ void checked_access(Thread& t, uintptr_t a, size_t n, Access kind, bool aligned,
   stats.checked_bytes += n;
   const Block& b = *t.blk;
   const Event now = {static_cast<uint32_t>(b.index) * static_cast<uint32_t>(b.threads) + static_cast<uint32_t>(t.lin),
-                       t.clock.tick, origin};
+                     t.clock.tick, origin};
   for_cells(a, n, [&](Cell& c, uintptr_t at) { check_cell(t, c, at, kind, now, shared); });
 }
 

@@ -20,18 +20,18 @@ void checked_access(Thread&, uintptr_t a, size_t n, Access, bool aligned, uint32
 uint32_t origin_of(Site);
 uint32_t origin_of_pc(const void* pc);
 
-void checked(const void* p, size_t n, bool write, Site);                     // by the running thread
-void checked_as(int lane, const void* p, size_t n, bool write, Site);        // on behalf of a lane of its warp
-void async_write(Thread&, void* p, size_t n, Site);                          // by the async proxy (TMA)
-void async_read(int lane, const void* p, size_t n, Site);                    // by TMA stores and wgmma
-void mark_in_flight(const void* p, size_t n, bool on);                       // target of an async copy: hands off
+void checked(const void* p, size_t n, bool write, Site);               // by the running thread
+void checked_as(int lane, const void* p, size_t n, bool write, Site);  // on behalf of a lane of its warp
+void async_write(Thread&, void* p, size_t n, Site);                    // by the async proxy (TMA)
+void async_read(int lane, const void* p, size_t n, Site);              // by TMA stores and wgmma
+void mark_in_flight(const void* p, size_t n, bool on);                 // target of an async copy: hands off
 void proxy_fence(Thread&);
 
 // Where kernels may go in global memory: a tensor as runs of `run` bytes at base + sum of index * stride.
 struct Extent {
   uintptr_t base;
-  size_t run;   // bytes of the innermost contiguous piece
-  size_t span;  // from base to the end of the last piece
+  size_t run;                                   // bytes of the innermost contiguous piece
+  size_t span;                                  // from base to the end of the last piece
   std::vector<std::pair<size_t, size_t>> dims;  // (stride in bytes, count), outermost first
 };
 void set_extents(std::vector<Extent>);

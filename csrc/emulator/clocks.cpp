@@ -136,8 +136,10 @@ void acquire_fence(Thread& t, bool gpu) {
   auto v = std::make_shared<View>(*t.clock.seen);
   auto rest = std::make_shared<Message>(v->rest ? *v->rest : Message{});
   for (const auto& [block, ticks] : f.taken_gpu) {
-    if (block == t.blk->index) raise(v->own, *ticks);
-    else raise(*rest, block, ticks);
+    if (block == t.blk->index)
+      raise(v->own, *ticks);
+    else
+      raise(*rest, block, ticks);
   }
   v->rest = rest;
   t.clock.seen = v;

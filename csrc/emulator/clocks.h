@@ -1,5 +1,6 @@
-// Vector clocks: which accesses of which threads a thread is ordered after.  A thread's tick grows each time it publishes
-// (barrier, arrive, release); an access at tick k of thread i is ordered before thread t once t has seen tick k of i.
+// Vector clocks: which accesses of which threads a thread is ordered after.  A thread's tick grows each time it
+// publishes (barrier, arrive, release); an access at tick k of thread i is ordered before thread t once t has seen tick
+// k of i.
 #pragma once
 #include <cstdint>
 #include <map>
@@ -11,10 +12,10 @@ namespace emu {
 struct Thread;
 struct Block;
 
-using Ticks = std::vector<uint32_t>;                           // one a thread of a block
+using Ticks = std::vector<uint32_t>;                          // one a thread of a block
 using Message = std::map<int, std::shared_ptr<const Ticks>>;  // by block: what an atomic hands on
-struct View {                           // what a thread has seen of others
-  Ticks own;                            // of its own block
+struct View {                                                 // what a thread has seen of others
+  Ticks own;                                                  // of its own block
   std::shared_ptr<const Message> rest;  // of other blocks, handed over through atomics; mostly null
 };
 
@@ -39,8 +40,8 @@ bool covers(const Thread& t, const Ticks& past);
 // Atomics.  A fence keeps what its thread has seen; an atomic after it hands that to the location, and takes what the
 // location was handed; the next fence makes the taken part seen.  Relaxed atomics alone order nothing.
 struct Handoff {
-  Message gpu;       // published by __threadfence
-  Ticks block;       // published by __threadfence_block or stronger, for threads of block `owner` only
+  Message gpu;  // published by __threadfence
+  Ticks block;  // published by __threadfence_block or stronger, for threads of block `owner` only
   int owner = -1;
 };
 struct FenceState {

@@ -6,7 +6,9 @@
 #include <tuple>
 #include <type_traits>
 
-struct uint3 { unsigned x, y, z; };
+struct uint3 {
+  unsigned x, y, z;
+};
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
@@ -14,13 +16,22 @@ struct dim3 {
 
 namespace emu {
 
-struct Position { uint3 thread, block; };  // the part of a CUDA thread that kernels see
-struct Config { dim3 grid, block; size_t smem; bool cooperative; };
+struct Position {
+  uint3 thread, block;
+};  // the part of a CUDA thread that kernels see
+struct Config {
+  dim3 grid, block;
+  size_t smem;
+  bool cooperative;
+};
 extern Position* cur;  // the running CUDA thread
 extern Config cfg;     // the launch
 
 // A place in the source, so that threads which meet at different barriers can be told apart.
-struct Site { const char* file; int line; };
+struct Site {
+  const char* file;
+  int line;
+};
 #define EMU_SITE ::emu::Site site = {__builtin_FILE(), __builtin_LINE()}
 
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* fmt, ...);
@@ -64,30 +75,40 @@ enum class Atomic { read_modify_write, load_acquire, store_release };
 void atomic_access(const void* p, size_t n, Atomic, Site);
 void made_progress();  // memory changed: a spin loop may end now
 
-template <class T> uint64_t bits(T v) {
+template <class T>
+uint64_t bits(T v) {
   static_assert(sizeof(T) <= 8);
   uint64_t u = 0;
   memcpy(&u, &v, sizeof(T));
   return u;
 }
-template <class T> T unbits(uint64_t u) {
+template <class T>
+T unbits(uint64_t u) {
   T v;
   memcpy(&v, &u, sizeof(T));
   return v;
 }
 
 // Tag is a lambda's type, so there is one key a variable and template instantiation.
-template <class T, class Tag> T& shared_var(Tag, Site s) {
+template <class T, class Tag>
+T& shared_var(Tag, Site s) {
   static const char key = 0;
   return *static_cast<T*>(static_shared(&key, sizeof(T), alignof(T) < 16 ? 16 : alignof(T), s));
 }
 
-template <class... P, class... A> void launch(void (*kernel)(P...), const Config& c, A... args) {
+template <class... P, class... A>
+void launch(void (*kernel)(P...), const Config& c, A... args) {
   struct Call {
     void (*kernel)(P...);
     std::tuple<P...> args;
   } call{kernel, {static_cast<P>(args)...}};
-  run(c, [](void* p) { auto* x = static_cast<Call*>(p); std::apply(x->kernel, x->args); }, &call);
+  run(
+      c,
+      [](void* p) {
+        auto* x = static_cast<Call*>(p);
+        std::apply(x->kernel, x->args);
+      },
+      &call);
 }
 
 }  // namespace emu

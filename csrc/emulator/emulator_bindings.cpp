@@ -20,7 +20,8 @@ namespace pk {
 namespace {
 
 // A tensor's exact elements: its strides from the innermost out, merged while dense.
-emu::Extent make_extent(uintptr_t base, size_t item, const std::vector<size_t>& sizes, const std::vector<size_t>& strides) {
+emu::Extent make_extent(uintptr_t base, size_t item, const std::vector<size_t>& sizes,
+                        const std::vector<size_t>& strides) {
   std::vector<std::pair<size_t, size_t>> dims;
   for (size_t i = 0; i < sizes.size(); ++i)
     if (sizes[i] > 1 && strides[i] > 0) dims.emplace_back(strides[i] * item, sizes[i]);
@@ -29,8 +30,10 @@ emu::Extent make_extent(uintptr_t base, size_t item, const std::vector<size_t>& 
   bool overlapping = false;
   for (const auto& [stride, count] : dims) {
     overlapping |= stride < e.span;
-    if (e.dims.empty() && stride == e.run) e.run *= count;
-    else e.dims.insert(e.dims.begin(), {stride, count});
+    if (e.dims.empty() && stride == e.run)
+      e.run *= count;
+    else
+      e.dims.insert(e.dims.begin(), {stride, count});
     e.span += stride * (count - 1);
   }
   if (overlapping) e.run = e.span, e.dims.clear();
@@ -79,16 +82,20 @@ py::dict stats() {
 }  // namespace
 
 void bind_emulator(py::module_& m) {
-  m.def("set_buffers", &set_buffers, py::arg("buffers"),
-        "What global memory the next launches may touch: (address, bytes an element, sizes, strides in elements) each.");
-  m.def("set_order", [](int order) { emu::options.order = order; }, py::arg("order"),
-        "Order in which threads and blocks run: 0 forward, 1 reversed, others a random order with that seed.");
   m.def(
-      "set_checks", [](bool races, bool uninitialised) { emu::options.races = races, emu::options.uninitialised = uninitialised; },
+      "set_buffers", &set_buffers, py::arg("buffers"),
+      "What global memory the next launches may touch: (address, bytes an element, sizes, strides in elements) each.");
+  m.def(
+      "set_order", [](int order) { emu::options.order = order; }, py::arg("order"),
+      "Order in which threads and blocks run: 0 forward, 1 reversed, others a random order with that seed.");
+  m.def(
+      "set_checks",
+      [](bool races, bool uninitialised) { emu::options.races = races, emu::options.uninitialised = uninitialised; },
       py::arg("races") = true, py::arg("uninitialised") = true,
       "Switches off the race check or the uninitialised-shared-memory check; bounds and alignment always stay on.");
-  m.def("set_resident_blocks", [](int n) { emu::options.max_resident_blocks = n; }, py::arg("n"),
-        "How many blocks a cooperative launch may have (132 at first, an H100's multiprocessors).");
+  m.def(
+      "set_resident_blocks", [](int n) { emu::options.max_resident_blocks = n; }, py::arg("n"),
+      "How many blocks a cooperative launch may have (132 at first, an H100's multiprocessors).");
   m.def("stats", &stats, "Counts since the last call.");
   m.def("selftest_names", &selftest_names);
   m.def("selftest", &selftest);

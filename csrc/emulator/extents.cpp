@@ -49,10 +49,13 @@ std::string name_global(uintptr_t a) {
     return s;
   }
   const Extent& e = extents[which];
-  if (a < e.base) snprintf(s, sizeof s, "%zu bytes before tensor %zu", nearest, which);
-  else if (nearest) snprintf(s, sizeof s, "%zu bytes behind the end of tensor %zu", nearest - 1, which);
-  else snprintf(s, sizeof s, "tensor %zu + %zu bytes%s", which, static_cast<size_t>(a - e.base),
-                holds(e, a, 1) ? "" : " (between its rows)");
+  if (a < e.base)
+    snprintf(s, sizeof s, "%zu bytes before tensor %zu", nearest, which);
+  else if (nearest)
+    snprintf(s, sizeof s, "%zu bytes behind the end of tensor %zu", nearest - 1, which);
+  else
+    snprintf(s, sizeof s, "tensor %zu + %zu bytes%s", which, static_cast<size_t>(a - e.base),
+             holds(e, a, 1) ? "" : " (between its rows)");
   return s;
 }
 

@@ -106,7 +106,8 @@ void make_context(Context& c, char* stack, size_t size, void (*entry)(void*), vo
     boot(reinterpret_cast<Context*>(static_cast<uintptr_t>(low) | static_cast<uintptr_t>(high) << 32));
   };
   const uint64_t p = reinterpret_cast<uintptr_t>(&c);
-  makecontext(&c.state, reinterpret_cast<void (*)()>(start), 2, static_cast<unsigned>(p), static_cast<unsigned>(p >> 32));
+  makecontext(&c.state, reinterpret_cast<void (*)()>(start), 2, static_cast<unsigned>(p),
+              static_cast<unsigned>(p >> 32));
 }
 
 #else

@@ -21,8 +21,10 @@ void on_access(void* p, size_t n, bool write, bool aligned, const void* pc) {
   Thread& t = *self();
   const uintptr_t a = reinterpret_cast<uintptr_t>(p);
   checked_access(t, a, n, write ? Access::write : Access::read, aligned, origin_of_pc(pc));
-  if (write) idle_reads = 0;
-  else count_idle_read();
+  if (write)
+    idle_reads = 0;
+  else
+    count_idle_read();
 }
 
 void on_entry(const char* frame) {
@@ -46,10 +48,10 @@ void undefined(const char* what, const Location* l) {
 }  // namespace emu
 
 #define PC __builtin_return_address(0)
-#define HOOKS(n)                                                                       \
-  void __tsan_read##n(void* p) { emu::on_access(p, n, false, true, PC); }              \
-  void __tsan_write##n(void* p) { emu::on_access(p, n, true, true, PC); }              \
-  void __tsan_unaligned_read##n(void* p) { emu::on_access(p, n, false, false, PC); }   \
+#define HOOKS(n)                                                                     \
+  void __tsan_read##n(void* p) { emu::on_access(p, n, false, true, PC); }            \
+  void __tsan_write##n(void* p) { emu::on_access(p, n, true, true, PC); }            \
+  void __tsan_unaligned_read##n(void* p) { emu::on_access(p, n, false, false, PC); } \
   void __tsan_unaligned_write##n(void* p) { emu::on_access(p, n, true, false, PC); }
 #define UNDEFINED(name, what, ...) \
   void __ubsan_handle_##name(emu::Location* l __VA_OPT__(, ) __VA_ARGS__) { emu::undefined(what, l); }

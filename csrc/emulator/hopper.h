@@ -5,7 +5,8 @@
 
 namespace emu {
 
-TensorMap make_tensor_map(const void* base, int element, int rank, const int* dim, const int64_t* stride, const int* box);
+TensorMap make_tensor_map(const void* base, int element, int rank, const int* dim, const int64_t* stride,
+                          const int* box);
 void mbar_init(uint32_t bar, int count, Site);
 void mbar_fence_init();
 void mbar_arrive(uint32_t bar, int tx, Site);
@@ -55,14 +56,27 @@ inline void tma_store_4d(const TensorMap& m, uint32_t src, int c0, int c1, int c
   emu::tma_store(m, src, {c0, c1, c2, c3}, site);
 }
 inline void tma_store_commit() { emu::tma_store_commit(); }
-template <int N> void tma_store_wait_read() { emu::tma_store_wait(N); }
-template <int N> void setmaxnreg_inc(EMU_SITE) { emu::setmaxnreg(N, true, site); }
-template <int N> void setmaxnreg_dec(EMU_SITE) { emu::setmaxnreg(N, false, site); }
+template <int N>
+void tma_store_wait_read() {
+  emu::tma_store_wait(N);
+}
+template <int N>
+void setmaxnreg_inc(EMU_SITE) {
+  emu::setmaxnreg(N, true, site);
+}
+template <int N>
+void setmaxnreg_dec(EMU_SITE) {
+  emu::setmaxnreg(N, false, site);
+}
 
 inline void wgmma_fence() { emu::wgmma_fence(); }
 inline void wgmma_commit() { emu::wgmma_commit(); }
-template <int N> void wgmma_wait(EMU_SITE) { emu::wgmma_wait(N, site); }
-template <class R, int N> inline void wgmma_touch(R (&)[N]) {}
+template <int N>
+void wgmma_wait(EMU_SITE) {
+  emu::wgmma_wait(N, site);
+}
+template <class R, int N>
+inline void wgmma_touch(R (&)[N]) {}
 template <class T, int N, bool MN_B>
 inline void wgmma_ss(float (&d)[N / 2], uint64_t a_desc, uint64_t b_desc, bool scale_d, EMU_SITE) {
   emu::wgmma(d, {N, nullptr, a_desc, b_desc, scale_d, MN_B, std::is_same_v<T, bf16>}, site);

@@ -70,8 +70,8 @@ struct HopperState {
   std::vector<Mbarrier> mbarriers;
   std::vector<WgmmaSeen> seen[8];  // each warpgroup's wgmmas: its four warps must issue the same ones
   std::vector<Thread*> register_waiters;
-  int register_pool = 0;        // what setmaxnreg.dec gave back
-  Ticks proxy_tick;             // each thread's tick at its last fence.proxy.async
+  int register_pool = 0;  // what setmaxnreg.dec gave back
+  Ticks proxy_tick;       // each thread's tick at its last fence.proxy.async
 };
 
 }  // namespace emu

@@ -71,8 +71,8 @@ void locate_module(const void* pc) {
       [](dl_phdr_info* i, size_t, void*) {
         for (int k = 0; k < i->dlpi_phnum; ++k)
           if (i->dlpi_addr == module_begin && i->dlpi_phdr[k].p_type == PT_LOAD)
-            module_end = std::max(module_end, static_cast<uintptr_t>(i->dlpi_addr + i->dlpi_phdr[k].p_vaddr +
-                                                                     i->dlpi_phdr[k].p_memsz));
+            module_end = std::max(
+                module_end, static_cast<uintptr_t>(i->dlpi_addr + i->dlpi_phdr[k].p_vaddr + i->dlpi_phdr[k].p_memsz));
         return 0;
       },
       nullptr);

@@ -23,12 +23,24 @@
   name##_pk_t& name = ::emu::shared_var<name##_pk_t>([] {}, {__FILE__, __LINE__})
 #define PK_DYN_SHARED(name) unsigned char* const name = static_cast<unsigned char*>(::emu::dyn_shared())
 
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) int2 { int x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
@@ -42,22 +54,29 @@ inline int __syncthreads_and(int p, EMU_SITE) { return emu::block_sync(emu::Bloc
 inline int __syncthreads_or(int p, EMU_SITE) { return emu::block_sync(emu::BlockOp::any, p, site); }
 inline void __syncwarp(uint32_t m = emu::kFull, EMU_SITE) { emu::warp_sync(m, site); }
 
-template <class T> T __shfl_sync(uint32_t m, T v, int lane, int w = 32, EMU_SITE) {
+template <class T>
+T __shfl_sync(uint32_t m, T v, int lane, int w = 32, EMU_SITE) {
   return emu::unbits<T>(emu::shfl(emu::Shfl::idx, m, emu::bits(v), lane, w, site));
 }
-template <class T> T __shfl_up_sync(uint32_t m, T v, unsigned d, int w = 32, EMU_SITE) {
+template <class T>
+T __shfl_up_sync(uint32_t m, T v, unsigned d, int w = 32, EMU_SITE) {
   return emu::unbits<T>(emu::shfl(emu::Shfl::up, m, emu::bits(v), static_cast<int>(d), w, site));
 }
-template <class T> T __shfl_down_sync(uint32_t m, T v, unsigned d, int w = 32, EMU_SITE) {
+template <class T>
+T __shfl_down_sync(uint32_t m, T v, unsigned d, int w = 32, EMU_SITE) {
   return emu::unbits<T>(emu::shfl(emu::Shfl::down, m, emu::bits(v), static_cast<int>(d), w, site));
 }
-template <class T> T __shfl_xor_sync(uint32_t m, T v, int x, int w = 32, EMU_SITE) {
+template <class T>
+T __shfl_xor_sync(uint32_t m, T v, int x, int w = 32, EMU_SITE) {
   return emu::unbits<T>(emu::shfl(emu::Shfl::bfly, m, emu::bits(v), x, w, site));
 }
 inline uint32_t __ballot_sync(uint32_t m, int p, EMU_SITE) { return emu::ballot(m, p != 0, site); }
 inline int __any_sync(uint32_t m, int p, EMU_SITE) { return emu::ballot(m, p != 0, site) != 0; }
 inline int __all_sync(uint32_t m, int p, EMU_SITE) { return emu::ballot(m, p == 0, site) == 0; }
-template <class T> uint32_t __match_any_sync(uint32_t m, T v, EMU_SITE) { return emu::match_any(m, emu::bits(v), site); }
+template <class T>
+uint32_t __match_any_sync(uint32_t m, T v, EMU_SITE) {
+  return emu::match_any(m, emu::bits(v), site);
+}
 
 inline void __threadfence() { emu::fence(emu::Scope::gpu); }
 inline void __threadfence_block() { emu::fence(emu::Scope::block); }
@@ -66,7 +85,8 @@ inline void __nanosleep(unsigned) { emu::yield(); }
 namespace emu {
 
 // Not instrumented: the checker hears of the access as an atomic, which may meet other atomics.
-template <class T, class F> __attribute__((noinline, no_sanitize("thread"))) T read_modify_write(T* p, F f, Site site) {
+template <class T, class F>
+__attribute__((noinline, no_sanitize("thread"))) T read_modify_write(T* p, F f, Site site) {
   yield();
   atomic_access(p, sizeof(T), Atomic::read_modify_write, site);
   const T old = *static_cast<volatile T*>(p), next = f(old);
@@ -77,25 +97,32 @@ template <class T, class F> __attribute__((noinline, no_sanitize("thread"))) T r
 
 }  // namespace emu
 
-template <class T> T atomicAdd(T* p, std::type_identity_t<T> v, EMU_SITE) {
+template <class T>
+T atomicAdd(T* p, std::type_identity_t<T> v, EMU_SITE) {
   return emu::read_modify_write(p, [=](T o) { return static_cast<T>(o + v); }, site);
 }
-template <class T> T atomicMax(T* p, std::type_identity_t<T> v, EMU_SITE) {
+template <class T>
+T atomicMax(T* p, std::type_identity_t<T> v, EMU_SITE) {
   return emu::read_modify_write(p, [=](T o) { return o > v ? o : v; }, site);
 }
-template <class T> T atomicMin(T* p, std::type_identity_t<T> v, EMU_SITE) {
+template <class T>
+T atomicMin(T* p, std::type_identity_t<T> v, EMU_SITE) {
   return emu::read_modify_write(p, [=](T o) { return o < v ? o : v; }, site);
 }
-template <class T> T atomicOr(T* p, std::type_identity_t<T> v, EMU_SITE) {
+template <class T>
+T atomicOr(T* p, std::type_identity_t<T> v, EMU_SITE) {
   return emu::read_modify_write(p, [=](T o) { return static_cast<T>(o | v); }, site);
 }
-template <class T> T atomicAnd(T* p, std::type_identity_t<T> v, EMU_SITE) {
+template <class T>
+T atomicAnd(T* p, std::type_identity_t<T> v, EMU_SITE) {
   return emu::read_modify_write(p, [=](T o) { return static_cast<T>(o & v); }, site);
 }
-template <class T> T atomicExch(T* p, std::type_identity_t<T> v, EMU_SITE) {
+template <class T>
+T atomicExch(T* p, std::type_identity_t<T> v, EMU_SITE) {
   return emu::read_modify_write(p, [=](T) { return v; }, site);
 }
-template <class T> T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> v, EMU_SITE) {
+template <class T>
+T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> v, EMU_SITE) {
   return emu::read_modify_write(p, [=](T o) { return o == expected ? v : o; }, site);
 }
 inline unsigned atomicInc(unsigned* p, unsigned limit, EMU_SITE) {
@@ -116,21 +143,33 @@ inline float __int_as_float(int x) { return emu::unbits<float>(emu::bits(x)); }
 inline int __float_as_int(float x) { return emu::unbits<int>(emu::bits(x)); }
 inline float __uint_as_float(unsigned x) { return emu::unbits<float>(emu::bits(x)); }
 inline unsigned __float_as_uint(float x) { return emu::unbits<unsigned>(emu::bits(x)); }
-inline unsigned __umulhi(unsigned a, unsigned b) {
-  return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
-}
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-template <class T> __forceinline__ T __ldg(const T* p) { return *p; }
-template <class T> __forceinline__ T __ldcs(const T* p) { return *p; }
-template <class T> __forceinline__ T __ldcg(const T* p) { return *p; }
-template <class T> __forceinline__ void __stcs(T* p, T v) { *p = v; }
-template <class A, class B> constexpr auto min(A a, B b) {
+template <class T>
+__forceinline__ T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
+__forceinline__ T __ldcs(const T* p) {
+  return *p;
+}
+template <class T>
+__forceinline__ T __ldcg(const T* p) {
+  return *p;
+}
+template <class T>
+__forceinline__ void __stcs(T* p, T v) {
+  *p = v;
+}
+template <class A, class B>
+constexpr auto min(A a, B b) {
   using C = std::common_type_t<A, B>;
   return static_cast<C>(a) < static_cast<C>(b) ? static_cast<C>(a) : static_cast<C>(b);
 }
-template <class A, class B> constexpr auto max(A a, B b) {
+template <class A, class B>
+constexpr auto max(A a, B b) {
   using C = std::common_type_t<A, B>;
   return static_cast<C>(a) > static_cast<C>(b) ? static_cast<C>(a) : static_cast<C>(b);
 }
@@ -142,13 +181,18 @@ using half_t = __fp16;
 #else
 using half_t = _Float16;
 #endif
-struct bf16 { uint16_t u; };
-struct fp16 { half_t h; };
+struct bf16 {
+  uint16_t u;
+};
+struct fp16 {
+  half_t h;
+};
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return emu::unbits<float>(static_cast<uint64_t>(x.u) << 16); }
 inline float to_float(fp16 x) { return static_cast<float>(x.h); }
-template <class T> T from_float(float x) {
+template <class T>
+T from_float(float x) {
   if constexpr (std::is_same_v<T, bf16>) {
     const uint32_t u = static_cast<uint32_t>(emu::bits(x));
     if (x != x) return {0x7fff};
@@ -174,6 +218,9 @@ void launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem
   emu::launch(kernel, {grid, block, smem, true}, args...);
 }
 inline int sm_count() { return emu::max_resident_blocks(); }
-template <class... P> int resident_blocks(void (*)(P...), int, size_t) { return emu::max_resident_blocks(); }
+template <class... P>
+int resident_blocks(void (*)(P...), int, size_t) {
+  return emu::max_resident_blocks();
+}
 
 }  // namespace pk

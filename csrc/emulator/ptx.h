@@ -4,7 +4,8 @@
 
 namespace pk {
 
-template <class T> uint32_t pack2(float lo, float hi) {
+template <class T>
+uint32_t pack2(float lo, float hi) {
   static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>);
   return static_cast<uint32_t>(emu::bits(from_float<T>(lo)) | emu::bits(from_float<T>(hi)) << 16);
 }
@@ -13,7 +14,8 @@ inline float ex2(float x) { return exp2f(x); }
 inline uint32_t smem_addr(const void* p) { return emu::smem_addr(p); }
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t a, EMU_SITE) { emu::ldmatrix(r, a, 4, false, site); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t a, EMU_SITE) { emu::ldmatrix(r, a, 4, true, site); }
-template <class T> void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, EMU_SITE) {
+template <class T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, EMU_SITE) {
   static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>);
   emu::mma16816(d, a, b0, b1, std::is_same_v<T, bf16>, site);
 }
@@ -22,13 +24,19 @@ inline void cp_async16(uint32_t dst, const void* src, bool pred = true, EMU_SITE
   emu::cp_async(dst, src, 16, pred, site);
 }
 inline void cp_async_commit() { emu::cp_async_commit(); }
-template <int N> void cp_async_wait() { emu::cp_async_wait(N); }
+template <int N>
+void cp_async_wait() {
+  emu::cp_async_wait(N);
+}
 
 inline void named_barrier_sync(int id, int n, EMU_SITE) { emu::named_barrier(id, n, true, site); }
 inline void named_barrier_arrive(int id, int n, EMU_SITE) { emu::named_barrier(id, n, false, site); }
 inline void grid_sync(EMU_SITE) { emu::grid_sync(site); }
 
-template <class T> __forceinline__ T ld_cg(const T* p) { return *p; }
+template <class T>
+__forceinline__ T ld_cg(const T* p) {
+  return *p;
+}
 __attribute__((noinline, no_sanitize("thread"))) inline uint32_t ld_acquire(const uint32_t* p, EMU_SITE) {
   emu::yield();
   emu::atomic_access(p, sizeof *p, emu::Atomic::load_acquire, site);

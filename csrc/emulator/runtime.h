@@ -11,13 +11,13 @@
 
 namespace emu {
 
-constexpr size_t kArena = 320 * 1024;          // shared memory of a block and the gaps that catch overruns
-constexpr size_t kReserved = 1024;             // dynamic shared memory starts here: address 0 is never valid
-constexpr size_t kGap = 32;                     // behind each static variable
-constexpr size_t kSharedLimit = 227 * 1024;    // what sm_90 grants a block
+constexpr size_t kArena = 320 * 1024;        // shared memory of a block and the gaps that catch overruns
+constexpr size_t kReserved = 1024;           // dynamic shared memory starts here: address 0 is never valid
+constexpr size_t kGap = 32;                  // behind each static variable
+constexpr size_t kSharedLimit = 227 * 1024;  // what sm_90 grants a block
 constexpr size_t kStaticLimit = 48 * 1024;
 constexpr size_t kStack = 128 * 1024;
-constexpr size_t kStackMargin = 24 * 1024;     // left for the emulator's own frames
+constexpr size_t kStackMargin = 24 * 1024;  // left for the emulator's own frames
 
 enum class State : uint8_t { ready, waiting, done };
 

@@ -165,7 +165,8 @@ void start_block(Block& b, uint3 id, int index, uint8_t* arena) {
   for (int i = 0; i < n; ++i) push(&b.thread[static_cast<size_t>(options.order == 1 ? n - 1 - i : i)]);
 }
 
-template <class T> T* map(size_t n) {
+template <class T>
+T* map(size_t n) {
   void* p = mmap(nullptr, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw std::runtime_error("emulator: out of memory");
   return static_cast<T*>(p);
@@ -253,8 +254,7 @@ void made_progress() { idle_yields = 0, idle_reads = 0; }
 void yield() {
   if (!cur) return;
   if (++idle_yields > options.max_idle_yields)
-    fail("livelock: %llu turns of a spin loop and no thread got further",
-         static_cast<unsigned long long>(idle_yields));
+    fail("livelock: %llu turns of a spin loop and no thread got further", static_cast<unsigned long long>(idle_yields));
   if (!ready) return;
   push(self());
   switch_away();

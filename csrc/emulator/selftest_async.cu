@@ -192,7 +192,8 @@ __global__ void stack_overflow(const float* in, float* out, int n) {
   out[i] = in[n - 1 - i] + 1 + 0 * deep(in, n);
 }
 
-template <void (*KERNEL)(const float*, float*, int)> void one_block(const float* in, float* out, int n) {
+template <void (*KERNEL)(const float*, float*, int)>
+void one_block(const float* in, float* out, int n) {
   launch(KERNEL, 1, kThreads, static_cast<size_t>(n) * sizeof(float), nullptr, in, out, n);
 }
 

@@ -11,9 +11,12 @@ constexpr int D = 64, BM = 64, BN = 64, kThreads = 128, kTile = BN * D, kTileByt
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
 
 // Byte offset of 8-element chunk `chunk` of row r, 128-byte rows, XOR swizzled: ldmatrix has no bank conflicts.
-__device__ __forceinline__ uint32_t at(int r, int chunk) { return static_cast<uint32_t>(r * 128 + ((chunk ^ (r & 7)) << 4)); }
+__device__ __forceinline__ uint32_t at(int r, int chunk) {
+  return static_cast<uint32_t>(r * 128 + ((chunk ^ (r & 7)) << 4));
+}
 
-template <class T> __device__ __forceinline__ void load_tile(uint32_t dst, const T* src, int row0, int length) {
+template <class T>
+__device__ __forceinline__ void load_tile(uint32_t dst, const T* src, int row0, int length) {
 #pragma unroll
   for (int i = 0; i < kTile / 8 / kThreads; ++i) {
     const int c = static_cast<int>(threadIdx.x) + i * kThreads, r = c >> 3, chunk = c & 7;
@@ -104,7 +107,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int kk = 0; kk < BN / 16; ++kk) {
       const uint32_t p[4] = {pack2<T>(s[2 * kk][0], s[2 * kk][1]), pack2<T>(s[2 * kk][2], s[2 * kk][3]),
-                             pack2<T>(s[2 * kk + 1][0], s[2 * kk + 1][1]), pack2<T>(s[2 * kk + 1][2], s[2 * kk + 1][3])};
+                             pack2<T>(s[2 * kk + 1][0], s[2 * kk + 1][1]),
+                             pack2<T>(s[2 * kk + 1][2], s[2 * kk + 1][3])};
 #pragma unroll
       for (int n = 0; n < D / 16; ++n) {
         uint32_t b[4];
@@ -135,17 +139,19 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void selftest_attention(const void* q, const void* k, const void* v, void* o, float* lse, int heads, int length, float scale,
-                        bool causal, DType dtype, void* stream) {
+void selftest_attention(const void* q, const void* k, const void* v, void* o, float* lse, int heads, int length,
+                        float scale, bool causal, DType dtype, void* stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(length, BM)), static_cast<unsigned>(heads));
   auto run = [&](auto tag) {
     using T = decltype(tag);
     launch(causal ? attention_kernel<T, true> : attention_kernel<T, false>, grid, kThreads, BM * D * 2 + 4 * kTileBytes,
-           stream, static_cast<const T*>(q), static_cast<const T*>(k), static_cast<const T*>(v), static_cast<T*>(o), lse,
-           length, scale * kLog2e);
+           stream, static_cast<const T*>(q), static_cast<const T*>(k), static_cast<const T*>(v), static_cast<T*>(o),
+           lse, length, scale * kLog2e);
   };
-  if (dtype == DType::bf16) run(bf16{});
-  else run(fp16{});
+  if (dtype == DType::bf16)
+    run(bf16{});
+  else
+    run(fp16{});
 }
 
 }  // namespace pk

@@ -82,8 +82,10 @@ __global__ void barrier_in_branch(const float* in, float* out, int n) {
 
 __global__ void different_barriers_meet(const float* in, float* out, int n) {
   const int i = threadIdx.x;
-  if (i < 64) __syncthreads();
-  else __syncthreads();
+  if (i < 64)
+    __syncthreads();
+  else
+    __syncthreads();
   out[i] = in[n - 1 - i] + 1;
 }
 
@@ -160,8 +162,10 @@ __global__ void shuffle_taken_for_syncwarp(const float* in, float* out, int n) {
 __global__ void divergent_shuffle(const float* in, float* out, int n) {
   const int i = threadIdx.x;
   float v = in[n - 1 - (i ^ 1)];
-  if (i % 32 < 16) v = __shfl_xor_sync(kAllLanes, v, 1);
-  else v = __shfl_xor_sync(kAllLanes, v, 1);
+  if (i % 32 < 16)
+    v = __shfl_xor_sync(kAllLanes, v, 1);
+  else
+    v = __shfl_xor_sync(kAllLanes, v, 1);
   out[i] = v + 1;
 }
 
@@ -206,7 +210,8 @@ __global__ void too_much_static_shared(const float* in, float* out, int n) {
   out[i] = s[n - 1 - i] + 1;
 }
 
-template <void (*KERNEL)(const float*, float*, int)> void one_block(const float* in, float* out, int n) {
+template <void (*KERNEL)(const float*, float*, int)>
+void one_block(const float* in, float* out, int n) {
   launch(KERNEL, 1, kThreads, 0, nullptr, in, out, n);
 }
 

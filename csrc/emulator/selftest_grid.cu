@@ -11,18 +11,25 @@ constexpr int kBlocks = 4;
 
 __device__ int global_index() { return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); }
 
-template <bool SYNC> __device__ void exchange(const float* in, float* out, int n) {
+template <bool SYNC>
+__device__ void exchange(const float* in, float* out, int n) {
   const int i = global_index();
   out[i] = in[i];
-  if constexpr (SYNC) grid_sync();
-  else __syncthreads();
+  if constexpr (SYNC)
+    grid_sync();
+  else
+    __syncthreads();
   const float v = ld_cg(out + n - 1 - i);
-  if constexpr (SYNC) grid_sync();
-  else __syncthreads();
+  if constexpr (SYNC)
+    grid_sync();
+  else
+    __syncthreads();
   out[i] = v + 1;
 }
 __global__ void correct_grid_sync(const float* in, float* out, int n) { exchange<true>(in, out, n); }
-__global__ void block_barrier_taken_for_grid_barrier(const float* in, float* out, int n) { exchange<false>(in, out, n); }
+__global__ void block_barrier_taken_for_grid_barrier(const float* in, float* out, int n) {
+  exchange<false>(in, out, n);
+}
 __global__ void grid_sync_in_plain_launch(const float* in, float* out, int n) { exchange<true>(in, out, n); }
 
 __global__ void two_blocks_write_one_element(const float* in, float* out, int n) {
@@ -36,7 +43,8 @@ __global__ void two_blocks_write_one_element(const float* in, float* out, int n)
 // element of the output, put right at the end: 0 as a float is 0 as an integer.
 enum class Handoff { helper, no_first_fence, no_second_fence, block_fence, plain_counter };
 
-template <Handoff H> __device__ bool is_last(unsigned* counter) {
+template <Handoff H>
+__device__ bool is_last(unsigned* counter) {
   if constexpr (H == Handoff::helper) {
     return last_block_done(counter, gridDim.x);
   } else {
@@ -45,8 +53,10 @@ template <Handoff H> __device__ bool is_last(unsigned* counter) {
     if (threadIdx.x == 0) {
       if constexpr (H == Handoff::no_second_fence || H == Handoff::plain_counter) __threadfence();
       if constexpr (H == Handoff::block_fence) __threadfence_block();
-      if constexpr (H == Handoff::plain_counter) last[0] = (*counter)++ == gridDim.x - 1;
-      else last[0] = atomicAdd(counter, 1u) == gridDim.x - 1;
+      if constexpr (H == Handoff::plain_counter)
+        last[0] = (*counter)++ == gridDim.x - 1;
+      else
+        last[0] = atomicAdd(counter, 1u) == gridDim.x - 1;
       if constexpr (H == Handoff::no_first_fence || H == Handoff::plain_counter) __threadfence();
       if constexpr (H == Handoff::block_fence) __threadfence_block();
     }
@@ -56,7 +66,8 @@ template <Handoff H> __device__ bool is_last(unsigned* counter) {
 }
 
 // Element n - 1 of out holds the counter until the last block writes its value.
-template <Handoff H> __device__ void last_block(const float* in, float* out, int n) {
+template <Handoff H>
+__device__ void last_block(const float* in, float* out, int n) {
   const int i = global_index();
   unsigned* counter = reinterpret_cast<unsigned*>(out + n - 1);
   if (i < n - 1) out[i] = in[n - 1 - i];
@@ -80,7 +91,8 @@ __global__ void last_block_with_plain_counter(const float* in, float* out, int n
 }
 
 // A chain: each block waits for the one before it, through a flag in the last element, and continues its work.
-template <bool ACQUIRE, bool RELEASE> __device__ void chain(const float* in, float* out, int n) {
+template <bool ACQUIRE, bool RELEASE>
+__device__ void chain(const float* in, float* out, int n) {
   uint32_t* flag = reinterpret_cast<uint32_t*>(out + n - 1);
   const int i = global_index(), block = static_cast<int>(blockIdx.x);
   if (threadIdx.x == 0) {
@@ -93,12 +105,15 @@ template <bool ACQUIRE, bool RELEASE> __device__ void chain(const float* in, flo
     }
   }
   __syncthreads();
-  const float carried = block ? out[i - static_cast<int>(blockDim.x)] - in[n - 1 - i + static_cast<int>(blockDim.x)] : 1;
+  const float carried =
+      block ? out[i - static_cast<int>(blockDim.x)] - in[n - 1 - i + static_cast<int>(blockDim.x)] : 1;
   if (i < n - 1) out[i] = in[n - 1 - i] + carried;
   __syncthreads();
   if (threadIdx.x == 0 && block + 1 < kBlocks) {
-    if constexpr (RELEASE) st_release(flag, blockIdx.x + 1);
-    else atomicExch(flag, blockIdx.x + 1);
+    if constexpr (RELEASE)
+      st_release(flag, blockIdx.x + 1);
+    else
+      atomicExch(flag, blockIdx.x + 1);
   }
   if (i == n - 1) out[i] = in[0] + carried;
 }
@@ -106,10 +121,12 @@ __global__ void correct_flag_chain(const float* in, float* out, int n) { chain<t
 __global__ void flag_chain_without_release(const float* in, float* out, int n) { chain<true, false>(in, out, n); }
 __global__ void flag_chain_without_acquire(const float* in, float* out, int n) { chain<false, true>(in, out, n); }
 
-template <void (*KERNEL)(const float*, float*, int)> void plain(const float* in, float* out, int n) {
+template <void (*KERNEL)(const float*, float*, int)>
+void plain(const float* in, float* out, int n) {
   launch(KERNEL, kBlocks, n / kBlocks, 0, nullptr, in, out, n);
 }
-template <void (*KERNEL)(const float*, float*, int)> void together(const float* in, float* out, int n) {
+template <void (*KERNEL)(const float*, float*, int)>
+void together(const float* in, float* out, int n) {
   launch_cooperative(KERNEL, kBlocks, n / kBlocks, 0, nullptr, in, out, n);
 }
 void cooperative_grid_too_large(const float* in, float* out, int n) {

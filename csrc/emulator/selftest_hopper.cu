@@ -8,16 +8,33 @@ namespace pk {
 namespace {
 
 enum class Bug {
-  none, no_wait_for_empty, no_wait_for_full, wrong_parity, expect_too_little, expect_too_much, no_barrier_after_init,
-  no_fence_after_init, no_wgmma_wait, released_before_wait, no_wgmma_fence, accumulator_used_early,
-  no_proxy_fence, proxy_fenced, wrong_count, misplaced_tile, store_not_waited_for, store_overwritten, unfenced_store
+  none,
+  no_wait_for_empty,
+  no_wait_for_full,
+  wrong_parity,
+  expect_too_little,
+  expect_too_much,
+  no_barrier_after_init,
+  no_fence_after_init,
+  no_wgmma_wait,
+  released_before_wait,
+  no_wgmma_fence,
+  accumulator_used_early,
+  no_proxy_fence,
+  proxy_fenced,
+  wrong_count,
+  misplaced_tile,
+  store_not_waited_for,
+  store_overwritten,
+  unfenced_store
 };
 
 constexpr int BM = 64, BN = 64, BK = 64, kSteps = 4, kStages = 2, kTileBytes = BM * BK * 2;
 
 // A is the identity in its first 64 columns and zero beyond; B's column j holds j, so C[i][j] = B[j][i].
 template <Bug BUG>
-__global__ void ring(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, float* out, int n) {
+__global__ void ring(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, float* out,
+                     int n) {
   PK_DYN_SHARED(smem);
   PK_SHARED(uint64_t, bars, [2 * kStages]);
   const uint32_t sa = smem_addr(smem), sb = sa + kStages * kTileBytes;
@@ -55,8 +72,8 @@ __global__ void ring(const __grid_constant__ TensorMap map_a, const __grid_const
     if (BUG != Bug::no_wgmma_fence) wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < BK / 16; ++kk)
-      wgmma_ss<bf16, BN, false>(acc, wgmma_desc(sa + st * kTileBytes + kk * 32), wgmma_desc(sb + st * kTileBytes + kk * 32),
-                                k + kk > 0);
+      wgmma_ss<bf16, BN, false>(acc, wgmma_desc(sa + st * kTileBytes + kk * 32),
+                                wgmma_desc(sb + st * kTileBytes + kk * 32), k + kk > 0);
     wgmma_commit();
     if (BUG == Bug::released_before_wait) mbar_arrive(empty + 8 * st);
     if (BUG == Bug::accumulator_used_early) acc[0] += 1;
@@ -74,7 +91,8 @@ __global__ void ring(const __grid_constant__ TensorMap map_a, const __grid_const
 }
 
 // A row of 64 bf16 values goes out through shared memory and a TMA store.
-template <Bug BUG> __global__ void store(const __grid_constant__ TensorMap to) {
+template <Bug BUG>
+__global__ void store(const __grid_constant__ TensorMap to) {
   PK_DYN_SHARED(smem);
   const int i = static_cast<int>(threadIdx.x);
   bf16* row = reinterpret_cast<bf16*>(smem);
@@ -100,7 +118,8 @@ struct Operands {
 };
 alignas(128) Operands operands;
 
-template <Bug BUG> void run_ring(const float* in, float* out, int n) {
+template <Bug BUG>
+void run_ring(const float* in, float* out, int n) {
   constexpr int K = BK * kSteps;
   for (int i = 0; i < BM * K; ++i) operands.a[i] = operands.b[i] = from_float<bf16>(0.f);
   // C[i][j] = sum over k of A[i][k] B[j][k]: row i picks element i of B's rows 0 and 1
@@ -114,7 +133,8 @@ template <Bug BUG> void run_ring(const float* in, float* out, int n) {
   launch(ring<BUG>, 1, 160, 2 * kStages * kTileBytes, nullptr, map_a, map_b, out, n);
 }
 
-template <Bug BUG> void run_store(const float* in, float* out, int n) {
+template <Bug BUG>
+void run_store(const float* in, float* out, int n) {
   const auto to = make_tensor_map<bf16, 4>(operands.a, {64, 1, 1, 1}, {64, 64, 64}, {64, 1, 1, 1});
   launch(store<BUG>, 1, 64, 1024, nullptr, to);
   for (int i = 0; i < n; ++i) {  // what arrived is 0, 1, 2, ...

@@ -1,5 +1,5 @@
-// A self-test, not the library's LSTM: each block keeps its slice of W_hh in shared memory for all T steps and meets the
-// others once a step.
+// A self-test, not the library's LSTM: each block keeps its slice of W_hh in shared memory for all T steps and meets
+// the others once a step.
 #include "../cuda/platform.h"
 #include "selftest_kernels.h"
 
@@ -49,12 +49,12 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void selftest_lstm(const float* gates_x, const float* whh, const float* h0, const float* c0, float* hs, float* c_last, int T,
-                   int B, int H, int blocks, void* stream) {
+void selftest_lstm(const float* gates_x, const float* whh, const float* h0, const float* c0, float* hs, float* c_last,
+                   int T, int B, int H, int blocks, void* stream) {
   const int U = ceil_div(H, blocks);
   const size_t smem = sizeof(float) * static_cast<size_t>(4 * U * H + B * U + B * H);
-  launch_cooperative(lstm_kernel, static_cast<unsigned>(ceil_div(H, U)), kThreads, smem, stream, gates_x, whh, h0, c0, hs,
-                     c_last, T, B, H, U);
+  launch_cooperative(lstm_kernel, static_cast<unsigned>(ceil_div(H, U)), kThreads, smem, stream, gates_x, whh, h0, c0,
+                     hs, c_last, T, B, H, U);
 }
 
 }  // namespace pk

@@ -4,7 +4,8 @@
 
 namespace emu {
 
-// mode as in a matrix descriptor: 0 none, 1 = 128 bytes, 2 = 64, 3 = 32; 16-byte chunks are exchanged by the row number.
+// mode as in a matrix descriptor: 0 none, 1 = 128 bytes, 2 = 64, 3 = 32; 16-byte chunks are exchanged by the row
+// number.
 inline uint32_t swizzle(uint32_t a, int mode) {
   if (!mode) return a;
   const uint32_t rows = mode == 1 ? 7 : mode == 2 ? 3 : 1;

@@ -27,7 +27,8 @@ void complete_if_due(Mbarrier& m) {
 }
 
 // Calls f(shared address, global address or null outside the tensor) for every element of the box at `at`.
-template <class F> void each_in_box(const TensorMap& t, uint32_t smem, const int* at, F f) {
+template <class F>
+void each_in_box(const TensorMap& t, uint32_t smem, const int* at, F f) {
   uint32_t done = 0;
   for (int w = 0; w < t.box[3]; ++w)
     for (int z = 0; z < t.box[2]; ++z)
@@ -119,8 +120,10 @@ void mbar_wait(uint32_t bar, int parity, Site s) {
 
 void fence_proxy_async() { proxy_fence(*self()); }
 
-TensorMap make_tensor_map(const void* base, int element, int rank, const int* dim, const int64_t* stride, const int* box) {
-  TensorMap m{static_cast<const char*>(base), rank, {1, 1, 1, 1}, {1, 1, 1, 1}, {static_cast<size_t>(element), 0, 0, 0}, element};
+TensorMap make_tensor_map(const void* base, int element, int rank, const int* dim, const int64_t* stride,
+                          const int* box) {
+  TensorMap m{static_cast<const char*>(base),          rank,   {1, 1, 1, 1}, {1, 1, 1, 1},
+              {static_cast<size_t>(element), 0, 0, 0}, element};
   if (reinterpret_cast<uintptr_t>(base) % 16) fail("tensor map: base is not 16-byte aligned");
   for (int i = 0; i < rank; ++i) {
     m.dim[i] = dim[i], m.box[i] = box[i];
@@ -128,7 +131,8 @@ TensorMap make_tensor_map(const void* base, int element, int rank, const int* di
     if (box[i] < 1 || box[i] > 256) fail("tensor map: box %d of dimension %d", box[i], i);
     if (!i) continue;
     m.stride[i] = static_cast<size_t>(stride[i - 1]) * static_cast<size_t>(element);
-    if (m.stride[i] % 16 || m.stride[i] >= 1ull << 40) fail("tensor map: stride %zu bytes of dimension %d", m.stride[i], i);
+    if (m.stride[i] % 16 || m.stride[i] >= 1ull << 40)
+      fail("tensor map: stride %zu bytes of dimension %d", m.stride[i], i);
   }
   if (box[0] * element > 128 || box[0] * element % 16)
     fail("tensor map: inner box of %d bytes with a 128-byte swizzle", box[0] * element);

@@ -50,8 +50,10 @@ void warp_collective(Op op, uint32_t mask, void* payload, WarpFn fn, Site site) 
   Slot& s = w.slots[i];
   s.payload[t->lane] = payload;
   s.arrived |= 1u << t->lane;
-  if (s.arrived == s.effective) finish_slot(*t->blk, w, i);
-  else wait("a warp collective", site);
+  if (s.arrived == s.effective)
+    finish_slot(*t->blk, w, i);
+  else
+    wait("a warp collective", site);
 }
 
 void warp_sync(uint32_t mask, Site s) { warp_collective(Op::syncwarp, mask, nullptr, nullptr, s); }
@@ -70,10 +72,18 @@ uint64_t shfl(Shfl mode, uint32_t mask, uint64_t v, int arg, int width, Site sit
       const int base = l & ~(q.width - 1), in = l - base;
       int src = 0;
       switch (q.mode) {
-        case Shfl::idx: src = q.arg & (q.width - 1); break;
-        case Shfl::up: src = in - q.arg; break;
-        case Shfl::down: src = in + q.arg; break;
-        case Shfl::bfly: src = in ^ q.arg; break;
+        case Shfl::idx:
+          src = q.arg & (q.width - 1);
+          break;
+        case Shfl::up:
+          src = in - q.arg;
+          break;
+        case Shfl::down:
+          src = in + q.arg;
+          break;
+        case Shfl::bfly:
+          src = in ^ q.arg;
+          break;
       }
       if (src < 0 || src >= q.width) src = in;
       // a lane that takes no part has no defined value: the reader's stays poisoned

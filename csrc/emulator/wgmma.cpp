@@ -16,7 +16,8 @@ constexpr uint32_t kBusy = 0x7fa5a5a5;
 // Shared address of element (row, column) of an operand; rows along M or N, columns along K.
 uint32_t element_address(uint64_t desc, bool mn_major, int r, int c) {
   const uint32_t start = static_cast<uint32_t>(desc & 0x3fff) << 4;
-  const uint32_t lbo = static_cast<uint32_t>(desc >> 16 & 0x3fff) << 4, sbo = static_cast<uint32_t>(desc >> 32 & 0x3fff) << 4;
+  const uint32_t lbo = static_cast<uint32_t>(desc >> 16 & 0x3fff) << 4, sbo = static_cast<uint32_t>(desc >> 32 & 0x3fff)
+                                                                              << 4;
   const int mode = static_cast<int>(desc >> 62);
   const int w = mode == 0 ? 16 : mode == 1 ? 128 : mode == 2 ? 64 : 32;  // bytes of a swizzled row
   auto u = [](int x) { return static_cast<uint32_t>(x); };
@@ -134,8 +135,10 @@ void wgmma(float* d, const WgmmaArgs& w, Site s) {
     memcpy(o.a_value, w.a_regs, 16);
   }
   if (!w.scale_d && o.chained) fail("%s: wgmma restarts an accumulator that is still in flight", name_site(s).c_str());
-  if (!w.scale_d) o.old.assign(static_cast<size_t>(w.n / 2), 0.f);
-  else if (!o.chained) o.old.assign(d, d + w.n / 2);
+  if (!w.scale_d)
+    o.old.assign(static_cast<size_t>(w.n / 2), 0.f);
+  else if (!o.chained)
+    o.old.assign(d, d + w.n / 2);
   for (int i = 0; i < w.n / 2 && !o.chained; ++i) memcpy(d + i, &kBusy, 4);
   state.issued.push_back(o);
   check_same_in_warpgroup(t, w, s);
