@@ -23,7 +23,7 @@ constexpr int kBlocks = 1024;  // of a weight gradient, over all channels: fixed
 struct Channels {
   int64_t outer, channels, inner;
   int64_t cols;           // inner, or channels where inner is 1
-  int lanes;              // threads of a block along the columns, a power of two
+  int lane_bits;          // 2^lane_bits threads of a block along the columns; the others are on other rows
   int64_t channel_tiles;  // blockIdx.x
   unsigned row_parts, col_parts;  // blockIdx.y, blockIdx.z
   bool by_column;
@@ -43,9 +43,9 @@ template <class T> Channels channels_of(int64_t outer, int64_t channels, int64_t
   c.by_column = inner == 1 && channels > 1;
   c.cols = c.by_column ? channels : inner;
   const int64_t vectors = ceil_div(c.cols, N);
-  c.lanes = power_of_two(vectors, kThreads);
-  const int64_t col_tiles = ceil_div(vectors, static_cast<int64_t>(c.lanes));
-  const int64_t row_tiles = ceil_div(outer, static_cast<int64_t>(kThreads / c.lanes));
+  c.lane_bits = bits_for(vectors, kRowsThreadBits);
+  const int64_t col_tiles = ceil_div(vectors, int64_t{1} << c.lane_bits);
+  const int64_t row_tiles = ceil_div(outer, int64_t{kThreads} >> c.lane_bits);
   c.channel_tiles = c.by_column ? col_tiles : channels;
   if (c.channel_tiles > 0x7fffffff) throw std::invalid_argument("more than 2^31 - 1 channels");
   const int64_t each = blocks / c.channel_tiles;  // blocks a channel tile
@@ -58,12 +58,12 @@ template <class T> Channels channels_of(int64_t outer, int64_t channels, int64_t
 template <int N, bool BY_COLUMN> struct Walk {
   int64_t channel, row, row_step, col, col_step;
   __device__ __forceinline__ explicit Walk(const Channels& c) {
-    const int lane = static_cast<int>(threadIdx.x) & (c.lanes - 1), lane_rows = kThreads / c.lanes;
-    row = static_cast<int64_t>(blockIdx.y) * lane_rows + static_cast<int>(threadIdx.x) / c.lanes;
+    const unsigned lanes = 1u << c.lane_bits, lane_rows = kThreads >> c.lane_bits;
+    row = static_cast<int64_t>(blockIdx.y) * lane_rows + (threadIdx.x >> c.lane_bits);
     row_step = static_cast<int64_t>(gridDim.y) * lane_rows;
     channel = BY_COLUMN ? 0 : static_cast<int64_t>(blockIdx.x);
-    col = ((BY_COLUMN ? static_cast<int64_t>(blockIdx.x) : static_cast<int64_t>(blockIdx.z)) * c.lanes + lane) * N;
-    col_step = BY_COLUMN ? c.cols : static_cast<int64_t>(gridDim.z) * c.lanes * N;
+    col = (static_cast<int64_t>(BY_COLUMN ? blockIdx.x : blockIdx.z) * lanes + (threadIdx.x & (lanes - 1))) * N;
+    col_step = BY_COLUMN ? c.cols : static_cast<int64_t>(gridDim.z) * lanes * N;
   }
 };
 
@@ -73,7 +73,7 @@ __device__ __forceinline__ void load_weights(float (&w)[Vec16<T>::N], const T* w
                                              int64_t col) {
   constexpr int N = Vec16<T>::N;
   Vec16<T> raw;
-  if constexpr (BY_COLUMN) raw = load_some(weight + col, c.cols - col, false);
+  if constexpr (BY_COLUMN) raw = load_step<false>(weight + col, part_of_vector<T>(c.cols - col));
 #pragma unroll
   for (int i = 0; i < N; ++i) w[i] = to_float(BY_COLUMN ? raw.v[i] : weight[channel]);
 }
@@ -89,12 +89,17 @@ __global__ void __launch_bounds__(kThreads)
   load_weights<T, BY_COLUMN>(w, weight, c, walk.channel, walk.col);
   for (int64_t row = walk.row; row < c.outer; row += walk.row_step) {
     for (int64_t col = walk.col; col < c.cols; col += walk.col_step) {
-      const int64_t left = c.cols - col;
-      const Vec16<T> in = load_some(x + row * x_outer + walk.channel * x_channel + col, left, c.vectors);
-      Vec16<T> out;
+      const int part = part_of_vector<T>(c.cols - col);
+      auto step = [&](auto whole) {
+        constexpr bool WHOLE = decltype(whole)::value;
+        const Vec16<T> in = load_step<WHOLE>(x + row * x_outer + walk.channel * x_channel + col, part);
+        Vec16<T> out;
 #pragma unroll
-      for (int i = 0; i < N; ++i) out.v[i] = from_float<T>(A::template value<sizeof(T) == 4>(to_float(in.v[i]), w[i]));
-      store_some(y + row * y_outer + walk.channel * y_channel + col, out, left, c.vectors);
+        for (int i = 0; i < N; ++i) out.v[i] = from_float<T>(A::template value<sizeof(T) == 4>(to_float(in.v[i]), w[i]));
+        store_step<WHOLE>(y + row * y_outer + walk.channel * y_channel + col, out, part);
+      };
+      if (c.vectors && part == N) step(std::true_type{});
+      else step(std::false_type{});
     }
   }
 }
@@ -123,18 +128,23 @@ __global__ void __launch_bounds__(kThreads)
   if (walk.col < c.cols) load_weights<T, BY_COLUMN>(w, weight, c, walk.channel, walk.col);
   for (int64_t row = walk.row; row < c.outer; row += walk.row_step) {
     for (int64_t col = walk.col; col < c.cols; col += walk.col_step) {
-      const int64_t left = c.cols - col;
-      const Vec16<T> g = load_some(dy + row * dy_outer + walk.channel * dy_channel + col, left, c.vectors);
-      const Vec16<T> in = load_some(x + row * x_outer + walk.channel * x_channel + col, left, c.vectors);
-      Vec16<T> out;
+      const int part = part_of_vector<T>(c.cols - col);
+      auto step = [&](auto whole) {
+        constexpr bool WHOLE = decltype(whole)::value;
+        const Vec16<T> g = load_step<WHOLE>(dy + row * dy_outer + walk.channel * dy_channel + col, part);
+        const Vec16<T> in = load_step<WHOLE>(x + row * x_outer + walk.channel * x_channel + col, part);
+        Vec16<T> out;
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const float d = to_float(g.v[i]), v = to_float(in.v[i]);
-        out.v[i] = from_float<T>(A::template gradient<PRECISE>(d, v, w[i]));
-        const float share = A::template weight_gradient<PRECISE>(d, v, w[i]);
-        sum[i] += i < left ? share : 0.f;
-      }
-      if (dx) store_some(dx + row * dx_outer + walk.channel * dx_channel + col, out, left, c.vectors);
+        for (int i = 0; i < N; ++i) {
+          const float d = to_float(g.v[i]), v = to_float(in.v[i]);
+          out.v[i] = from_float<T>(A::template gradient<PRECISE>(d, v, w[i]));
+          const float share = A::template weight_gradient<PRECISE>(d, v, w[i]);
+          sum[i] += WHOLE || i < part ? share : 0.f;
+        }
+        if (dx) store_step<WHOLE>(dx + row * dx_outer + walk.channel * dx_channel + col, out, part);
+      };
+      if (c.vectors && part == N) step(std::true_type{});
+      else step(std::false_type{});
     }
   }
   if (!partial) return;
@@ -143,10 +153,11 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < N; ++i) lane_sum[threadIdx.x][i] = sum[i];
     __syncthreads();
-    for (int k = static_cast<int>(threadIdx.x); k < c.lanes * N; k += kThreads) {
-      const int64_t channel = static_cast<int64_t>(blockIdx.x) * c.lanes * N + k;
+    const int lanes = 1 << c.lane_bits;
+    for (int k = static_cast<int>(threadIdx.x); k < lanes * N; k += kThreads) {
+      const int64_t channel = static_cast<int64_t>(blockIdx.x) * lanes * N + k;
       double total = 0;
-      for (int t = k / N; t < kThreads; t += c.lanes) total += static_cast<double>(lane_sum[t][k % N]);
+      for (int t = k / N; t < kThreads; t += lanes) total += static_cast<double>(lane_sum[t][k % N]);
       if (channel < c.channels) partial[blockIdx.y * c.channels + channel] = total;
     }
   } else {
@@ -162,9 +173,9 @@ __global__ void __launch_bounds__(kThreads)
 // out[channel] = sum over parts: a block has `lanes` channels, its threads share the parts and are added in a tree.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    sum_parts_kernel(const double* partial, T* out, int64_t parts, int64_t channels, int lanes) {
+    sum_parts_kernel(const double* partial, T* out, int64_t parts, int64_t channels, int lane_bits) {
   PK_SHARED(double, sum, [kThreads]);
-  const int t = static_cast<int>(threadIdx.x), groups = kThreads / lanes;
+  const int t = static_cast<int>(threadIdx.x), lanes = 1 << lane_bits, groups = kThreads >> lane_bits;
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * lanes + t % lanes;
   double total = 0;
   if (channel < channels)
@@ -235,9 +246,10 @@ void parametric_backward(const void* dy, const void* x, const void* weight, void
              dx_channel);
     });
     if (!dweight) return;
-    const int lanes = power_of_two(channels, kWarp);
-    launch(sum_parts_kernel<T>, dim3(static_cast<unsigned>(ceil_div(channels, static_cast<int64_t>(lanes)))), kThreads, 0,
-           stream, partial, static_cast<T*>(dweight), static_cast<int64_t>(c.row_parts) * c.col_parts, channels, lanes);
+    const int lane_bits = bits_for(channels, 5);
+    const auto blocks = static_cast<unsigned>(ceil_div(channels, int64_t{1} << lane_bits));
+    launch(sum_parts_kernel<T>, blocks, kThreads, 0, stream, partial, static_cast<T*>(dweight),
+           static_cast<int64_t>(c.row_parts) * c.col_parts, channels, lane_bits);
   });
 }
 
