@@ -103,26 +103,46 @@ def lines(
     return "".join([*parts, "</svg>"])
 
 
-def bars(series: Sequence[Series], label: str, texts: Sequence[str], *, name_width: int = 96, width: int = 340) -> str:
-    """Horizontal bars from zero, each with its name before and its text behind."""
-    row, text_width = 26, 84
+def bars(
+    series: Sequence[Series],
+    label: str,
+    texts: Sequence[str],
+    *,
+    name_width: int = 96,
+    width: int = 340,
+    heading: bool = False,
+    mark: float | None = None,
+) -> str:
+    """Horizontal bars from zero, each with its name before and its text behind.
+
+    Args:
+        label: what the plot shows, for screen readers; with `heading`, above the bars too.
+        mark: a value to draw a line at.
+    """
+    row, text_width, top = 26, 84, 30 if heading else 0
     largest = max((one.values[0] for one in series if math.isfinite(one.values[0])), default=0.0) or 1.0
     room = width - name_width - text_width
-    parts = [f'<svg viewBox="0 0 {width} {row * len(series)}" role="img" aria-label="{escape(label)}">']
+    height = top + row * len(series)
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">']
+    if heading:
+        parts.append(f'<text class="value" x="0" y="16" font-weight="600">{escape(label)}</text>')
     for i, (one, text) in enumerate(zip(series, texts, strict=True)):
         length = max(room * one.values[0] / largest, 1.0) if math.isfinite(one.values[0]) else 1.0
-        middle = row * i + row / 2 + 4
+        middle = top + row * i + row / 2 + 4
         parts.append(f'<text x="0" y="{middle}">{escape(one.name)}</text>')
         parts.append(
-            f'<rect x="{name_width}" y="{row * i + 5}" width="{length:.1f}" height="{row - 10}" rx="2" '
+            f'<rect x="{name_width}" y="{top + row * i + 5}" width="{length:.1f}" height="{row - 10}" rx="2" '
             f'fill="var(--{one.color})"/>'
         )
         parts.append(f'<text class="value" x="{name_width + length + 6:.1f}" y="{middle}">{escape(text)}</text>')
+    if mark is not None and mark <= largest:
+        x = name_width + room * mark / largest
+        parts.append(f'<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height}"/>')
     return "".join([*parts, "</svg>"])
 
 
 def standalone(svg: str) -> str:
     """The plot as a file of its own: with the namespace, the colours and a background."""
-    style = f"<style>{STYLE} svg {{ background: var(--paper); }}</style>"
+    style = f"<style>{STYLE} svg {{ background: var(--paper); padding: 12px; box-sizing: border-box; }}</style>"
     head, body = svg.split(">", 1)
     return f'{head} xmlns="http://www.w3.org/2000/svg">{style}{body}'

@@ -226,4 +226,6 @@ def _plot(folder: Path, rows: list[bench.Row]) -> None:
         texts = [f"{ratio[0]:.2f}x {row.peer}" for row, ratio in timed]
         title = f"Speed against the best peer, {dtype}, {direction}"
         name = re.sub(r"\W+", "_", f"{timed[0][0].dtype}_{direction}") + ".svg"
-        (folder / name).write_text(standalone(bars(series, title, texts, name_width=200, width=640)), encoding="utf-8")
+        (folder / name).write_text(
+            standalone(bars(series, title, texts, name_width=180, width=640, heading=True, mark=1.0)), encoding="utf-8"
+        )

@@ -137,7 +137,7 @@ def _lstm(characters: Tokens, s: Sizes, seed: int) -> Task:
         tokens=s.batch * s.lstm_length,
         build=lambda kit: LSTMLanguageModel(kit, vocabulary, s.lstm_width, s.lstm_hidden),
         batches=_windows(characters.ids, s.batch, s.lstm_length, seed),
-        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=3e-3),
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
         calls=calls,
     )
 
