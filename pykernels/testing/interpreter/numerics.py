@@ -52,8 +52,17 @@ def down(handle: Handle) -> Handle:
 
 
 def tf32(values: np.ndarray) -> np.ndarray:
-    """float32 with the 13 low bits of the mantissa cut off: what the tensor core reads of a float32 operand."""
+    """float32 with the 13 low bits of the mantissa cut off.
+
+    Triton converts nothing for a plain tf32 product: the tensor core reads the upper 19 bits of each operand.
+    """
     return (np.ascontiguousarray(values).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def tf32_nearest(values: np.ndarray) -> np.ndarray:
+    """float32 rounded to tf32, ties away from zero: cvt.rna.tf32, which the split product applies to its pieces."""
+    bits = np.ascontiguousarray(values).view(np.uint32) + np.uint32(0x1000)
+    return (bits & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def bf16(values: np.ndarray) -> np.ndarray:
@@ -80,7 +89,7 @@ def product(a: np.ndarray, b: np.ndarray, precision: Any) -> np.ndarray:
     if precision == kind.TF32:
         return np.matmul(tf32(a), tf32(b))
     if precision == kind.TF32x3:
-        return split_product(a, b, tf32, 2)
+        return split_product(a, b, tf32_nearest, 2)
     if precision == kind.BF16x3:
         return split_product(a, b, bf16, 2)
     if precision == kind.BF16x6:
