@@ -72,7 +72,8 @@ def notes() -> list[str]:
     return [
         "Equal at step 1: every target's loss and every gradient, against stock PyTorch in float64. The bound is twice "
         "(gradients: three times) stock PyTorch's own float32 error, plus one rounding.",
-        f"Along the curve: relative difference (absolute below a loss of 1), at most {CURVE_BOUND:g} in the first {CURVE_STEPS} steps.",
+        f"Along the curve: relative difference (absolute below a loss of 1), at most {CURVE_BOUND:g} in the first "
+        f"{CURVE_STEPS} steps.",
         "Ratios above 1: pykernels is faster, or needs less memory. The two trainings take turns on one thread; CPU "
         "time, median over the turns. Memory: the most that torch's allocator held at once in a forward and backward "
         "pass, above model, optimizer and batch.",

@@ -28,7 +28,8 @@ CURVE_BOUND, CURVE_STEPS = 1e-3, 200
 """Largest difference of the two losses at any of the first CURVE_STEPS steps, relative to the loss (where that is below
 1: absolute). Equal trainings stay some 1e-7 apart, but rounding alone may separate them: with three times the learning
 rate two correct LSTMs were seen 3e-4 apart after 150 steps and 1e-2 after 1000. So the bound leaves room, and later
-steps are shown and not judged. A wrong gradient is caught at step 1 already, where the bound is the rounding of float32."""
+steps are shown and not judged. A wrong gradient is caught at step 1 already, where the bound is
+the rounding of float32."""
 
 CHUNK = 5
 
