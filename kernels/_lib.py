@@ -234,8 +234,8 @@ def sigmoid(x, PRECISE: tl.constexpr):
 def sigmoid_and_slope(x, PRECISE: tl.constexpr):
     """(s, s * (1 - s)) with s = sigmoid(x).
 
-    Where s is near 1, 1 - s has lost its digits, which shows once the product is scaled by a large x: PRECISE multiplies
-    exp(-|x|) instead. Where s is near 1/2 it is the difference that is exact.
+    Where s is near 1, 1 - s has lost its digits, which shows once the product is scaled by a large x: PRECISE then
+    multiplies exp(-|x|) instead. Where s is near 1/2 it is the difference that is exact.
     """
     if PRECISE:
         e = exp(-tl.abs(x), PRECISE)
@@ -284,7 +284,7 @@ def normal_cdf(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def _odds_against(x, square):
-    """(1 - Phi(x)) / Phi(x), fitted up to |x| = 5.7; the fit's last slope goes on beyond, where Phi or 1 - Phi < 1e-8."""
+    """(1 - Phi(x)) / Phi(x), fitted up to |x| = 5.7; the last slope goes on beyond, where one of them is < 1e-8."""
     s = tl.minimum(square, 32.0)
     p = -5.810977414995644e-06 + s * (1.4636508211648416e-07 + s * -1.4023850958144157e-09)
     p = -0.10559876381187441 + s * (0.000431349158430247 + s * (9.650839490163383e-05 + s * p))

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from . import _lib
 
+PROGRAMS = 1024  #: of a weight gradient, over all channels
+
 
 class _Parametric(NamedTuple):
     value: Any
@@ -39,7 +41,8 @@ def _channel_tile(
     if BY_COLUMN:
         first_row, first_col = tl.cast(number, tl.int64) * ROWS, channel_tile.to(tl.int64) * COLS
     else:
-        first_row, first_col = tl.cast(number // col_tiles, tl.int64) * ROWS, tl.cast(number % col_tiles, tl.int64) * COLS
+        first_row = tl.cast(number // col_tiles, tl.int64) * ROWS
+        first_col = tl.cast(number % col_tiles, tl.int64) * COLS
     row = (first_row + tl.arange(0, ROWS))[:, None]
     col = (first_col + tl.arange(0, COLS))[None, :]
     return row, col, (first_row + ROWS <= outer) & (first_col + COLS <= inner)
@@ -224,8 +227,8 @@ def parametric_backward(
         x = x.contiguous()  # nothing is written in the layout of dx, but one layout must lead
     view, (dy, x) = _by_channel(dx if need_x else x, [dy, x], weight.numel())
     dx_row, dx_channel, dy_row, dy_channel, x_row, x_channel = view.strides
-    # the number of parts depends on sizes only, never on the device: the same sum everywhere
-    parts = max(1, min(view.tiles, 1024 // view.channel_tiles))
+    # PROGRAMS depends on no device, so that the sum is the same everywhere
+    parts = max(1, min(view.tiles, PROGRAMS // view.channel_tiles))
     partial = torch.empty((parts, view.channels) if need_weight else (1, 1), dtype=torch.float64, device=x.device)
     functions = _PARAMETRIC[activation]
     _lib.launch(

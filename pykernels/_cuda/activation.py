@@ -1,4 +1,4 @@
-"""Activations on csrc/cuda: tensors to pointers, outputs, layouts. `ext` is the CUDA module or its emulation on the CPU.
+"""Activations on csrc/cuda: tensors to pointers, outputs, layouts. `ext`: the CUDA module, or its emulation on the CPU.
 
 Dense tensors of any one memory format and rows with unit inner stride are read and written in place, at any alignment;
 what fits neither is copied first.
