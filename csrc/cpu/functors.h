@@ -79,14 +79,13 @@ template <class M>
 struct Gelu {
   using V = typename M::V;
   PK_INLINE V value(V x) const {
-    V e;
-    return x * M::normal_cdf(x, e);
+    V e, q;
+    return M::gelu(x, e, q);
   }
   PK_INLINE V backward(V x, V g, V& y) const {
-    V e;
-    const V cdf = M::normal_cdf(x, e);
-    y = x * cdf;
-    return g * fmadd(x * V(0.39894228040143267794), e, cdf);
+    V e, q;
+    y = M::gelu(x, e, q);
+    return g * fmadd(x * V(0.39894228040143267794), e, select_sign(x, q, V(1) - q));
   }
 };
 

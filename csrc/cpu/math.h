@@ -24,31 +24,33 @@ struct Math<float, kExact> {
   // exp(x), x <= 0.
   static PK_INLINE V exp_nonpositive(V x) {
     if constexpr (kExact) {
-      const V n = round_nearest(x * V(kLog2E));
-      return scale_or_zero(exp_reduced(subtract_ln2(n, x)), n, x, V(kLogSmallest));
+      const V shifted = fmadd(x, V(kLog2E), V(kShift)), n = shifted - V(kShift);
+      return scale_or_zero(exp_reduced(subtract_ln2(n, x)), shifted, n);
     } else {
       return exp2_nonpositive(x * V(kLog2E));
     }
   }
 
-  // exp(-x^2 / 2), relative accuracy in the far tail too: -x^2/2 is never rounded, the first step of the reduction is
-  // one fused operation on the exact product.
+  // exp(-x^2 / 2). Relative accuracy in the far tail too: -x^2/2 is never rounded, the reduction starts with a fused
+  // operation on the exact square (its result w is -2 times the usual remainder).
   static PK_INLINE V exp_minus_half_square(V x) {
-    const V y = x * V(-0.5f * kLog2E) * x;
+    const V t = x * V(-0.5f * kLog2E);
     if constexpr (kExact) {
-      const V n = round_nearest(y);
-      const V r = fmadd(n, V(-kLn2Low), fmadd(x * V(-0.5f), x, n * V(-kLn2High)));
-      return scale_or_zero(exp_reduced(r), n, y, V(-126.f));
+      const V shifted = fmadd(t, x, V(kShift)), n = shifted - V(kShift);
+      const V w = fmadd(n, V(2 * kLn2Low), fmadd(x, x, n * V(2 * kLn2High)));
+      const V p = polynomial(w, V(1.f), V(-0.5f), V(0.124999985f), V(-0.020833038f), V(0.0026042503f),
+                             V(-0.00026169361f), V(2.1630636e-5f));
+      return scale_or_zero(p, shifted, n);
     } else {
-      return exp2_nonpositive(y);
+      return exp2_nonpositive(t * x);
     }
   }
 
   // exp(x) - 1, x <= 0, without cancellation.
   static PK_INLINE V expm1_nonpositive(V x) {
     x = at_least(x, V(-30.f));  // the result is -1 from there on
-    const V n = round_nearest(x * V(kLog2E));
-    const V scale = power_of_two(n);
+    const V shifted = fmadd(x, V(kLog2E), V(kShift)), n = shifted - V(kShift);
+    const V scale = power_of_two(shifted);
     V r, p;
     if constexpr (kExact) {
       r = subtract_ln2(n, x);
@@ -68,24 +70,24 @@ struct Math<float, kExact> {
     return r;
   }
 
-  // The normal distribution function; `e` = exp(-x^2 / 2).
-  //   Phi(-|x|) = e t Q(u),  t = 1 / (1 + p |x|),  u = 1 - t = p |x| t
-  // (Abramowitz-Stegun 7.1.26 has a polynomial in t; refitted for relative error, so that the negative tail keeps its
-  // digits where 1 + erf cancels, and in u, whose rounding does not matter near 0, where t's would count threefold.)
-  static PK_INLINE V normal_cdf(V x, V& e) {
-    e = exp_minus_half_square(x);
-    const V a = at_most(x.abs(), V(1e4f));
-    V r;
+  // x Phi(x) = max(x, 0) - |x| q,  e = exp(-x^2 / 2),  q = Phi(-|x|) = e R(|x|)
+  // R is rational with positive coefficients (nothing cancels), fitted for relative error, so that the negative tail keeps
+  // the digits that 1 + erf cancels.
+  static PK_INLINE V gelu(V x, V& e, V& q) {
+    const V bounded = at_most(x, V(1e4f));  // at inf, inf / inf must not reach the result; at -inf, NaN is right
+    const V a = bounded.abs();
+    e = exp_minus_half_square(bounded);
     if constexpr (kExact) {
-      const V v = a * V(0.38f), t = reciprocal_1p(v);
-      r = t * polynomial(v * t, V(0.5f), V(-0.54984784f), V(0.13160165f), V(0.12085304f), V(-0.0071020755f),
-                         V(-0.047550984f), V(0.007976967f), V(-0.04961129f), V(0.069614746f), V(-0.024345626f));
+      const V n = polynomial(a, V(0.5f), V(0.43614575f), V(0.18164547f), V(0.040097937f), V(0.0040369793f));
+      const V d = polynomial(a, V(1.f), V(1.6701765f), V(1.1958947f), V(0.46527435f), V(0.10051783f), V(0.010119068f));
+      const V r = reciprocal_estimate(d), quotient = n * r;
+      q = e * fmadd(negated_fmadd(quotient, d, n), r, quotient);
     } else {
-      const V t = reciprocal_1p(a * V(0.375f));
-      r = t * polynomial(t, V(0.14906102f), V(0.15773395f), V(0.08356417f), V(0.20028152f), V(-0.09064275f));
+      const V n = polynomial(a, V(0.50001162f), V(0.2774477f), V(0.062177464f));
+      const V d = polynomial(a, V(1.f), V(1.3535058f), V(0.70067608f), V(0.15567125f));
+      q = e * (n * reciprocal_estimate(d));
     }
-    const V q = r * e;
-    return select_sign(x, q, V(1.f) - q);
+    return negated_fmadd(a, q, at_least(x, V(0.f)));
   }
 
   // Odd, exact to the sign; |x| large gives 1, not inf / inf.
@@ -102,7 +104,8 @@ struct Math<float, kExact> {
  private:
   static constexpr float kLog2E = 1.44269504f;
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // n * kLn2High is exact
-  static constexpr float kLogSmallest = -87.33654f;                           // log of the smallest normal
+  // Adding 1.5 * 2^23 rounds to an integer (cheaper than the rounding instruction) and leaves it in the low bits.
+  static constexpr float kShift = 12582912.f;
 
   static PK_INLINE V subtract_ln2(V n, V x) { return fmadd(n, V(-kLn2Low), fmadd(n, V(-kLn2High), x)); }
 
@@ -110,11 +113,10 @@ struct Math<float, kExact> {
     return polynomial(r, V(1.f), V(1.f), V(0.49999994f), V(0.1666643f), V(0.041668005f), V(0.0083741955f),
                       V(0.0013843607f));
   }
-
   static PK_INLINE V exp2_nonpositive(V y) {
     const V f = fraction(y);
     const V p = polynomial(f, V(1.0000026f), V(0.69300383f), V(0.24144275f), V(0.052011464f), V(0.013534168f));
-    return scale_or_zero(p, floor_of(y, f), y, V(-126.f));
+    return scale_or_zero_floor(p, y, f);
   }
 };
 
@@ -126,9 +128,10 @@ struct Math<double, true> {
   static PK_INLINE V expm1_nonpositive(V x) { return x.expm1(); }
   static PK_INLINE V reciprocal_1p(V v) { return V(1.) / (v + V(1.)); }
   static PK_INLINE V tanh(V x) { return x.tanh(); }
-  static PK_INLINE V normal_cdf(V x, V& e) {
+  static PK_INLINE V gelu(V x, V& e, V& q) {
     e = (x * x * V(-0.5)).exp();
-    return (x * V(-0.70710678118654752440)).erfc() * V(0.5);
+    q = (x.abs() * V(0.70710678118654752440)).erfc() * V(0.5);
+    return x * select_sign(x, q, V(1.) - q);
   }
 };
 

@@ -35,24 +35,24 @@ PK_INLINE VecF select_nonnegative(VecF x, VecF nonnegative, VecF other) {
 PK_INLINE VecF select_nonpositive(VecF x, VecF nonpositive, VecF other) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LE_OQ), other, nonpositive);
 }
-// x < bound ? 0 : value  (NaN keeps the value)
-PK_INLINE VecF zero_below(VecF x, VecF bound, VecF value) {
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_NLT_UQ), value);
-}
 // x <= 0 ? 0 : value  (NaN keeps the value)
 PK_INLINE VecF zero_unless_positive(VecF x, VecF value) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NLE_UQ), value);
 }
-PK_INLINE VecF round_nearest(VecF x) {
-  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+// 2^n for an integral n in the low bits of `shifted` (see math.h)
+PK_INLINE VecF power_of_two(VecF shifted) {
+  const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+  return _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_set1_epi32(127 << 23)));
 }
-// p * 2^n for integral n and p near 1, 0 where `argument` < bound
-PK_INLINE VecF scale_or_zero(VecF p, VecF n, VecF argument, VecF bound) {
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(argument, bound, _CMP_NLT_UQ), p, n);
+// n < -125 ? 0 : p * 2^n  (a NaN stays; nothing is denormal)
+PK_INLINE VecF scale_or_zero(VecF p, VecF, VecF n) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, _mm512_set1_ps(-125.f), _CMP_NLT_UQ), p, n);
 }
-PK_INLINE VecF power_of_two(VecF n) { return _mm512_scalef_ps(_mm512_set1_ps(1.f), n); }
-PK_INLINE VecF fraction(VecF y) { return _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }  // y - floor(y)
-PK_INLINE VecF floor_of(VecF y, VecF) { return y; }  // scalef floors its exponent itself
+PK_INLINE VecF fraction(VecF y) {  // y - floor(y)
+  return _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+// y < -125 ? 0 : p * 2^floor(y), given y - floor(y)
+PK_INLINE VecF scale_or_zero_floor(VecF p, VecF y, VecF) { return scale_or_zero(p, y, y); }  // scalef takes the floor
 PK_INLINE VecF copy_sign(VecF magnitude, VecF sign) {
   return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_set1_epi32(INT32_MIN), _mm512_castps_si512(sign),
                                                        _mm512_castps_si512(magnitude), 0xCA));
@@ -88,22 +88,23 @@ PK_INLINE VecF select_nonpositive(VecF x, VecF nonpositive, VecF other) {
 PK_INLINE VecF select_nonnegative(VecF x, VecF nonnegative, VecF other) {
   return _mm256_blendv_ps(other, nonnegative, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GE_OQ));
 }
-PK_INLINE VecF zero_below(VecF x, VecF bound, VecF value) {
-  return _mm256_and_ps(_mm256_cmp_ps(x, bound, _CMP_NLT_UQ), value);
-}
 PK_INLINE VecF zero_unless_positive(VecF x, VecF value) {
   return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NLE_UQ), value);
 }
-PK_INLINE VecF round_nearest(VecF x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-PK_INLINE VecF power_of_two(VecF n) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+PK_INLINE VecF power_of_two(VecF shifted) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(127 << 23)));
 }
-// Lanes under the bound become an exact 0: left to underflow, denormals made a backward pass 9x slower.
-PK_INLINE VecF scale_or_zero(VecF p, VecF n, VecF argument, VecF bound) {
-  return zero_below(argument, bound, p * power_of_two(n));
+// An exact 0 under the bound: left to underflow, denormals made a backward pass 9x slower.
+PK_INLINE VecF scale_or_zero(VecF p, VecF shifted, VecF n) {
+  return _mm256_and_ps(_mm256_cmp_ps(n, _mm256_set1_ps(-125.f), _CMP_NLT_UQ), p * power_of_two(shifted));
 }
 PK_INLINE VecF fraction(VecF y) { return _mm256_sub_ps(y, _mm256_floor_ps(y)); }
-PK_INLINE VecF floor_of(VecF y, VecF fraction) { return y - fraction; }
+PK_INLINE VecF scale_or_zero_floor(VecF p, VecF y, VecF fraction) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(y - fraction), 23);
+  const VecF power = _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(127 << 23)));
+  return _mm256_and_ps(_mm256_cmp_ps(y, _mm256_set1_ps(-125.f), _CMP_NLT_UQ), p * power);
+}
 PK_INLINE VecF copy_sign(VecF magnitude, VecF sign) {
   const __m256 bit = _mm256_set1_ps(-0.f);
   return _mm256_or_ps(_mm256_and_ps(bit, sign), _mm256_andnot_ps(bit, magnitude));
