@@ -1,0 +1,106 @@
+"""Drops every synchronisation of the emulated kernels in turn and reports whether the tests notice.
+
+    python tests/mutants.py [file ...]     # after PYKERNELS_BUILD=emulator python setup.py build_ext --inplace
+
+Each barrier, wait, commit, fence and arrival of the files in SUBJECTS is replaced by an empty statement; the one object
+file is compiled again, linked with those of the build, and the file's tests run on the result. Exits non-zero if a
+mutant survives that is not in REDUNDANT. Not collected by pytest: about five seconds a mutant.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUGS, COLLECTIVES = "tests/test_emulator.py", "tests/test_emulator_collectives.py"
+
+# file -> (the source to compile again, the tests that run its kernels)
+SUBJECTS = {
+    "csrc/emulator/selftest_attention.cu": ("selftest_attention.cu", [BUGS, "-k", "test_attention"]),
+    "csrc/emulator/selftest_lstm.cu": ("selftest_lstm.cu", [BUGS, "-k", "test_lstm"]),
+    "csrc/cuda/collectives.cu": ("collectives.cu", [COLLECTIVES, "-k", "ldmatrix or cp_async or grid_sync"]),
+    "csrc/cuda/collectives_sm90.cu": ("collectives_sm90.cu", [COLLECTIVES, "-k", "wgmma or tma"]),
+    "csrc/cuda/reduce.h": ("collectives.cu", [COLLECTIVES, "-k", "block_reductions or last_block"]),
+}
+SYNCHRONISATION = re.compile(
+    r"\b(__syncthreads|__syncwarp|__threadfence|grid_sync|cp_async_commit|cp_async_wait<\d>|named_barrier_\w+|mbar_\w+"
+    r"|fence_proxy_async|wgmma_(?:fence|commit|wait<\d>)|tma_store_(?:commit|wait_read<\d>))\([^;]*\);"
+)
+REDUNDANT: dict[str, str] = {}  # "file: statement" -> why it may be dropped
+
+RUN = """
+import importlib.util, sys
+sys.path.insert(0, {root!r})
+import pykernels
+spec = importlib.util.spec_from_file_location("pykernels._emulator_ext", {so!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+sys.modules["pykernels._emulator_ext"] = module
+import pytest
+sys.exit(pytest.main(["-q", "-x", "--noconftest", "--rootdir", {root!r}, *{arguments!r}]))
+"""
+
+
+def build_folder() -> Path:
+    folders = sorted(ROOT.glob("build/ninja-*/emulator"), key=lambda p: p.stat().st_mtime)
+    if not folders:
+        sys.exit("build the emulator first: PYKERNELS_BUILD=emulator python setup.py build_ext --inplace")
+    return folders[-1]
+
+
+def flags_of(objects: Path, unit: str) -> str:
+    text = (objects.parent / "build.ninja").read_text()
+    found = re.search(rf"^build emulator/{re.escape(unit)}\.o: cxx .*\n flags = (.*)$", text, re.MULTILINE)
+    if found is None:
+        sys.exit(f"the last build has no {unit}")
+    return found.group(1)
+
+
+def verdict(objects: Path, file: str, text: str, work: Path) -> str:
+    unit, arguments = SUBJECTS[file]
+    (work / file).write_text(text)
+    source = next((work / "csrc").glob(f"*/{unit}"))
+    flags = flags_of(objects, unit).replace(str(ROOT / "csrc"), str(work / "csrc")).replace("-Werror", "-w")
+    mutant, so = work / "mutant.o", work / "mutant.so"
+    subprocess.run(["g++", *flags.split(), "-c", source, "-o", mutant], check=True)
+    others = sorted(o for o in objects.glob("*.o") if o.name != f"{unit}.o")
+    subprocess.run(["g++", "-shared", *others, mutant, "-ldl", "-o", so], check=True)
+    code = RUN.format(root=str(ROOT), so=str(so), arguments=arguments)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if run.returncode not in (0, 1):
+        sys.exit(run.stdout + run.stderr)
+    if run.returncode == 0:
+        return "survived"
+    message = re.search(r"^E +(?:RuntimeError|AssertionError): (.*)", run.stdout, re.MULTILINE)
+    return "killed: " + (message.group(1)[:150] if message else "?")
+
+
+def main(files: list[str]) -> int:
+    objects = build_folder()
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        shutil.copytree(ROOT / "csrc", work / "csrc")
+        for file in files or SUBJECTS:
+            original = (ROOT / file).read_text()
+            for match in SYNCHRONISATION.finditer(original):
+                if original.rfind("//", 0, match.start()) > original.rfind("\n", 0, match.start()):
+                    continue  # in a comment
+                line = original.count("\n", 0, match.start()) + 1
+                mutated = original[: match.start()] + ";" + original[match.end() :]
+                result = verdict(objects, file, mutated, work)
+                redundant = REDUNDANT.get(f"{file}: {match.group(0)}")
+                survivors += result == "survived" and redundant is None
+                print(f"{file}:{line}: {match.group(0)[:48]:48s} {result} {redundant or ''}", flush=True)
+            (work / file).write_text(original)
+    print(f"{survivors} unexpected survivors")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
