@@ -38,7 +38,7 @@ pip() { "$work/$1/bin/python" -m pip "${@:2}"; }
 
 echo "wheel, with the CPU extension"
 fresh wheel
-"$base" -m pip install -q --target "$work/extra" kernels --no-deps
+"$base" -m pip install -q --target "$work/extra" kernels
 for site in "$work"/wheel/lib/python*/site-packages; do echo "$work/extra" > "$site/extra.pth"; done
 PYKERNELS_BUILD=cpu pip wheel wheel -q "$tree" --no-build-isolation --no-deps -w "$work/dist"
 pip wheel install -q --no-deps "$work"/dist/*.whl

@@ -1,0 +1,35 @@
+"""What README.md says is true: the example runs, the support matrix is the specs', the commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from pykernels.testing.support import replaced
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    block = names["FeedForward"](6, 16)  # type: ignore[operator]
+    x = torch.randn(3, 6, requires_grad=True)
+    block(x).sum().backward()
+    gate, up = torch.nn.functional.linear(x, block.gate_up.weight).chunk(2, -1)
+    torch.testing.assert_close(block(x), block.down(torch.nn.functional.silu(gate) * up))
+
+
+def test_the_support_matrix_is_of_today() -> None:
+    assert replaced(README) == README, "run: python -m pykernels.testing.support --write README.md"
+
+
+def test_the_commands_and_files_it_names_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`?make ([a-z]+)", README)) <= targets | {"a"}
+    for link in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / link).exists(), link
