@@ -97,9 +97,16 @@ class Function:
         )  # fmt: skip
 
     def hot_loop(self) -> list[Instruction]:
-        """The innermost loop with the most tensor-core instructions, else the longest; empty without loops."""
-        bodies = [self.instructions[a : b + 1] for a, b in self.loops()]
-        return max(bodies, key=lambda body: (sum(i.base in MMA for i in body), len(body)), default=[])
+        """The innermost loop with the most tensor-core instructions, of several the shortest: the one over full tiles.
+
+        Without such instructions it is the longest loop; empty without loops.
+        """
+
+        def heat(body: list[Instruction]) -> tuple[int, int]:
+            matrix = sum(i.base in MMA for i in body)
+            return matrix, -len(body) if matrix else len(body)
+
+        return max((self.instructions[a : b + 1] for a, b in self.loops()), key=heat, default=[])
 
     def full_path(self) -> list[Instruction]:
         """From entry to exit along the branches a full tile takes, each loop's body counted once.
