@@ -42,6 +42,7 @@ BUGS: dict[str, tuple[str, str | None]] = {
     "shuffle_taken_for_syncwarp": (r"data race on static shared memory", "s[i"),
     "divergent_shuffle": (r"divergent warp: this lane is at .* while lanes [0-9a-f]{8} are at", "__shfl_xor_sync"),
     "shuffle_outside_its_mask": (r"lane \d+ is not in its own mask 0000ffff", "__shfl_sync"),
+    "ldmatrix_before_syncwarp": (r"(data race on|read of uninitialised) static shared memory", "ldmatrix_x4"),
     "mma_by_half_a_warp": (r"this operation needs all 32 lanes, got 0000ffff", "mma_m16n8k16"),
     "pointer_to_another_threads_local": (r"out of bounds: 4-byte read of global address", "*p[i ^ 1]"),
     "too_much_static_shared": (r"over 48 KiB of static shared memory", "PK_SHARED"),

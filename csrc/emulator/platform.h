@@ -163,6 +163,10 @@ template <class T>
 __forceinline__ void __stcs(T* p, T v) {
   *p = v;
 }
+template <class T>
+__forceinline__ void __stwb(T* p, T v) {
+  *p = v;
+}
 template <class A, class B>
 constexpr auto min(A a, B b) {
   using C = std::common_type_t<A, B>;

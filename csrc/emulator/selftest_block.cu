@@ -182,6 +182,17 @@ __global__ void shuffle_from_absent_lane(const float* in, float* out, int n) {
   out[i] = v + 1;
 }
 
+// Each lane wrote the row whose address it gives, but gets elements of others' rows.
+__global__ void ldmatrix_before_syncwarp(const float* in, float* out, int n) {
+  PK_SHARED(float4, rows, [kThreads]);
+  const int i = threadIdx.x;
+  const float v = in[n - 1 - i] + 1;
+  rows[i] = make_float4(v, v, v, v);
+  uint32_t r[4];
+  ldmatrix_x4(r, smem_addr(&rows[i]));
+  out[i] = v;
+}
+
 __global__ void mma_by_half_a_warp(const float* in, float* out, int n) {
   const int i = threadIdx.x;
   out[i] = in[n - 1 - i] + 1;
@@ -240,6 +251,7 @@ std::vector<Case> block_cases() {
       PK_CASE(divergent_shuffle),
       PK_CASE(shuffle_outside_its_mask),
       PK_CASE(shuffle_from_absent_lane),
+      PK_CASE(ldmatrix_before_syncwarp),
       PK_CASE(mma_by_half_a_warp),
       PK_CASE(pointer_to_another_threads_local),
       PK_CASE(too_much_static_shared),

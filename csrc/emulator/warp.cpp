@@ -10,6 +10,12 @@ namespace {
 
 size_t index_of(const Block& b, const Warp& w) { return static_cast<size_t>(&w - b.warps.data()); }
 
+// A lane other than `address_lane` that ldmatrix gives elements of row i.
+int receiver(int i, int address_lane, bool trans) {
+  const int lane = trans ? i / 2 : 4 * i;
+  return lane == address_lane ? lane + (trans ? 4 : 1) : lane;
+}
+
 bool needs_all_lanes(Op op) { return op == Op::mma || op == Op::ldmatrix || op == Op::wgmma; }
 
 }  // namespace
@@ -142,7 +148,10 @@ void ldmatrix(uint32_t* r, uint32_t addr, int n, bool trans, Site site) {
         const uint32_t a = static_cast<Lane*>(payload[8 * j + i])->addr;
         if (a & 15) fail("%s: ldmatrix row address 0x%x is not 16-byte aligned", name_site(f.site).c_str(), a);
         const void* q = smem_ptr(a, 16);
+        // Read for the lane that gives the address and for those that get the data: charging the first alone would pass
+        // a row each lane wrote itself.
         checked_as(8 * j + i, q, 16, false, f.site);
+        checked_as(receiver(i, 8 * j + i, f.trans), q, 16, false, f.site);
         memcpy(m[i], q, 16);
         worst = std::max(worst, ++per_chunk[a >> 4 & 7]);
       }

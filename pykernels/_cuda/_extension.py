@@ -85,8 +85,14 @@ class Extension:
             function(*raw, 0)
 
 
+# The handle itself: a torch.cuda.Stream costs more to make than a launcher to call. CPU builds of torch lack it.
+_stream_of = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
+    lambda i: torch.cuda.current_stream(i).cuda_stream
+)
+
+
 def _raw_stream(tensors: list[torch.Tensor]) -> int:
     for t in tensors:
         if t.is_cuda:
-            return torch.cuda.current_stream(t.device).cuda_stream
+            return _stream_of(t.get_device())
     return 0
