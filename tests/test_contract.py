@@ -51,6 +51,10 @@ def bound(spec: OpSpec, case: Case, backend: str | None) -> Callable[..., Any]:
     )
 
 
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=lambda d: str(d)[6:])
 @over_grid
 def test_equals_oracle(spec: OpSpec, backend: str, dtype: torch.dtype, poisoned: None) -> None:
@@ -126,11 +130,11 @@ def test_repeats_bitwise(spec: OpSpec, backend: str) -> None:
     assert all(torch.equal(before[name], inputs[name]) for name in inputs), "an input was written to"
 
     leaves = [x.requires_grad_() if x.is_floating_point() else x for x in case.make(torch.float32, DEVICE).values()]
-    out = bound(spec, case, backend)(*leaves)
+    outputs = as_tuple(bound(spec, case, backend)(*leaves))
     wanted = [x for x in leaves if x.requires_grad]
-    dy = torch.randn_like(out)
-    once = torch.autograd.grad(out, wanted, dy, retain_graph=True)
-    twice = torch.autograd.grad(out, wanted, dy)
+    cotangents = [torch.randn_like(y) for y in outputs]
+    once = torch.autograd.grad(outputs, wanted, cotangents, retain_graph=True)
+    twice = torch.autograd.grad(outputs, wanted, cotangents)
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True)), "a saved tensor was overwritten"
 
 
@@ -172,7 +176,8 @@ def test_second_derivative_in_float32(spec: OpSpec, backend: str) -> None:
 
     def twice(function: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
         wanted = [x for x in tensors if x.requires_grad]
-        first = torch.autograd.grad(function(*tensors).square().sum(), wanted, create_graph=True)
+        total = sum(y.square().sum() for y in as_tuple(function(*tensors)))
+        first = torch.autograd.grad(total, wanted, create_graph=True)
         return list(torch.autograd.grad(sum(g.square().sum() for g in first), wanted))
 
     ours = twice(bound(spec, case, backend), [x.requires_grad_(x.is_floating_point()) for x in inputs.values()])
@@ -232,8 +237,7 @@ def test_functorch_is_served_by_the_reference(spec: OpSpec) -> None:
         full = list(tensors)
         for i, x in zip(floats, chosen, strict=True):
             full[i] = x
-        outputs = bound(spec, case, None)(*full)
-        return sum(y.sum() for y in (outputs if isinstance(outputs, tuple) else (outputs,)))
+        return sum(y.sum() for y in as_tuple(bound(spec, case, None)(*full)))
 
     chosen = [tensors[i] for i in floats]
     grads = torch.func.grad(total, tuple(range(len(chosen))))(*chosen)

@@ -195,7 +195,10 @@ def _scan(step: Step, gates: Tensor, state: State, valid: Tensor | None, reverse
         outputs.append(state[0])
     if reverse:
         outputs.reverse()
-    output = torch.stack(outputs) if outputs else state[0].new_empty(0, *state[0].shape)
+    if not outputs:  # a step of no rows: the output is still a function of the weights, whose gradients are zero
+        none = step(gates.flatten(0, 1), tuple(s[:0] for s in state))
+        return none[0].reshape(0, *state[0].shape), state
+    output = torch.stack(outputs)
     return output if valid is None else torch.where(valid, output, 0), state
 
 
@@ -212,7 +215,8 @@ def _scan_packed(step: Step, gates: Tensor, state: State, sizes: list[int], reve
             state = step(piece, state)
             outputs.append(state[0])
         outputs.reverse()
-        return torch.cat(outputs), state
+        idle = tuple(f[state[0].shape[0] :] for f in first)
+        return torch.cat(outputs), tuple(torch.cat(parts) for parts in zip(state, idle, strict=True))
     ended: list[State] = []
     for piece, n in zip(pieces, sizes, strict=True):
         if n < state[0].shape[0]:
@@ -222,6 +226,32 @@ def _scan_packed(step: Step, gates: Tensor, state: State, sizes: list[int], reve
         outputs.append(state[0])
     ended.append(state)
     return torch.cat(outputs), tuple(torch.cat(parts) for parts in zip(*reversed(ended), strict=True))
+
+
+def layer(
+    mode: str,
+    input: Tensor,
+    state: State,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    """One layer in one direction over packed tokens (N, I), as the kernels have it: (output, final states).
+
+    `mode` is "lstm", "gru", "tanh" or "relu". Without `batch_sizes` every step has all rows of the state.
+    """
+    gates, step = _prepare(mode, input, w_ih, w_hh, b_ih, b_hh, None)
+    batch, wide = state[0].shape[0], tuple(_wide(s) for s in state)
+    if batch_sizes is None:
+        steps = input.shape[0] // batch if batch else 0
+        output, final = _scan(step, gates.reshape(steps, batch, gates.shape[1]), wide, None, reverse)
+        output = output.reshape(input.shape[0], wide[0].shape[1])
+    else:
+        output, final = _scan_packed(step, gates, wide, batch_sizes.tolist(), reverse)
+    return tuple(part.to(input.dtype) for part in (output, *final))
 
 
 def _sequence(
