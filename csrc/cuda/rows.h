@@ -59,10 +59,10 @@ __device__ __forceinline__ void step(const Rows<T, IN, OUT>& r, const F& f, int6
 // f(in, out, index): floats of one element, and its row-major index.  Each thread owns a vector of a row at a time; both
 // grid dimensions stride, so any size fits any grid and no address needs a division.
 //
-// The path for odd ends must not cost the other its occupancy: 48 registers, or 80 where three loads of 16 bytes a thread
+// The path for odd ends must not cost the other its occupancy: 48 registers, or 64 where three loads of 16 bytes a thread
 // keep as much in flight with fewer threads.
 template <class T, int IN, int OUT, class F>
-__global__ void __launch_bounds__(kRowsThreads, OUT == 1 ? 5 : 3) rows_kernel(const Rows<T, IN, OUT> r, const F f) {
+__global__ void __launch_bounds__(kRowsThreads, OUT == 1 ? 5 : 4) rows_kernel(const Rows<T, IN, OUT> r, const F f) {
   constexpr int N = Vec16<T>::N;
   const unsigned lanes = 1u << r.lane_bits, lane_rows = kRowsThreads >> r.lane_bits;
   const int64_t first_row = static_cast<int64_t>(blockIdx.y) * lane_rows + (threadIdx.x >> r.lane_bits);

@@ -23,14 +23,14 @@ __host__ __device__ bool aligned16(const T* p, int64_t stride) {
   return aligned16(static_cast<const void*>(p)) && stride % (16 / static_cast<int64_t>(sizeof(T))) == 0;
 }
 
-// p is 16-byte aligned.
+// p is 16-byte aligned.  The store is an intrinsic: the compiler took apart an assignment, of uint4 too, in some loops.
 template <class T>
 __device__ __forceinline__ Vec16<T> load_vec(const T* p) {
-  return *reinterpret_cast<const Vec16<T>*>(p);
+  return __builtin_bit_cast(Vec16<T>, *reinterpret_cast<const uint4*>(p));
 }
 template <class T>
 __device__ __forceinline__ void store_vec(T* p, const Vec16<T>& x) {
-  *reinterpret_cast<Vec16<T>*>(p) = x;
+  __stwb(reinterpret_cast<uint4*>(p), __builtin_bit_cast(uint4, x));
 }
 
 // p has T's alignment only: one transaction where it happens to be aligned, else an element at a time.  The branch is
