@@ -338,7 +338,8 @@ std::tuple<Tensor, Tensor> parametric_backward(const Tensor& dy, const Tensor& x
   const int64_t stride = layout.fit(source), dy_stride = layout.fit(gradient), cols = layout.cols();
   const int64_t rows = x.numel() / cols, segments = segments_of(cols);
   // Both partitions depend on the shape only, never on the number of threads.
-  const int64_t chunk = std::max((rows + 63) / 64, (8192 + cols - 1) / cols), chunks = (rows + chunk - 1) / chunk;
+  const int64_t chunk = std::min<int64_t>(256, std::max((rows + 63) / 64, (8192 + cols - 1) / cols));
+  const int64_t chunks = (rows + chunk - 1) / chunk;
   const auto accumulate = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   Tensor partial;
   if (mask[1]) {

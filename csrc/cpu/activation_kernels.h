@@ -75,7 +75,7 @@ struct ActivationKernels {
   void (*rrelu)(const RreluArgs&, int64_t begin, int64_t end);
 };
 
-constexpr int64_t kSegment = 4096;
+constexpr int64_t kSegment = 512;  // short, so that a float32 sum keeps its digits; sums of segments are added in double
 constexpr int64_t segments_of(int64_t cols) { return (cols + kSegment - 1) / kSegment; }
 constexpr int64_t padded_row(int64_t cols) { return (cols + 63) / 64 * 64; }  // whole blocks of every instruction set
 

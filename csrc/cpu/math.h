@@ -74,8 +74,8 @@ struct Math<float, kExact> {
   // R is rational with positive coefficients (nothing cancels), fitted for relative error, so that the negative tail keeps
   // the digits that 1 + erf cancels.
   static PK_INLINE V gelu(V x, V& e, V& q) {
-    const V bounded = at_most(x, V(1e4f));  // at inf, inf / inf must not reach the result; at -inf, NaN is right
-    const V a = bounded.abs();
+    // q is 0 long before the bound, which keeps d finite. At inf, inf * 0 must not reach the result; at -inf, NaN is right.
+    const V bounded = at_most(x, V(1e4f)), factor = bounded.abs(), a = at_most(factor, V(1e4f));
     e = exp_minus_half_square(bounded);
     if constexpr (kExact) {
       const V n = polynomial(a, V(0.5f), V(0.43614575f), V(0.18164547f), V(0.040097937f), V(0.0040369793f));
@@ -87,7 +87,7 @@ struct Math<float, kExact> {
       const V d = polynomial(a, V(1.f), V(1.3535058f), V(0.70067608f), V(0.15567125f));
       q = e * (n * reciprocal_estimate(d));
     }
-    return negated_fmadd(a, q, at_least(x, V(0.f)));
+    return negated_fmadd(factor, q, at_least(x, V(0.f)));
   }
 
   // Odd, exact to the sign; |x| large gives 1, not inf / inf.
