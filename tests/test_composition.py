@@ -1,0 +1,123 @@
+"""The operators inside torch's own machinery: inductor, export, checkpointing, autocast, DTensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import pykernels as pk
+
+f = pk.functional
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(8, 32), torch.nn.Linear(16, 8)
+        self.act = pk.nn.PReLU(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.down(f.swiglu(self.up(f.gelu(x)))))
+
+
+def reference_of(block: Block, x: Tensor) -> Tensor:
+    gate, up = block.up(F.gelu(x)).chunk(2, -1)
+    return F.prelu(block.down(F.silu(gate) * up), block.act.weight)
+
+
+@pytest.mark.parametrize("dynamic", (False, True))
+def test_inductor_runs_the_kernels_and_their_gradients(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    block = Block()
+    compiled = torch.compile(block, fullgraph=True, dynamic=dynamic)
+    for rows in (4, 7):
+        x = torch.randn(rows, 8, requires_grad=True)
+        expected = torch.autograd.grad(reference_of(block, x).square().sum(), (x, *block.parameters()))
+        found = torch.autograd.grad(compiled(x).square().sum(), (x, *block.parameters()))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_recompilation_over_steps() -> None:
+    torch._dynamo.reset()
+    block = Block()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    compiled(torch.randn(4, 8))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            compiled(torch.randn(4, 8))
+
+
+def test_double_backward_of_a_compiled_graph_raises() -> None:
+    torch._dynamo.reset()
+    x = torch.randn(5, requires_grad=True)
+    y = torch.compile(f.gelu, fullgraph=True, backend="aot_eager")(x)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(torch.autograd.grad(y.sum(), x, create_graph=True)[0].sum(), x)
+
+
+def test_export_keeps_the_operators() -> None:
+    block = Block().eval()
+    x = torch.randn(4, 8)
+    exported = torch.export.export(block, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    assert any("pykernels.glu_forward" in str(node.target) for node in exported.graph.nodes)
+    other = torch.randn(6, 8)
+    torch.testing.assert_close(exported.module()(other), block(other))
+
+
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_checkpoint(reentrant: bool) -> None:
+    block, x = Block(), torch.randn(4, 8, requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant)
+    y.sum().backward()
+    (expected,) = torch.autograd.grad(reference_of(block, x).sum(), x)
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_compiled_checkpoint_replays_the_seed() -> None:
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(lambda v: f.rrelu(v.sin(), training=True), x, use_reentrant=False)
+
+    x = torch.randn(200, requires_grad=True)
+    y = step(x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, y.detach() / x.detach().sin() * x.detach().cos(), rtol=1e-4, atol=1e-5)
+
+
+def test_elementwise_operators_take_autocast_dtypes_as_given() -> None:
+    x = torch.randn(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert f.gelu(x).dtype is torch.float32 and f.gelu(x.bfloat16()).dtype is torch.bfloat16
+        assert f.swiglu(torch.nn.functional.linear(x, torch.randn(16, 8))).dtype is torch.bfloat16
+
+
+@pytest.fixture
+def mesh() -> Iterator[object]:
+    from torch.distributed.tensor import init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_dtensor_has_a_rule_for_every_elementwise_operator(mesh: object) -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    x, z = torch.randn(6, 8), torch.randn(6, 8)
+    for placement in (Shard(0), Shard(1), Replicate()):
+        leaf = distribute_tensor(x, mesh, [placement]).requires_grad_()
+        plain = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(f.gelu(leaf).sum(), leaf)
+        torch.testing.assert_close(grad.full_tensor(), torch.autograd.grad(F.gelu(plain).sum(), plain)[0])
+        assert f.gelu(leaf).placements == (placement,)
+        up = distribute_tensor(z, mesh, [placement])
+        torch.testing.assert_close(f.swiglu(leaf, up).full_tensor(), F.silu(x) * z)
+        (grad,) = torch.autograd.grad(f.swiglu(leaf, up).sum(), leaf)
+        assert grad.placements == (placement,)
