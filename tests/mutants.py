@@ -39,11 +39,10 @@ REDUNDANT = {
 RUN = """
 import importlib.util, sys
 sys.path.insert(0, {root!r})
-import pykernels
 spec = importlib.util.spec_from_file_location("pykernels._emulator_ext", {so!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-sys.modules["pykernels._emulator_ext"] = module
+sys.modules["pykernels._emulator_ext"] = module  # before the package loads its own
 import pytest
 sys.exit(pytest.main(["-q", "-x", "--noconftest", "--rootdir", {root!r}, *{arguments!r}]))
 """

@@ -212,7 +212,7 @@ def test_extent_is_the_view_not_its_storage() -> None:
 
 def test_gaps_between_rows_are_outside() -> None:
     storage = torch.randn(3, 40)
-    dense, padded, out = storage[:, :32].contiguous(), storage[:, :32], torch.zeros(2, 3)
+    dense, padded, out = storage[:, :32].contiguous(), storage[:, :32], torch.zeros(3, 3)
     emulator.call("check_block_reduce", dense, out, 3, 32)
     torch.testing.assert_close(out[1], dense.amax(1))
     with pytest.raises(RuntimeError, match=r"read of tensor 0 \+ 128 bytes \(between its rows\)"):

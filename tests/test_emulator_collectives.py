@@ -209,10 +209,11 @@ def test_philox_known_answers(counter: list[int], key: list[int], expected: list
 
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (3, 1000), (5, 129)])
 def test_block_reductions(rows: int, cols: int) -> None:
-    x, y = torch.randn(rows, cols), torch.full((2, rows), float("nan"))
+    x, y = torch.randn(rows, cols), torch.full((3, rows), float("nan"))
     call("check_block_reduce", x, y, rows, cols)
     torch.testing.assert_close(y[0], x.sum(1), atol=1e-4, rtol=1e-5)
     assert torch.equal(y[1], x.amax(1))
+    torch.testing.assert_close(y[2], x.square().sum(1), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 40])

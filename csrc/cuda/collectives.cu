@@ -81,13 +81,15 @@ constexpr int kThreads = 128;
 
 __global__ void block_reduce_kernel(const float* in, float* out, int rows, int cols) {
   const int row = static_cast<int>(blockIdx.x);
-  float sum = 0, largest = -INFINITY;
+  float sum = 0, squares = 0, largest = -INFINITY;
   for (int c = static_cast<int>(threadIdx.x); c < cols; c += kThreads) {
     const float x = in[static_cast<int64_t>(row) * cols + c];
-    sum += x, largest = fmaxf(largest, x);
+    sum += x, squares += x * x, largest = fmaxf(largest, x);
   }
-  sum = block_sum<kThreads>(sum), largest = block_max<kThreads>(largest);
-  if (threadIdx.x == 0) out[row] = sum, out[rows + row] = largest;
+  sum = block_sum<kThreads>(sum);
+  squares = block_sum<kThreads>(squares);  // through the same shared array, at once
+  largest = block_max<kThreads>(largest);
+  if (threadIdx.x == 0) out[row] = sum, out[rows + row] = largest, out[2 * rows + row] = squares;
 }
 
 __global__ void last_block_kernel(const float* in, float* partial, unsigned* counter, float* total, int n) {
@@ -96,7 +98,7 @@ __global__ void last_block_kernel(const float* in, float* partial, unsigned* cou
        i += static_cast<int>(gridDim.x * blockDim.x))
     sum += in[i];
   sum = block_sum<kThreads>(sum);
-  if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+  if (threadIdx.x == kThreads - 1) partial[blockIdx.x] = sum;  // not by the thread that hands it over
   if (!last_block_done(counter, gridDim.x)) return;
   sum = 0;
   for (unsigned b = threadIdx.x; b < gridDim.x; b += kThreads) sum += partial[b];

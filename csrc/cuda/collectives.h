@@ -23,7 +23,7 @@ void check_mma(const uint32_t* a, const uint32_t* b, const float* c, float* d, D
 void check_convert(const float* in, float* out, uint32_t* packed, int n, DType dtype, void* stream);
 // Four words for each of n offsets; key = seed.
 void check_philox(const uint32_t* counter, uint32_t* out, int n, uint64_t seed, void* stream);
-// Rows of `cols` floats, one block each: out[row] = sum, out[rows + row] = maximum.
+// Rows of `cols` floats, one block each; out: 3 x rows: sums, maxima, sums of squares.
 void check_block_reduce(const float* in, float* out, int rows, int cols, void* stream);
 // total[0] = sum of in, by the last of `blocks` blocks to finish; partial: blocks floats, counter: a zero.
 void check_last_block(const float* in, float* partial, unsigned* counter, float* total, int n, int blocks,
