@@ -146,10 +146,10 @@ def test_two_environment_variables() -> None:
 def test_import_is_light() -> None:
     """Importing pykernels after torch stays below 0.3 s and pulls in neither DTensor nor the compiler."""
     code = (
-        "import sys, torch, time; before = set(sys.modules); t = time.perf_counter(); import pykernels; "
-        "print(time.perf_counter() - t); new = set(sys.modules) - before; "
+        "import sys, torch, time; before = set(sys.modules); t = time.process_time(); import pykernels; "
+        "print(time.process_time() - t); new = set(sys.modules) - before; "
         "print(*[m for m in ('torch.distributed.tensor', 'torch._inductor', 'pykernels.testing') if m in new])"
     )
     seconds, modules = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split("\n")[:2]
     assert not modules, modules
-    assert float(seconds) < 1.5, f"{seconds} s (the target is 0.3 s on a quiet machine)"
+    assert float(seconds) < 1.0, f"{seconds} s of CPU (the target is 0.3 s)"
