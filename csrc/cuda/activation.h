@@ -1,5 +1,6 @@
-// Launchers of the activation room.  Tensors are `rows` runs of `cols` adjacent elements, each tensor with a row stride in
-// elements; any alignment.  `activation` is the name the public functions use; an unknown one is an invalid_argument.
+// Launchers of the activation room.  Tensors are `rows` runs of `cols` adjacent elements, each tensor with a row stride
+// in elements; any alignment.  `activation` is the name the public functions use; an unknown one is an
+// invalid_argument.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -20,11 +21,12 @@ void unary_backward(const void* dy, const void* saved, void* dx, int64_t rows, i
 void gated_forward(const void* gate, const void* up, void* y, int64_t rows, int64_t cols, int64_t gate_stride,
                    int64_t up_stride, int64_t y_stride, const std::string& activation, DType dtype, void* stream);
 // dgate or dup may be null: not wanted.
-void gated_backward(const void* dy, const void* gate, const void* up, void* dgate, void* dup, int64_t rows, int64_t cols,
-                    int64_t dy_stride, int64_t gate_stride, int64_t up_stride, int64_t dgate_stride, int64_t dup_stride,
-                    const std::string& activation, DType dtype, void* stream);
+void gated_backward(const void* dy, const void* gate, const void* up, void* dgate, void* dup, int64_t rows,
+                    int64_t cols, int64_t dy_stride, int64_t gate_stride, int64_t up_stride, int64_t dgate_stride,
+                    int64_t dup_stride, const std::string& activation, DType dtype, void* stream);
 
-// out = x <= 0 ? slope * dy : dy, slope = lower + span * uniform(seed, row * cols + col); with dy = x it is the forward.
+// out = x <= 0 ? slope * dy : dy, slope = lower + span * uniform(seed, row * cols + col); with dy = x it is the
+// forward.
 void rrelu(const void* dy, const void* x, void* out, const int64_t* seed, int64_t rows, int64_t cols, int64_t dy_stride,
            int64_t x_stride, int64_t out_stride, float lower, float span, DType dtype, void* stream);
 

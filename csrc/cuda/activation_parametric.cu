@@ -1,6 +1,6 @@
-// prelu and swish with a learnt parameter for each channel.  A tensor is (outer, channels, inner).  Where inner is 1 the
-// channels are the columns a thread owns, else a block stays on one channel; both walk rows and columns by strides of the
-// grid, so no address needs a division.
+// prelu and swish with a learnt parameter for each channel.  A tensor is (outer, channels, inner).  Where inner is 1
+// the channels are the columns a thread owns, else a block stays on one channel; both walk rows and columns by strides
+// of the grid, so no address needs a division.
 //
 // The weight gradient is summed in a fixed order and without atomics: each block adds its share and stores one number a
 // channel, then one kernel adds those.  One channel is spread over as many blocks as a thousand channels are.  A thread
@@ -22,9 +22,9 @@ constexpr int kBlocks = 1024;  // of a weight gradient, over all channels: fixed
 
 struct Channels {
   int64_t outer, channels, inner;
-  int64_t cols;           // inner, or channels where inner is 1
-  int lane_bits;          // 2^lane_bits threads of a block along the columns; the others are on other rows
-  int64_t channel_tiles;  // blockIdx.x
+  int64_t cols;                   // inner, or channels where inner is 1
+  int lane_bits;                  // 2^lane_bits threads of a block along the columns; the others are on other rows
+  int64_t channel_tiles;          // blockIdx.x
   unsigned row_parts, col_parts;  // blockIdx.y, blockIdx.z
   bool by_column;
   bool vectors;
@@ -36,7 +36,8 @@ unsigned parts_of(int64_t tiles, int64_t limit) {
   return static_cast<unsigned>(tiles < limit ? tiles : limit < 1 ? 1 : limit);
 }
 
-template <class T> Channels channels_of(int64_t outer, int64_t channels, int64_t inner, int64_t blocks) {
+template <class T>
+Channels channels_of(int64_t outer, int64_t channels, int64_t inner, int64_t blocks) {
   constexpr int64_t N = Vec16<T>::N;
   Channels c{};
   c.outer = outer, c.channels = channels, c.inner = inner;
@@ -55,7 +56,8 @@ template <class T> Channels channels_of(int64_t outer, int64_t channels, int64_t
 }
 
 // Where this thread begins and how far it steps; one channel, or N adjacent ones.
-template <int N, bool BY_COLUMN> struct Walk {
+template <int N, bool BY_COLUMN>
+struct Walk {
   int64_t channel, row, row_step, col, col_step;
   __device__ __forceinline__ explicit Walk(const Channels& c) {
     const unsigned lanes = 1u << c.lane_bits, lane_rows = kThreads >> c.lane_bits;
@@ -69,8 +71,8 @@ template <int N, bool BY_COLUMN> struct Walk {
 
 // The weights of this thread's vector: one for all its elements, or one for each.
 template <class T, bool BY_COLUMN>
-__device__ __forceinline__ void load_weights(float (&w)[Vec16<T>::N], const T* weight, const Channels& c, int64_t channel,
-                                             int64_t col) {
+__device__ __forceinline__ void load_weights(float (&w)[Vec16<T>::N], const T* weight, const Channels& c,
+                                             int64_t channel, int64_t col) {
   constexpr int N = Vec16<T>::N;
   Vec16<T> raw;
   if constexpr (BY_COLUMN) raw = load_step<false>(weight + col, part_of_vector<T>(c.cols - col));
@@ -95,11 +97,14 @@ __global__ void __launch_bounds__(kThreads)
         const Vec16<T> in = load_step<WHOLE>(x + row * x_outer + walk.channel * x_channel + col, part);
         Vec16<T> out;
 #pragma unroll
-        for (int i = 0; i < N; ++i) out.v[i] = from_float<T>(A::template value<sizeof(T) == 4>(to_float(in.v[i]), w[i]));
+        for (int i = 0; i < N; ++i)
+          out.v[i] = from_float<T>(A::template value<sizeof(T) == 4>(to_float(in.v[i]), w[i]));
         store_step<WHOLE>(y + row * y_outer + walk.channel * y_channel + col, out, part);
       };
-      if (c.vectors && part == N) step(std::true_type{});
-      else step(std::false_type{});
+      if (c.vectors && part == N)
+        step(std::true_type{});
+      else
+        step(std::false_type{});
     }
   }
 }
@@ -143,8 +148,10 @@ __global__ void __launch_bounds__(kThreads)
         }
         if (dx) store_step<WHOLE>(dx + row * dx_outer + walk.channel * dx_channel + col, out, part);
       };
-      if (c.vectors && part == N) step(std::true_type{});
-      else step(std::false_type{});
+      if (c.vectors && part == N)
+        step(std::true_type{});
+      else
+        step(std::false_type{});
     }
   }
   if (!partial) return;
@@ -189,18 +196,21 @@ __global__ void __launch_bounds__(kThreads)
   if (t < lanes && channel < channels) out[channel] = from_float<T>(static_cast<float>(sum[t]));
 }
 
-template <class T> int64_t parts(int64_t outer, int64_t channels, int64_t inner) {
+template <class T>
+int64_t parts(int64_t outer, int64_t channels, int64_t inner) {
   const Channels c = channels_of<T>(outer, channels, inner, kBlocks);
   return static_cast<int64_t>(c.row_parts) * c.col_parts;
 }
 
-template <class F> void dispatch_parametric(const std::string& name, F&& f) {
+template <class F>
+void dispatch_parametric(const std::string& name, F&& f) {
   if (name == "prelu") return f(std::type_identity<LeakyRelu>{});
   if (name == "swish") return f(std::type_identity<Swish>{});
   throw std::invalid_argument("unknown parametric activation " + name);
 }
 
-template <class T> bool rows_aligned(const void* p, int64_t outer_stride, int64_t channel_stride, const Channels& c) {
+template <class T>
+bool rows_aligned(const void* p, int64_t outer_stride, int64_t channel_stride, const Channels& c) {
   return aligned16(static_cast<const T*>(p), c.outer > 1 ? outer_stride : 0) &&
          (c.by_column || c.channels == 1 || aligned16(static_cast<const T*>(p), channel_stride));
 }
@@ -221,9 +231,9 @@ void parametric_forward(const void* x, const void* weight, void* y, int64_t oute
     c.vectors = rows_aligned<T>(x, x_outer, x_channel, c) && rows_aligned<T>(y, y_outer, y_channel, c);
     dispatch_parametric(activation, [&](auto a) {
       using A = typename decltype(a)::type;
-      launch(c.by_column ? parametric_fwd_kernel<T, A, true> : parametric_fwd_kernel<T, A, false>, c.grid(), kThreads, 0,
-             stream, static_cast<const T*>(x), static_cast<const T*>(weight), static_cast<T*>(y), c, x_outer, x_channel,
-             y_outer, y_channel);
+      launch(c.by_column ? parametric_fwd_kernel<T, A, true> : parametric_fwd_kernel<T, A, false>, c.grid(), kThreads,
+             0, stream, static_cast<const T*>(x), static_cast<const T*>(weight), static_cast<T*>(y), c, x_outer,
+             x_channel, y_outer, y_channel);
     });
   });
 }
@@ -240,8 +250,8 @@ void parametric_backward(const void* dy, const void* x, const void* weight, void
                 (!dx || rows_aligned<T>(dx, dx_outer, dx_channel, c));
     dispatch_parametric(activation, [&](auto a) {
       using A = typename decltype(a)::type;
-      launch(c.by_column ? parametric_bwd_kernel<T, A, true> : parametric_bwd_kernel<T, A, false>, c.grid(), kThreads, 0,
-             stream, static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<const T*>(weight),
+      launch(c.by_column ? parametric_bwd_kernel<T, A, true> : parametric_bwd_kernel<T, A, false>, c.grid(), kThreads,
+             0, stream, static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<const T*>(weight),
              static_cast<T*>(dx), dweight ? partial : nullptr, c, dy_outer, dy_channel, x_outer, x_channel, dx_outer,
              dx_channel);
     });

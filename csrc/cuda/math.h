@@ -9,15 +9,19 @@ namespace pk {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-template <bool PRECISE> __device__ __forceinline__ float exponential(float x) {
-  if constexpr (PRECISE) return expf(x);
-  else return ex2(x * kLog2e);
+template <bool PRECISE>
+__device__ __forceinline__ float exponential(float x) {
+  if constexpr (PRECISE)
+    return expf(x);
+  else
+    return ex2(x * kLog2e);
 }
 
 // a / b within 2 ulp; 0 for b >= 2^126.  The IEEE division's slow path would be a call for each element.
 __device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
 
-template <bool PRECISE> __device__ __forceinline__ float sigmoid(float x) {
+template <bool PRECISE>
+__device__ __forceinline__ float sigmoid(float x) {
   return quotient(1.f, 1.f + exponential<PRECISE>(-x));
 }
 
@@ -27,7 +31,8 @@ struct SigmoidSlope {
 
 // Where s is near 1, 1 - s has lost its digits, which shows once the product is scaled by a large x: PRECISE multiplies
 // exp(-|x|) instead.  Where s is near 1/2 it is the difference that is exact.
-template <bool PRECISE> __device__ __forceinline__ SigmoidSlope sigmoid_slope(float x) {
+template <bool PRECISE>
+__device__ __forceinline__ SigmoidSlope sigmoid_slope(float x) {
   if constexpr (PRECISE) {
     const float e = expf(-fabsf(x)), larger = quotient(1.f, 1.f + e);
     const float smaller = e > 0.25f ? 1.f - larger : e * larger;
@@ -39,7 +44,8 @@ template <bool PRECISE> __device__ __forceinline__ SigmoidSlope sigmoid_slope(fl
 }
 
 // 1 - 2 / (exp(2 x) + 1); near 0, where that difference cancels, its series.
-template <bool PRECISE> __device__ __forceinline__ float hyperbolic_tangent(float x) {
+template <bool PRECISE>
+__device__ __forceinline__ float hyperbolic_tangent(float x) {
   if constexpr (PRECISE) return tanhf(x);
   const float square = x * x;
   const float small = x + x * square * -0.33333334f;
@@ -47,13 +53,15 @@ template <bool PRECISE> __device__ __forceinline__ float hyperbolic_tangent(floa
 }
 
 // exp(x) - 1, with relative accuracy near 0.
-template <bool PRECISE> __device__ __forceinline__ float exponential_minus_1(float x) {
+template <bool PRECISE>
+__device__ __forceinline__ float exponential_minus_1(float x) {
   if constexpr (PRECISE) return expm1f(x);
   const float series = x + x * x * (0.5f + x * 0.16666667f);
   return x > -0.0625f ? series : ex2(x * kLog2e) - 1.f;
 }
 
-// (1 - Phi(x)) / Phi(x), fitted up to |x| = 5.7; the fit's last slope goes on beyond, where Phi or 1 - Phi is below 1e-8.
+// (1 - Phi(x)) / Phi(x), fitted up to |x| = 5.7; the fit's last slope goes on beyond, where Phi or 1 - Phi is below
+// 1e-8.
 __device__ __forceinline__ float normal_odds_against(float x) {
   const float s = fminf(x * x, 32.f);
   float p = -5.810977414995644e-06f + s * (1.4636508211648416e-07f + s * -1.4023850958144157e-09f);
@@ -64,7 +72,8 @@ __device__ __forceinline__ float normal_odds_against(float x) {
 // Phi(x) = (1 + erf(x / sqrt(2))) / 2, with relative accuracy in the lower tail too.  PRECISE: an odd polynomial on
 // [-1, 1]; beyond, the tail is exp(-x^2/2) times a polynomial in 1 / (1 + 0.4 |x|), as Abramowitz and Stegun 7.1.26.
 // Both forms were fitted (minimax) for this library; erff takes a third more instructions, and 1 + erf loses the tail.
-template <bool PRECISE> __device__ __forceinline__ float normal_cdf(float x) {
+template <bool PRECISE>
+__device__ __forceinline__ float normal_cdf(float x) {
   if constexpr (!PRECISE) return quotient(1.f, 1.f + normal_odds_against(x));
   const float s = x * x;
   float p = -0.0011863530380651355f + s * (0.00011351265857229009f + s * -7.664679287699983e-06f);
@@ -77,51 +86,73 @@ template <bool PRECISE> __device__ __forceinline__ float normal_cdf(float x) {
 }
 
 struct Sigmoid {
-  template <bool P> static __device__ __forceinline__ float value(float x, float) { return sigmoid<P>(x); }
-  template <bool P> static __device__ __forceinline__ float gradient(float dy, float x, float) {
+  template <bool P>
+  static __device__ __forceinline__ float value(float x, float) {
+    return sigmoid<P>(x);
+  }
+  template <bool P>
+  static __device__ __forceinline__ float gradient(float dy, float x, float) {
     return dy * sigmoid_slope<P>(x).slope;
   }
   static __device__ __forceinline__ float gradient_of_output(float dy, float y) { return dy * y * (1.f - y); }
 };
 
 struct Tanh {
-  template <bool P> static __device__ __forceinline__ float value(float x, float) { return hyperbolic_tangent<P>(x); }
+  template <bool P>
+  static __device__ __forceinline__ float value(float x, float) {
+    return hyperbolic_tangent<P>(x);
+  }
   static __device__ __forceinline__ float gradient_of_output(float dy, float y) { return dy * (1.f - y * y); }
 };
 
 struct Relu {
-  template <bool P> static __device__ __forceinline__ float value(float x, float) { return x <= 0.f ? 0.f : x; }
-  template <bool P> static __device__ __forceinline__ float gradient(float dy, float x, float) {
+  template <bool P>
+  static __device__ __forceinline__ float value(float x, float) {
+    return x <= 0.f ? 0.f : x;
+  }
+  template <bool P>
+  static __device__ __forceinline__ float gradient(float dy, float x, float) {
     return gradient_of_output(dy, x);
   }
   static __device__ __forceinline__ float gradient_of_output(float dy, float y) { return y <= 0.f ? 0.f : dy; }
 };
 
 struct LeakyRelu {  // and prelu
-  template <bool P> static __device__ __forceinline__ float value(float x, float slope) { return x > 0.f ? x : x * slope; }
-  template <bool P> static __device__ __forceinline__ float gradient(float dy, float x, float slope) {
+  template <bool P>
+  static __device__ __forceinline__ float value(float x, float slope) {
+    return x > 0.f ? x : x * slope;
+  }
+  template <bool P>
+  static __device__ __forceinline__ float gradient(float dy, float x, float slope) {
     return x > 0.f ? dy : dy * slope;
   }
-  template <bool P> static __device__ __forceinline__ float weight_gradient(float dy, float x, float) {
+  template <bool P>
+  static __device__ __forceinline__ float weight_gradient(float dy, float x, float) {
     return x > 0.f ? 0.f : dy * x;
   }
 };
 
 struct Elu {
-  template <bool P> static __device__ __forceinline__ float value(float x, float alpha) {
+  template <bool P>
+  static __device__ __forceinline__ float value(float x, float alpha) {
     return x <= 0.f ? alpha * exponential_minus_1<P>(x) : x;
   }
-  template <bool P> static __device__ __forceinline__ float gradient(float dy, float x, float alpha) {
+  template <bool P>
+  static __device__ __forceinline__ float gradient(float dy, float x, float alpha) {
     return x <= 0.f ? dy * (alpha * exponential<P>(x)) : dy;
   }
 };
 
 struct Gelu {
-  template <bool P> static __device__ __forceinline__ float value(float x, float) {
-    if constexpr (P) return x * normal_cdf<P>(x);
-    else return quotient(x, 1.f + normal_odds_against(x));
+  template <bool P>
+  static __device__ __forceinline__ float value(float x, float) {
+    if constexpr (P)
+      return x * normal_cdf<P>(x);
+    else
+      return quotient(x, 1.f + normal_odds_against(x));
   }
-  template <bool P> static __device__ __forceinline__ float gradient(float dy, float x, float) {
+  template <bool P>
+  static __device__ __forceinline__ float gradient(float dy, float x, float) {
     const float density = 0.3989422804014327f * ex2(x * x * (-0.5f * kLog2e));
     return dy * (normal_cdf<P>(x) + x * density);
   }
@@ -132,10 +163,12 @@ struct GeluTanh {
   static __device__ __forceinline__ float argument(float x) {
     return x * (1.5957691216057308f + 0.07135481627263583f * (x * x));
   }
-  template <bool P> static __device__ __forceinline__ float value(float x, float) {
+  template <bool P>
+  static __device__ __forceinline__ float value(float x, float) {
     return quotient(x, 1.f + exponential<P>(-argument(x)));
   }
-  template <bool P> static __device__ __forceinline__ float gradient(float dy, float x, float) {
+  template <bool P>
+  static __device__ __forceinline__ float gradient(float dy, float x, float) {
     const SigmoidSlope s = sigmoid_slope<P>(argument(x));
     // x^2 = inf must not meet a slope of 0
     const float inner = 1.5957691216057308f + 0.21406444881790748f * fminf(x * x, 1e4f);
@@ -144,28 +177,41 @@ struct GeluTanh {
 };
 
 struct Swish {
-  template <bool P> static __device__ __forceinline__ float value(float x, float beta) {
+  template <bool P>
+  static __device__ __forceinline__ float value(float x, float beta) {
     return quotient(x, 1.f + exponential<P>(-(beta * x)));
   }
-  template <bool P> static __device__ __forceinline__ float gradient(float dy, float x, float beta) {
+  template <bool P>
+  static __device__ __forceinline__ float gradient(float dy, float x, float beta) {
     const SigmoidSlope s = sigmoid_slope<P>(beta * x);
     return dy * (s.value + x * s.slope * beta);  // x and not beta * x, which may have become infinite
   }
-  template <bool P> static __device__ __forceinline__ float weight_gradient(float dy, float x, float beta) {
+  template <bool P>
+  static __device__ __forceinline__ float weight_gradient(float dy, float x, float beta) {
     return dy * (x * sigmoid_slope<P>(beta * x).slope * x);  // not x * x: it overflows
   }
 };
 
 struct Silu {
-  template <bool P> static __device__ __forceinline__ float value(float x, float) { return Swish::value<P>(x, 1.f); }
-  template <bool P> static __device__ __forceinline__ float gradient(float dy, float x, float) {
+  template <bool P>
+  static __device__ __forceinline__ float value(float x, float) {
+    return Swish::value<P>(x, 1.f);
+  }
+  template <bool P>
+  static __device__ __forceinline__ float gradient(float dy, float x, float) {
     return Swish::gradient<P>(dy, x, 1.f);
   }
 };
 
 struct Identity {
-  template <bool P> static __device__ __forceinline__ float value(float x, float) { return x; }
-  template <bool P> static __device__ __forceinline__ float gradient(float dy, float, float) { return dy; }
+  template <bool P>
+  static __device__ __forceinline__ float value(float x, float) {
+    return x;
+  }
+  template <bool P>
+  static __device__ __forceinline__ float gradient(float dy, float, float) {
+    return dy;
+  }
 };
 
 }  // namespace pk

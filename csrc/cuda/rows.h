@@ -6,7 +6,8 @@
 
 namespace pk {
 
-template <class T, int IN, int OUT> struct Rows {
+template <class T, int IN, int OUT>
+struct Rows {
   const T* in[IN];
   T* out[OUT];  // one of several may be null: not wanted
   int64_t in_stride[IN], out_stride[OUT];
@@ -18,18 +19,25 @@ template <class T, int IN, int OUT> struct Rows {
 constexpr int kRowsThreadBits = 8, kRowsThreads = 1 << kRowsThreadBits;
 
 // `left` elements at p and after, at most a vector.
-template <class T> __device__ __forceinline__ int part_of_vector(int64_t left) {
+template <class T>
+__device__ __forceinline__ int part_of_vector(int64_t left) {
   return left < Vec16<T>::N ? static_cast<int>(left) : Vec16<T>::N;
 }
 
 // A vector at p, or, where it is not WHOLE, `part` elements of one, at any alignment.
-template <bool WHOLE, class T> __device__ __forceinline__ Vec16<T> load_step(const T* p, int part) {
-  if constexpr (WHOLE) return load_vec(p);
-  else return load_vec_part(p, part, from_float<T>(0.f));
+template <bool WHOLE, class T>
+__device__ __forceinline__ Vec16<T> load_step(const T* p, int part) {
+  if constexpr (WHOLE)
+    return load_vec(p);
+  else
+    return load_vec_part(p, part, from_float<T>(0.f));
 }
-template <bool WHOLE, class T> __device__ __forceinline__ void store_step(T* p, const Vec16<T>& x, int part) {
-  if constexpr (WHOLE) store_vec(p, x);
-  else store_vec_part(p, x, part);
+template <bool WHOLE, class T>
+__device__ __forceinline__ void store_step(T* p, const Vec16<T>& x, int part) {
+  if constexpr (WHOLE)
+    store_vec(p, x);
+  else
+    store_vec_part(p, x, part);
 }
 
 // One vector of one row.  WHOLE, all in 16-byte transactions, is compiled apart: were it to meet the other path before
@@ -56,11 +64,11 @@ __device__ __forceinline__ void step(const Rows<T, IN, OUT>& r, const F& f, int6
   }
 }
 
-// f(in, out, index): floats of one element, and its row-major index.  Each thread owns a vector of a row at a time; both
-// grid dimensions stride, so any size fits any grid and no address needs a division.
+// f(in, out, index): floats of one element, and its row-major index.  Each thread owns a vector of a row at a time;
+// both grid dimensions stride, so any size fits any grid and no address needs a division.
 //
-// The path for odd ends must not cost the other its occupancy: 48 registers, or 64 where three loads of 16 bytes a thread
-// keep as much in flight with fewer threads.
+// The path for odd ends must not cost the other its occupancy: 48 registers, or 64 where three loads of 16 bytes a
+// thread keep as much in flight with fewer threads.
 template <class T, int IN, int OUT, class F>
 __global__ void __launch_bounds__(kRowsThreads, OUT == 1 ? 5 : 4) rows_kernel(const Rows<T, IN, OUT> r, const F f) {
   constexpr int N = Vec16<T>::N;
@@ -69,8 +77,10 @@ __global__ void __launch_bounds__(kRowsThreads, OUT == 1 ? 5 : 4) rows_kernel(co
   const int64_t first_col = (static_cast<int64_t>(blockIdx.x) * lanes + (threadIdx.x & (lanes - 1))) * N;
   for (int64_t row = first_row; row < r.rows; row += static_cast<int64_t>(gridDim.y) * lane_rows) {
     for (int64_t col = first_col; col < r.cols; col += static_cast<int64_t>(gridDim.x) * lanes * N) {
-      if (r.vectors && r.cols - col >= N) step<true>(r, f, row, col);
-      else step<false>(r, f, row, col);
+      if (r.vectors && r.cols - col >= N)
+        step<true>(r, f, row, col);
+      else
+        step<false>(r, f, row, col);
     }
   }
 }
@@ -82,7 +92,8 @@ inline int bits_for(int64_t n, int limit) {
   return b;
 }
 
-template <class T, int IN, int OUT, class F> void launch_rows(Rows<T, IN, OUT> r, const F& f, void* stream) {
+template <class T, int IN, int OUT, class F>
+void launch_rows(Rows<T, IN, OUT> r, const F& f, void* stream) {
   if (r.rows <= 0 || r.cols <= 0) return;
   r.vectors = true;
   for (int k = 0; k < IN; ++k) r.vectors = r.vectors && aligned16(r.in[k], r.rows > 1 ? r.in_stride[k] : 0);
