@@ -36,12 +36,12 @@ struct Name {
   Activation activation;
 };
 constexpr Name kUnary[] = {
-    {"sigmoid", Activation::kSigmoid}, {"tanh", Activation::kTanh}, {"relu", Activation::kRelu},
-    {"leaky_relu", Activation::kLeakyRelu}, {"elu", Activation::kElu}, {"gelu", Activation::kGelu},
-    {"gelu_tanh", Activation::kGeluTanh}, {"silu", Activation::kSilu}, {"swish", Activation::kSwish}};
-constexpr Name kGated[] = {
-    {"identity", Activation::kIdentity}, {"sigmoid", Activation::kSigmoid}, {"relu", Activation::kRelu},
-    {"gelu", Activation::kGelu}, {"gelu_tanh", Activation::kGeluTanh}, {"silu", Activation::kSilu}};
+    {"sigmoid", Activation::kSigmoid},      {"tanh", Activation::kTanh}, {"relu", Activation::kRelu},
+    {"leaky_relu", Activation::kLeakyRelu}, {"elu", Activation::kElu},   {"gelu", Activation::kGelu},
+    {"gelu_tanh", Activation::kGeluTanh},   {"silu", Activation::kSilu}, {"swish", Activation::kSwish}};
+constexpr Name kGated[] = {{"identity", Activation::kIdentity},  {"sigmoid", Activation::kSigmoid},
+                           {"relu", Activation::kRelu},          {"gelu", Activation::kGelu},
+                           {"gelu_tanh", Activation::kGeluTanh}, {"silu", Activation::kSilu}};
 constexpr Name kParametric[] = {{"prelu", Activation::kPrelu}, {"swish", Activation::kSwishBeta}};
 
 template <size_t N>
@@ -54,10 +54,14 @@ Activation parse(c10::string_view text, const Name (&names)[N], const char* op) 
 
 Dtype dtype_of(const Tensor& x, const char* op) {
   switch (x.scalar_type()) {
-    case at::kFloat: return Dtype::kFloat;
-    case at::kDouble: return Dtype::kDouble;
-    case at::kBFloat16: return Dtype::kBFloat16;
-    case at::kHalf: return Dtype::kHalf;
+    case at::kFloat:
+      return Dtype::kFloat;
+    case at::kDouble:
+      return Dtype::kDouble;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kHalf;
     default:
       TORCH_CHECK_NOT_IMPLEMENTED(false, op, ": expected float32, float64, bfloat16 or float16, got ", x.scalar_type());
   }
@@ -72,24 +76,28 @@ void check_twin(const Tensor& x, const Tensor& other, const char* op, const char
 
 template <class Args>
 void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t total, int64_t unit = kUnit) {
-  at::parallel_for(0, (total + unit - 1) / unit, std::max<int64_t>(1, kGrain / unit), [&](int64_t begin, int64_t end) {
-    kernel(args, begin * unit, std::min(end * unit, total));
-  });
+  at::parallel_for(0, (total + unit - 1) / unit, std::max<int64_t>(1, kGrain / unit),
+                   [&](int64_t begin, int64_t end) { kernel(args, begin * unit, std::min(end * unit, total)); });
 }
 
 Input input(const Tensor& t, int64_t stride) { return {t.const_data_ptr(), stride}; }
 Output output(const Tensor& t, int64_t stride) { return {t.mutable_data_ptr(), stride}; }
-Input half(Input t, int64_t elements, int64_t size) { return {static_cast<const char*>(t.data) + elements * size, t.stride}; }
-Output half(Output t, int64_t elements, int64_t size) { return {static_cast<char*>(t.data) + elements * size, t.stride}; }
+Input half(Input t, int64_t elements, int64_t size) {
+  return {static_cast<const char*>(t.data) + elements * size, t.stride};
+}
+Output half(Output t, int64_t elements, int64_t size) {
+  return {static_cast<char*>(t.data) + elements * size, t.stride};
+}
 
 bool same_dense_layout(const Tensor& x, const Tensor& other) {
-  return x.is_non_overlapping_and_dense() && (other.strides() == x.strides() || (x.is_contiguous() && other.is_contiguous()));
+  return x.is_non_overlapping_and_dense() &&
+         (other.strides() == x.strides() || (x.is_contiguous() && other.is_contiguous()));
 }
 
 // ---- unary
 
 Tensor unary_forward(const Tensor& x, c10::string_view activation, double alpha) {
-  UnaryArgs args{parse(activation, kUnary, "unary_forward"), dtype_of(x, "unary_forward"), alpha, x.numel(), {}, {}, {}};
+  UnaryArgs args{parse(activation, kUnary, "unary_forward"), dtype_of(x, "unary_forward"), alpha, x.numel()};
   Tensor y = at::empty_like(x), source = x;
   int64_t stride = 0;
   if (!x.is_non_overlapping_and_dense()) {
@@ -105,7 +113,7 @@ Tensor unary_forward(const Tensor& x, c10::string_view activation, double alpha)
 }
 
 Tensor unary_backward(const Tensor& dy, const Tensor& saved, c10::string_view activation, double alpha) {
-  UnaryArgs args{parse(activation, kUnary, "unary_backward"), dtype_of(saved, "unary_backward"), alpha, saved.numel(), {}, {}, {}};
+  UnaryArgs args{parse(activation, kUnary, "unary_backward"), dtype_of(saved, "unary_backward"), alpha, saved.numel()};
   check_twin(saved, dy, "unary_backward", "dy");
   Tensor dx = at::empty_like(saved), source = saved, gradient = dy;
   int64_t stride = 0, dy_stride = 0;
@@ -124,7 +132,7 @@ Tensor unary_backward(const Tensor& dy, const Tensor& saved, c10::string_view ac
 }
 
 void unary_inplace(const Tensor& x, c10::string_view activation, double alpha) {
-  UnaryArgs args{parse(activation, kUnary, "unary_"), dtype_of(x, "unary_"), alpha, x.numel(), {}, {}, {}};
+  UnaryArgs args{parse(activation, kUnary, "unary_"), dtype_of(x, "unary_"), alpha, x.numel()};
   at::assert_no_internal_overlap(x);
   Tensor target = x;
   int64_t stride = 0;
@@ -143,7 +151,7 @@ void unary_inplace(const Tensor& x, c10::string_view activation, double alpha) {
 // ---- gated
 
 Tensor gated_forward(const Tensor& gate, const Tensor& up, c10::string_view activation) {
-  GatedArgs args{parse(activation, kGated, "gated_forward"), dtype_of(gate, "gated_forward"), gate.numel(), {}, {}, {}, {}, {}, {}};
+  GatedArgs args{parse(activation, kGated, "gated_forward"), dtype_of(gate, "gated_forward"), gate.numel()};
   check_twin(gate, up, "gated_forward", "up");
   Tensor out = at::empty_like(gate), g = gate, u = up;
   int64_t gate_stride = 0, up_stride = 0;
@@ -163,7 +171,7 @@ Tensor gated_forward(const Tensor& gate, const Tensor& up, c10::string_view acti
 
 std::tuple<Tensor, Tensor> gated_backward(const Tensor& dy, const Tensor& gate, const Tensor& up,
                                           c10::string_view activation, std::array<bool, 2> mask) {
-  GatedArgs args{parse(activation, kGated, "gated_backward"), dtype_of(gate, "gated_backward"), gate.numel(), {}, {}, {}, {}, {}, {}};
+  GatedArgs args{parse(activation, kGated, "gated_backward"), dtype_of(gate, "gated_backward"), gate.numel()};
   check_twin(gate, up, "gated_backward", "up");
   check_twin(gate, dy, "gated_backward", "dy");
   Tensor dgate = mask[0] ? at::empty_like(gate) : at::empty({0}, gate.options());
@@ -204,14 +212,18 @@ Halves split(const Tensor& x, int64_t dim, bool gate_first, const char* op) {
   dim = at::maybe_wrap_dim(dim, x.dim());
   TORCH_CHECK(x.size(dim) % 2 == 0, op, ": the size of dimension ", dim, " must be even, got ", x.size(dim));
   const int64_t size = x.size(dim) / 2;
-  Halves h{dim, size, c10::multiply_integers(x.sizes().slice(dim + 1)), gate_first ? 0 : size, gate_first ? size : 0,
+  Halves h{dim,
+           size,
+           c10::multiply_integers(x.sizes().slice(dim + 1)),
+           gate_first ? 0 : size,
+           gate_first ? size : 0,
            x.sizes().vec()};
   h.shape[dim] = size;
   return h;
 }
 
 Tensor glu_forward(const Tensor& x, int64_t dim, c10::string_view activation, bool gate_first) {
-  GatedArgs args{parse(activation, kGated, "glu_forward"), dtype_of(x, "glu_forward"), 0, {}, {}, {}, {}, {}, {}};
+  GatedArgs args{parse(activation, kGated, "glu_forward"), dtype_of(x, "glu_forward"), 0};
   const Halves h = split(x, dim, gate_first, "glu_forward");
   Tensor out = at::empty(h.shape, x.options());
   Tensor gate, up;
@@ -235,10 +247,11 @@ Tensor glu_forward(const Tensor& x, int64_t dim, c10::string_view activation, bo
 }
 
 Tensor glu_backward(const Tensor& dy, const Tensor& x, int64_t dim, c10::string_view activation, bool gate_first) {
-  GatedArgs args{parse(activation, kGated, "glu_backward"), dtype_of(x, "glu_backward"), 0, {}, {}, {}, {}, {}, {}};
+  GatedArgs args{parse(activation, kGated, "glu_backward"), dtype_of(x, "glu_backward"), 0};
   const Halves h = split(x, dim, gate_first, "glu_backward");
   TORCH_CHECK(dy.sizes() == h.shape && dy.scalar_type() == x.scalar_type() && dy.device() == x.device(),
-              "glu_backward: dy is ", dy.scalar_type(), dy.sizes(), ", expected ", x.scalar_type(), at::IntArrayRef(h.shape));
+              "glu_backward: dy is ", dy.scalar_type(), dy.sizes(), ", expected ", x.scalar_type(),
+              at::IntArrayRef(h.shape));
   Tensor dx = at::empty(x.sizes(), x.options());
   Tensor gradient = dy, gate, up;
   const int64_t block = h.size * h.inner, size = x.element_size();
@@ -301,14 +314,15 @@ Tensor parametric_forward(const Tensor& x, const Tensor& weight, c10::string_vie
   if (!channels.cols) layout.take(x);
   Tensor source = x;
   const int64_t stride = layout.fit(source), cols = layout.cols();
-  const ParametricArgs args{parsed, dtype, cols, input(source, stride), {}, output(y, cols), channels.weight.const_data_ptr(),
-                            channels.per_row, nullptr};
+  const ParametricArgs args{
+      parsed,           dtype,  cols, input(source, stride), {}, output(y, cols), channels.weight.const_data_ptr(),
+      channels.per_row, nullptr};
   run(kernels().parametric_forward, args, x.numel());
   return y;
 }
 
-// Second stage of the weight gradient: sums[c] of terms partial[r * pitch + c * inner + i] over r, then i, in this order.
-// (Segment sums of channel c are the terms r * pitch + c * segments + i.)
+// Second stage of the weight gradient: sums[c] of terms partial[r * pitch + c * inner + i] over r, then i, in this
+// order. (Segment sums of channel c are the terms r * pitch + c * segments + i.)
 template <class T>
 void sum_partials(const Tensor& partial, int64_t terms, int64_t pitch, int64_t inner, Tensor& sums) {
   const T* p = partial.const_data_ptr<T>();
@@ -343,10 +357,17 @@ std::tuple<Tensor, Tensor> parametric_backward(const Tensor& dy, const Tensor& x
   const auto accumulate = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   Tensor partial;
   if (mask[1]) {
-    partial = channels.per_row ? at::empty({rows * segments}, accumulate) : at::zeros({chunks, padded_row(cols)}, accumulate);
+    partial =
+        channels.per_row ? at::empty({rows * segments}, accumulate) : at::zeros({chunks, padded_row(cols)}, accumulate);
   }
-  ParametricArgs args{parsed, dtype, cols, input(source, stride), input(gradient, dy_stride),
-                      mask[0] ? output(dx, cols) : Output{}, channels.weight.const_data_ptr(), channels.per_row,
+  ParametricArgs args{parsed,
+                      dtype,
+                      cols,
+                      input(source, stride),
+                      input(gradient, dy_stride),
+                      mask[0] ? output(dx, cols) : Output{},
+                      channels.weight.const_data_ptr(),
+                      channels.per_row,
                       mask[1] ? partial.mutable_data_ptr() : nullptr};
   if (channels.per_row) {
     const int64_t grain = std::max<int64_t>(1, kGrain / std::min(cols, kSegment));
@@ -376,12 +397,13 @@ std::tuple<Tensor, Tensor> parametric_backward(const Tensor& dy, const Tensor& x
 
 uint64_t seed_of(const Tensor& seed, const char* op) {
   TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == at::kLong && seed.device().is_cpu(), op,
-              ": seed must be one int64 element on the CPU, got ", seed.scalar_type(), seed.sizes(), " on ", seed.device());
+              ": seed must be one int64 element on the CPU, got ", seed.scalar_type(), seed.sizes(), " on ",
+              seed.device());
   return static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
 }
 
 Tensor rrelu(const Tensor* dy, const Tensor& x, double lower, double upper, const Tensor& seed, const char* op) {
-  RreluArgs args{dtype_of(x, op), lower, upper, seed_of(seed, op), x.numel(), {}, {}, {}};
+  RreluArgs args{dtype_of(x, op), lower, upper, seed_of(seed, op), x.numel()};
   if (dy) check_twin(x, *dy, op, "dy");
   Tensor out = at::empty(x.sizes(), x.options());
   RowLayout layout(x.sizes(), row_major(x.dim()));

@@ -1,8 +1,9 @@
 // The activation room's interface between activation.cpp (tensors) and the files compiled per instruction set
 // (activation_avx2.cpp, activation_avx512.cpp): plain pointers and numbers, no torch type.
 //
-// Every tensor is seen as rows of `cols` elements: unit stride inside a row, any stride (in elements) between rows. Work is
-// the range [begin, end) of the flat index row * cols + col; a dense tensor is one row, so its stride does not matter.
+// Every tensor is seen as rows of `cols` elements: unit stride inside a row, any stride (in elements) between rows.
+// Work is the range [begin, end) of the flat index row * cols + col; a dense tensor is one row, so its stride does not
+// matter.
 #pragma once
 #include <cstdint>
 
@@ -11,7 +12,18 @@ namespace pk {
 enum class Dtype : uint8_t { kFloat, kDouble, kBFloat16, kHalf };
 
 enum class Activation : uint8_t {
-  kIdentity, kSigmoid, kTanh, kRelu, kLeakyRelu, kElu, kGelu, kGeluTanh, kSilu, kSwish, kPrelu, kSwishBeta
+  kIdentity,
+  kSigmoid,
+  kTanh,
+  kRelu,
+  kLeakyRelu,
+  kElu,
+  kGelu,
+  kGeluTanh,
+  kSilu,
+  kSwish,
+  kPrelu,
+  kSwishBeta
 };
 
 struct Input {
@@ -28,18 +40,18 @@ struct UnaryArgs {
   Dtype dtype;
   double alpha;
   int64_t cols;
-  Input x;  // backward: what forward saved, the output for sigmoid, tanh and relu, else the input
-  Input dy;
-  Output out;  // y or dx
+  Input x{};  // backward: what forward saved, the output for sigmoid, tanh and relu, else the input
+  Input dy{};
+  Output out{};  // y or dx
 };
 
 struct GatedArgs {
   Activation activation;
   Dtype dtype;
   int64_t cols;
-  Input gate, up, dy;
-  Output out;  // forward
-  Output dgate, dup;
+  Input gate{}, up{}, dy{};
+  Output out{};  // forward
+  Output dgate{}, dup{};
 };
 
 struct ParametricArgs {
@@ -57,9 +69,9 @@ struct RreluArgs {
   Dtype dtype;
   double lower, upper;
   uint64_t seed;
-  int64_t cols;  // the flat index must be the row-major index of the logical tensor
-  Input x, dy;   // dy.data == nullptr: forward
-  Output out;
+  int64_t cols;     // the flat index must be the row-major index of the logical tensor
+  Input x{}, dy{};  // dy.data == nullptr: forward
+  Output out{};
 };
 
 struct ActivationKernels {
@@ -70,12 +82,14 @@ struct ActivationKernels {
   void (*parametric_forward)(const ParametricArgs&, int64_t begin, int64_t end);
   // channels > 0. Work: row segments of kSegment elements; partial[segment] is the segment's sum.
   void (*parametric_backward_by_row)(const ParametricArgs&, int64_t begin, int64_t end);
-  // channels == 0. Work: rows, all of which are added to the one row `partial` of padded_row(cols) numbers, set to zero before.
+  // channels == 0. Work: rows, all of which are added to the one row `partial` of padded_row(cols) numbers, set to zero
+  // before.
   void (*parametric_backward_by_column)(const ParametricArgs&, int64_t begin, int64_t end);
   void (*rrelu)(const RreluArgs&, int64_t begin, int64_t end);
 };
 
-constexpr int64_t kSegment = 512;  // short, so that a float32 sum keeps its digits; sums of segments are added in double
+constexpr int64_t kSegment =
+    512;  // short, so that a float32 sum keeps its digits; sums of segments are added in double
 constexpr int64_t segments_of(int64_t cols) { return (cols + kSegment - 1) / kSegment; }
 constexpr int64_t padded_row(int64_t cols) { return (cols + 63) / 64 * 64; }  // whole blocks of every instruction set
 

@@ -5,7 +5,8 @@
 //   from_output(y, g)     g * dy/dx from the output, where the output determines it (sigmoid, tanh, relu)
 //   parametric ones take their parameter w with each call and add dy/dw:  backward(x, w, g, dw)
 //
-// At +-inf and NaN they give what torch's operators give in float64: gelu(-inf) and silu(-inf) are NaN, gelu(inf) is inf.
+// At +-inf and NaN they give what torch's operators give in float64: gelu(-inf) and silu(-inf) are NaN, gelu(inf) is
+// inf.
 #pragma once
 #include "math.h"
 

@@ -2,8 +2,8 @@
 // elements of one. Only elements inside the count are read or written, so a row may end anywhere.
 //
 // bfloat16 is split by position instead of by half: `lo` takes the even elements (a shift), `hi` the odd ones (a mask),
-// and one blend puts rounded results back. The half-by-half form needs two widening loads and a narrowing shuffle, all on
-// the same execution port. Elementwise work does not care about the order; code that does asks `kInterleaved`.
+// and one blend puts rounded results back. The half-by-half form needs two widening loads and a narrowing shuffle, all
+// on the same execution port. Elementwise work does not care about the order; code that does asks `kInterleaved`.
 #pragma once
 #include <cstring>
 #include <type_traits>
@@ -24,8 +24,8 @@ struct Pair {
 };
 
 // Asks for a block's lines ahead of time: 1 KiB is past the end of a page often enough to matter, where the hardware
-// prefetcher stops, and a line that will be written is fetched as owned. Worth 5-15% on arrays that live in L3 (256 x 8192
-// float32, forward and backward); reading ahead without the writes is worth nothing.
+// prefetcher stops, and a line that will be written is fetched as owned. Worth 5-15% on arrays that live in L3 (256 x
+// 8192 float32, forward and backward); reading ahead without the writes is worth nothing.
 constexpr int64_t kAhead = 1024;
 
 template <class T>
@@ -89,7 +89,9 @@ struct SixteenBit {
   static PK_INLINE void write(uint16_t* p, Words w, Part part) { _mm512_mask_storeu_epi16(p, mask(part), w); }
 #else
   using Words = __m256i;
-  static PK_INLINE Words read(const uint16_t* p, Whole) { return _mm256_loadu_si256(reinterpret_cast<const Words*>(p)); }
+  static PK_INLINE Words read(const uint16_t* p, Whole) {
+    return _mm256_loadu_si256(reinterpret_cast<const Words*>(p));
+  }
   static PK_INLINE Words read(const uint16_t* p, Part part) {
     alignas(32) uint16_t words[kSize] = {};
     std::memcpy(words, p, part.count * sizeof(uint16_t));
@@ -123,8 +125,8 @@ struct SixteenBit {
 struct BFloat16Lanes : SixteenBit<BFloat16Lanes> {
   static constexpr bool kInterleaved = true;
 
-  // Round to nearest even on the bits. No NaN test is needed: every NaN here comes from a bfloat16 or is the default one,
-  // and both have a zero low half, which rounding leaves alone.
+  // Round to nearest even on the bits. No NaN test is needed: every NaN here comes from a bfloat16 or is the default
+  // one, and both have a zero low half, which rounding leaves alone.
 #if defined(CPU_CAPABILITY_AVX512)
   static PK_INLINE Pair<VecF> widen(Words w) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)),
@@ -162,7 +164,8 @@ struct HalfLanes : SixteenBit<HalfLanes> {
     return {_mm512_cvtph_ps(_mm512_castsi512_si256(w)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(w, 1))};
   }
   static PK_INLINE Words narrow(Pair<VecF> v) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(v.lo, kNearest)), _mm512_cvtps_ph(v.hi, kNearest), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(v.lo, kNearest)), _mm512_cvtps_ph(v.hi, kNearest),
+                              1);
   }
 #else
   static PK_INLINE Pair<VecF> widen(Words w) {

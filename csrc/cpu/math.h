@@ -62,8 +62,8 @@ struct Math<float, kExact> {
     return fmadd(scale, r * p, scale - V(1.f));
   }
 
-  // 1 / (1 + v), 0 <= v < 1e9. The exact form corrects the quotient by the residual 1 - r - r v, in which 1 + v is never
-  // rounded: half a unit in the last place where dividing by the rounded sum has one and a half.
+  // 1 / (1 + v), 0 <= v < 1e9. The exact form corrects the quotient by the residual 1 - r - r v, in which 1 + v is
+  // never rounded: half a unit in the last place where dividing by the rounded sum has one and a half.
   static PK_INLINE V reciprocal_1p(V v) {
     const V r = reciprocal_estimate(v + V(1.f));
     if constexpr (kExact) return fmadd(r, negated_fmadd(r, v, V(1.f) - r), r);
@@ -71,10 +71,11 @@ struct Math<float, kExact> {
   }
 
   // x Phi(x) = max(x, 0) - |x| q,  e = exp(-x^2 / 2),  q = Phi(-|x|) = e R(|x|)
-  // R is rational with positive coefficients (nothing cancels), fitted for relative error, so that the negative tail keeps
-  // the digits that 1 + erf cancels.
+  // R is rational with positive coefficients (nothing cancels), fitted for relative error, so that the negative tail
+  // keeps the digits that 1 + erf cancels.
   static PK_INLINE V gelu(V x, V& e, V& q) {
-    // q is 0 long before the bound, which keeps d finite. At inf, inf * 0 must not reach the result; at -inf, NaN is right.
+    // q is 0 long before the bound, which keeps d finite. At inf, inf * 0 must not reach the result; at -inf, NaN is
+    // right.
     const V bounded = at_most(x, V(1e4f)), factor = bounded.abs(), a = at_most(factor, V(1e4f));
     e = exp_minus_half_square(bounded);
     if constexpr (kExact) {
@@ -96,8 +97,10 @@ struct Math<float, kExact> {
     const V a = x.abs(), e = exp_nonpositive(a * V(-2.f));
     const V large = negated_fmadd(e * V(2.f), reciprocal_1p(e), V(1.f));
     const V s = x * x;
-    const V small = fmadd(a * s, polynomial(s, V(-3.33332819422e-1f), V(1.33314422036e-1f), V(-5.37397155531e-2f),
-                                            V(2.06390887954e-2f), V(-5.70498872745e-3f)), a);
+    const V small = fmadd(a * s,
+                          polynomial(s, V(-3.33332819422e-1f), V(1.33314422036e-1f), V(-5.37397155531e-2f),
+                                     V(2.06390887954e-2f), V(-5.70498872745e-3f)),
+                          a);
     return copy_sign(select_sign(a - V(0.625f), small, large), x);
   }
 

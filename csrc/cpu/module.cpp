@@ -1,5 +1,5 @@
-// The Python module pykernels._cpu_ext. Importing it registers the operators' implementations (TORCH_LIBRARY_IMPL in the
-// rooms' files) and says how it was built.
+// The Python module pykernels._cpu_ext. Importing it registers the operators' implementations (TORCH_LIBRARY_IMPL in
+// the rooms' files) and says how it was built.
 #include <pybind11/pybind11.h>
 
 #include "isa.h"

@@ -1,6 +1,6 @@
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011), vectorised.
-// The library's one layout: key = the 64-bit seed, counter = (offset low, offset high, 0, 0), first output word; offset is
-// the element's row-major index in its logical tensor.
+// The library's one layout: key = the 64-bit seed, counter = (offset low, offset high, 0, 0), first output word; offset
+// is the element's row-major index in its logical tensor.
 #pragma once
 #include "simd.h"
 

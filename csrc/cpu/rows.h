@@ -102,7 +102,8 @@ inline Order row_major(int64_t dim) {
 inline Order memory_order(const at::Tensor& dense) {
   Order order = row_major(dense.dim());
   for (size_t i = 1; i < order.size(); ++i) {  // insertion: stable, no allocation, and nearly always sorted already
-    for (size_t j = i; j > 0 && dense.stride(order[j - 1]) < dense.stride(order[j]); --j) std::swap(order[j - 1], order[j]);
+    for (size_t j = i; j > 0 && dense.stride(order[j - 1]) < dense.stride(order[j]); --j)
+      std::swap(order[j - 1], order[j]);
   }
   return order;
 }

@@ -2,7 +2,8 @@
 // exponent arithmetic.
 //
 // Included once per instruction set. Everything sits in an anonymous namespace: an inline function with a shared name
-// would let the linker keep the AVX-512 body for all callers. For the same reason no static data, no standard containers.
+// would let the linker keep the AVX-512 body for all callers. For the same reason no static data, no standard
+// containers.
 #pragma once
 #include <ATen/cpu/vec/vec.h>
 
