@@ -222,8 +222,22 @@ class NinjaBuild(build_ext):
             destination = Path(self.get_ext_fullpath(extension.name))
             destination.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(so, destination)
-            if extension.name == "pykernels._cpu_ext":  # read before loading: a build for another torch is not loaded
-                (destination.parent / "_cpu_ext.torch").write_text(f"{torch_or_none().__version__}\n")
+            self.stamp(extension, destination.parent)
+
+    def copy_extensions_to_source(self) -> None:
+        package = Path(self.get_finalized_command("build_py").get_package_dir("pykernels"))
+        for extension in self.extensions:  # a process that has the old module loaded must not see it overwritten
+            for old in package.glob(f"{extension.name.rsplit('.')[-1]}.*.so"):
+                old.unlink()
+        super().copy_extensions_to_source()
+        for extension in self.extensions:
+            self.stamp(extension, package)
+
+    @staticmethod
+    def stamp(extension: Extension, folder: Path) -> None:
+        """Says which torch the CPU module was built for; read before loading, another torch's is not loaded."""
+        if extension.name == "pykernels._cpu_ext":
+            (folder / "_cpu_ext.torch").write_text(f"{torch_or_none().__version__}\n")
 
     @staticmethod
     def ninja() -> str:
