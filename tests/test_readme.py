@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -33,3 +35,10 @@ def test_the_commands_and_files_it_names_exist() -> None:
     assert set(re.findall(r"`?make ([a-z]+)", README)) <= targets | {"a"}
     for link in re.findall(r"\]\(([^)]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_the_tables_of_the_docs_are_the_records() -> None:
+    outcome = subprocess.run(
+        [sys.executable, "benchmarks/report.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert outcome.returncode == 0, outcome.stdout
