@@ -37,8 +37,10 @@ lint: $(STATE)/.built-all
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
+# The generated parts of README.md and docs/: the support matrix and the measured tables.
 docs: $(STATE)/.built-cpu
-	$(PY) -m pykernels.testing.support --check README.md
+	$(PY) -m pykernels.testing.support --write README.md
+	$(PY) benchmarks/report.py
 
 wheel: $(STATE)/.packages
 	PYKERNELS_BUILD=auto $(PY) -m pip wheel . --no-build-isolation --no-deps -w dist
