@@ -103,7 +103,8 @@ def plan() -> tuple[dict[str, str | None], list[str]]:
         unknown = set(wish.split(",")) - set(KINDS)
         if unknown:
             raise SystemExit(
-                f"PYKERNELS_BUILD={wish}: unknown {sorted(unknown)}; use auto, all, none or a list of cpu, cuda, emulator"
+                f"PYKERNELS_BUILD={wish}: unknown {sorted(unknown)}; "
+                "use auto, all, none or a list of cpu, cuda, emulator"
             )
     named = set(wish.split(",")) & set(KINDS)
     wanted = {"auto": {"cpu", "cuda"}, "all": set(KINDS), "none": set()}.get(wish, named)
@@ -191,7 +192,8 @@ class Ninja:
 
     def cuda(self, target: Path, nvcc: str) -> None:
         archs = architectures(nvcc)
-        base = f"-std=c++20 -O3 -lineinfo -I{CSRC} --Werror all-warnings -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
+        base = f"-std=c++20 -O3 -lineinfo -I{CSRC} --Werror all-warnings "
+        base += "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
         objects = []
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             codes = gencode(archs, source)

@@ -29,7 +29,8 @@ def table(record: dict[str, Any]) -> str:
         f"{machine['cpu']} ({', '.join(machine['features'])}), torch {machine['torch']}, one thread, CPU time, medians "
         f"of interleaved rounds; copy bandwidth in the same run {record['copy_bytes_per_second'] / 1e9:.1f} GB/s.",
         "",
-        "| op | shape | dtype | direction | ours, ms | eager | torch.compile | copy of as many bytes | best peer / ours (p20–p80) |",
+        "| op | shape | dtype | direction | ours, ms | eager | torch.compile | copy of as many bytes "
+        "| best peer / ours (p20–p80) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:

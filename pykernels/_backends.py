@@ -26,8 +26,8 @@ BACKENDS = ("cpu", "triton", "cuda", "emulator")
 """The backends with kernels; "reference" (pure torch) is always there."""
 
 PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
-"""Order of `auto` by device type; the reference is last everywhere. On the CPU the native kernels lead: measured ahead of
-torch's own (benchmarks/results). On GPUs Triton leads until a GPU record says otherwise."""
+"""Order of `auto` by device type; the reference is last everywhere. On the CPU the native kernels lead: measured ahead
+of torch's own (benchmarks/results). On GPUs Triton leads until a GPU record says otherwise."""
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 DEFAULT = os.environ.get("PYKERNELS_BACKEND") or None  # read once, at import

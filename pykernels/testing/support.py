@@ -1,8 +1,8 @@
 """The support matrix: which backend serves which function, and how that is checked. From the specs, never by hand.
 
-    python -m pykernels.testing.support                       print it
-    python -m pykernels.testing.support --write README.md     put it between the file's markers
-    python -m pykernels.testing.support --check README.md     exit 1 when the file's is another
+python -m pykernels.testing.support                       print it
+python -m pykernels.testing.support --write README.md     put it between the file's markers
+python -m pykernels.testing.support --check README.md     exit 1 when the file's is another
 """
 
 from __future__ import annotations
