@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,14 +128,14 @@ def attention(
             for x, ends in ((query, q_ends), (key, k_ends), (value, k_ends))
         )
         lengths = q.shape[2], k.shape[2]
-        per_batch = (
+        per_sequence: tuple[Any, ...] = (
             *(_sequence(x, b, lengths) for x in (bias, mask)),
             None if key_padding_mask is None else key_padding_mask[b : b + 1, : lengths[1]],
             prefix_length[b : b + 1] if isinstance(prefix_length, Tensor) else prefix_length,
             alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b],
             sinks,
         )
-        out, lse = _masked_attention(q, k, v, *per_batch, *options, seed, start)
+        out, lse = _masked_attention(q, k, v, *per_sequence, *options, seed, start)  # type: ignore[call-arg]
         start += math.prod(lengths) * query.shape[1]
         outs.append(out.squeeze(0).transpose(0, 1))
         lses.append(lse.squeeze(0).transpose(0, 1))
@@ -145,7 +146,7 @@ def attention(
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """lse = log(sum_n exp(lse_n)), out = sum_n exp(lse_n - lse) out_n: attention over the union of disjoint sets of keys.
+    """lse = log(sum_n exp(lse_n)), out = sum_n exp(lse_n - lse) out_n: attention over disjoint sets of keys together.
 
     In float32 (float64 for float64); where every part has the lse -inf, 0 and -inf.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -75,7 +76,9 @@ def boolean(name: str, label: str, x: Tensor) -> None:
 
 def alignment(name: str, causal: Any) -> str:
     if not isinstance(causal, (bool, str)) or causal not in ALIGNMENTS:
-        raise ValueError(f"{name}(): argument 'causal' must be False, True, 'bottom_right' or 'top_left', not {causal!r}")
+        raise ValueError(
+            f"{name}(): argument 'causal' must be False, True, 'bottom_right' or 'top_left', not {causal!r}"
+        )
     return ALIGNMENTS[causal]
 
 
@@ -88,7 +91,9 @@ def window_bounds(name: str, window: Any) -> tuple[int, int]:
         if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
             raise TypeError(f"{name}(): argument 'window' must hold two ints, not {window!r}")
         if side < -1:
-            raise ValueError(f"{name}(): argument 'window' must hold numbers >= -1 (-1: unbounded), not {tuple(window)}")
+            raise ValueError(
+                f"{name}(): argument 'window' must hold numbers >= -1 (-1: unbounded), not {tuple(window)}"
+            )
     return window[0], window[1]
 
 
@@ -104,7 +109,9 @@ def prefix_lengths(name: str, prefix: Any, batch: int, query: Tensor) -> Tensor 
     _ids.integers(name, "prefix_length", prefix)
     _ids.same_device(name, "prefix_length", prefix, "query", query)
     if tuple(prefix.shape) != (batch,):
-        raise RuntimeError(f"{name}(): argument 'prefix_length' must have the shape ({batch},), not {tuple(prefix.shape)}")
+        raise RuntimeError(
+            f"{name}(): argument 'prefix_length' must have the shape ({batch},), not {tuple(prefix.shape)}"
+        )
     if _ids.readable(prefix) and prefix.numel() and int(prefix.min()) < 0:
         raise ValueError(f"{name}(): argument 'prefix_length' must not be negative, not {int(prefix.min())}")
     return prefix.to(torch.int64)
@@ -147,9 +154,11 @@ def sequences(name: str, label: str, ends: Any, packed: Tensor, packed_name: str
         values = ends.tolist()
         if values[0] != 0:
             raise ValueError(f"{name}(): argument '{label}' must start at 0, not {values[0]}")
-        for i, (one, two) in enumerate(zip(values, values[1:], strict=False)):
+        for i, (one, two) in enumerate(itertools.pairwise(values)):
             if two < one:
-                raise ValueError(f"{name}(): argument '{label}' must not decrease; {label}[{i + 1}] is {two} after {one}")
+                raise ValueError(
+                    f"{name}(): argument '{label}' must not decrease; {label}[{i + 1}] is {two} after {one}"
+                )
         if values[-1] != packed.shape[0]:
             raise ValueError(
                 f"{name}(): argument '{label}' must end at {packed_name}'s total {packed.shape[0]}, not {values[-1]}"
@@ -164,5 +173,7 @@ def longest(name: str, label: str, given: Any, ends: Tensor) -> int:
     if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
         raise TypeError(f"{name}(): argument '{label}' must be int, not {type(given).__name__}")
     if _ids.readable(ends) and ends.numel() > 1 and given < int(ends.diff().max()):
-        raise ValueError(f"{name}(): argument '{label}' must be at least the longest, {int(ends.diff().max())}, not {given}")
+        raise ValueError(
+            f"{name}(): argument '{label}' must be at least the longest, {int(ends.diff().max())}, not {given}"
+        )
     return given  # type: ignore[return-value]

@@ -1,7 +1,8 @@
 """The attention operators (schemas, fakes) and the autograd Function that every backend runs under.
 
-Saved for backward: query, key, value, the output, the log-sum-exp, the masks as given and the seed. Nothing of the size
-Lq x Lk is kept or made, except the gradient of a bias that has this size.
+Saved for backward: query, key, value, the output, the log-sum-exp (and what rounding it to float32 left out, since all
+probabilities of a row are made again from it), the masks as given and the seed. Nothing of the size Lq x Lk is kept or
+made, except the gradient of a bias that has this size.
 """
 
 from __future__ import annotations
@@ -60,15 +61,16 @@ def _rows_like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x.new_empty(shape)
 
 
-def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     shape = (*query.shape[:-1], value.shape[-1])
-    return _rows_like(query, shape), query.new_empty(query.shape[:-1], dtype=torch.float32)
+    row = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    return _rows_like(query, shape), row, torch.empty_like(row)
 
 
 def _fake_backward(
-    dout: Tensor, dlse: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *rest: Any
+    dout: Tensor, dlse: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    bias, sinks, output_mask = rest[0], rest[1], rest[-1]
+    bias, sinks, output_mask = rest[3], rest[4], rest[-1]
     made = [_rows_like(x, tuple(x.shape)) if m else x for x, m in zip((query, key, value), output_mask, strict=False)]
     made += [x.new_empty(x.shape) if m else query for x, m in zip((bias, sinks), output_mask[3:], strict=True)]
     return tuple(x if m else query.new_empty(0) for x, m in zip(made, output_mask, strict=True))
@@ -77,13 +79,13 @@ def _fake_backward(
 attention_forward = define(
     ROOM,
     "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, "
-    f"{_MASKS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"{_MASKS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _fake_forward,
 )
 attention_backward = define(
     ROOM,
     "attention_backward(Tensor dout, Tensor dlse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
-    f"Tensor? bias, Tensor? sinks, {_MASKS}, {_OPTIONS}, bool[5] output_mask) "
+    f"Tensor lse_low, Tensor? bias, Tensor? sinks, {_MASKS}, {_OPTIONS}, bool[5] output_mask) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
 )
@@ -116,7 +118,7 @@ def attention_reference(
 
 
 class AttentionGrad(Function):
-    """The gradients as a function of (dout, dlse, q, k, v, bias, sinks); its own backward differentiates the reference."""
+    """The gradients as a function of (dout, dlse, query, key, value, bias, sinks), differentiated by the reference."""
 
     @staticmethod
     def forward(
@@ -130,13 +132,14 @@ class AttentionGrad(Function):
         sinks: Tensor | None,
         out: Tensor,
         lse: Tensor,
+        lse_low: Tensor,
         *rest: Any,
     ) -> tuple[Tensor, ...]:
         *masks, options, backend, wanted = rest
         ctx.save_for_backward(dout, dlse, query, key, value, bias, sinks, *masks)
         ctx.options, ctx.wanted = options, wanted
         grads: tuple[Tensor, ...] = attention_backward[backend](
-            dout, dlse, query, key, value, out, lse, bias, sinks, *masks, *options, wanted
+            dout, dlse, query, key, value, out, lse, lse_low, bias, sinks, *masks, *options, wanted
         )
         return grads
 
@@ -155,19 +158,17 @@ class AttentionGrad(Function):
                 arguments = list(full[2:])
                 for i, x in zip(wanted, chosen, strict=True):
                     arguments[i] = x
-                return attention_reference(*arguments, masks, ctx.options)  # type: ignore[arg-type]
+                return attention_reference(*arguments, masks, ctx.options)  # type: ignore[arg-type, call-arg]
 
             pullback = torch.func.vjp(of, *(full[2 + i] for i in wanted))[1]
             found: tuple[Tensor, ...] = pullback((full[0], full[1]))
             return found
 
-        second = second_derivative(
-            first, tuple(saved[i] for i in present), tuple(cotangents[i] for i in wanted)
-        )
+        second = second_derivative(first, tuple(saved[i] for i in present), tuple(cotangents[i] for i in wanted))
         by_input: list[Tensor | None] = [None] * 7
         for i, x in zip(present, second, strict=True):
             by_input[i] = x
-        return *by_input, *(None,) * (2 + len(masks) + 3)
+        return *by_input, *(None,) * (3 + len(masks) + 3)
 
 
 class Attention(Function):
@@ -178,22 +179,22 @@ class Attention(Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sinks: Tensor | None, *rest: Any
     ) -> tuple[Tensor, Tensor]:
         *masks, options, backend = rest
-        out, lse = attention_forward[backend](query, key, value, bias, sinks, *masks, *options)
-        ctx.save_for_backward(query, key, value, bias, sinks, *masks, out, lse)
+        out, lse, lse_low = attention_forward[backend](query, key, value, bias, sinks, *masks, *options)
+        ctx.save_for_backward(query, key, value, bias, sinks, *masks, out, lse, lse_low)
         ctx.options, ctx.backend = options, backend
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> Any:
-        query, key, value, bias, sinks, *masks, out, lse = ctx.saved_tensors
+        query, key, value, bias, sinks, *masks, out, lse, lse_low = ctx.saved_tensors
         wanted, tail = ctx.needs_input_grad[:5], (None,) * (len(masks) + 2)
         if torch.is_grad_enabled():
             grads = AttentionGrad.apply(
-                dout, dlse, query, key, value, bias, sinks, out, lse, *masks, ctx.options, ctx.backend, wanted
+                dout, dlse, query, key, value, bias, sinks, out, lse, lse_low, *masks, ctx.options, ctx.backend, wanted
             )
         else:
             grads = attention_backward[ctx.backend](
-                dout, dlse, query, key, value, out, lse, bias, sinks, *masks, *ctx.options, wanted
+                dout, dlse, query, key, value, out, lse, lse_low, bias, sinks, *masks, *ctx.options, wanted
             )
         return *(g if m else None for g, m in zip(grads, wanted, strict=True)), *tail
 

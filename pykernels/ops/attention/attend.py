@@ -56,7 +56,7 @@ def attention(
 
     Args:
         query: Tensor[B, H, Lq, D], floating point.
-        key: Tensor[B, Hkv, Lk, D] of query's dtype; Hkv divides H, each key head serves H / Hkv consecutive query heads.
+        key: Tensor[B, Hkv, Lk, D] of query's dtype; Hkv divides H, each serves H / Hkv consecutive query heads.
         value: Tensor[B, Hkv, Lk, Dv]; Dv may differ from D.
         bias: added to the scores, **with gradient**; broadcastable to (B, H, Lq, Lk), of float32 or query's dtype. -inf
             and its dtype's lowest number forbid a key.
@@ -90,8 +90,8 @@ def attention(
     Raises:
         TypeError: an argument of another type.
         NotImplementedError: query not floating point.
-        RuntimeError: different dtypes or devices; dimensions, shapes or numbers of heads that do not fit; a bias, mask or
-            key_padding_mask of another dtype; one of cu_seqlens_q and cu_seqlens_k alone.
+        RuntimeError: different dtypes or devices; dimensions, shapes or numbers of heads that do not fit; a bias, mask
+            or key_padding_mask of another dtype; one of cu_seqlens_q and cu_seqlens_k alone.
         ValueError: `causal`, `window`, `softcap`, `dropout_p`, `prefix_length`, `max_seqlen_*` or the numbers in
             `cu_seqlens_*` outside what is allowed above (the latter are read on the CPU only).
         BackendError: the named backend cannot serve the call.
@@ -173,7 +173,7 @@ def default_scale(query: Tensor) -> float:
 def merge_attention(
     outs: Sequence[Tensor], lses: Sequence[Tensor], *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`lse = log(sum_n exp(lse_n))`, `out = sum_n exp(lse_n - lse) out_n`: attention over the union of disjoint key sets.
+    """`lse = log(sum_n exp(lse_n))`, `out = sum_n exp(lse_n - lse) out_n`: over disjoint sets of keys.
 
     What `attention(..., return_lse=True)` gives for parts of the keys (of a split cache, of the ranks of a context
     parallel group) becomes what it gives for all of them. Differentiable in everything. Sinks belong to one part only.
