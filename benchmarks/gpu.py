@@ -102,25 +102,30 @@ def step_sanitizer(seconds: float) -> dict[str, Any]:
     return run([tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", SANITIZED], seconds)
 
 
+def served(backend: str) -> list[str]:
+    """The rooms with benchmark shapes that this backend serves."""
+    from pykernels.testing.spec import ROOMS, load
+
+    return [room for room in ROOMS if any(backend in spec.kernels and spec.bench for spec in load(room))]
+
+
 def step_bench(seconds: float) -> dict[str, Any]:
     """Each backend over each room's benchmark shapes; the tables are in the record as `rows`."""
     found: dict[str, Any] = {"exit_code": 0, "rows": []}
     deadline = time.monotonic() + seconds
-    for dtype in ("bfloat16", "float32"):
-        for backend in ("triton", "cuda"):
-            left = deadline - time.monotonic()
-            command = [sys.executable, "-m", "pykernels", "bench", "activation", "--json", "--device", "cuda"]
-            command += ["--dtype", dtype, "--backend", backend, "--seconds", "0.15"]
-            outcome = run(command, max(left, 1))
-            found["exit_code"] = found["exit_code"] or outcome["exit_code"]
-            start = outcome["output"].find("{")
-            try:
-                report = json.loads(outcome["output"][start:])
-            except ValueError:
-                found.setdefault("unreadable", []).append(outcome["output_tail"][-2000:])
-                continue
-            found["rows"] += report["rows"]
-            found["copy_bytes_per_second"] = report["copy_bytes_per_second"]
+    jobs = [(room, b, d) for d in ("bfloat16", "float32") for b in ("triton", "cuda") for room in served(b)]
+    for room, backend, dtype in jobs:
+        command = [sys.executable, "-m", "pykernels", "bench", room, "--json", "--device", "cuda"]
+        command += ["--dtype", dtype, "--backend", backend, "--seconds", "0.15"]
+        outcome = run(command, max(deadline - time.monotonic(), 1))
+        found["exit_code"] = found["exit_code"] or outcome["exit_code"]
+        try:
+            report = json.loads(outcome["output"][outcome["output"].find("{") :])
+        except ValueError:
+            found.setdefault("unreadable", []).append(f"{room} {backend} {dtype}: {outcome['output_tail'][-2000:]}")
+            continue
+        found["rows"] += report["rows"]
+        found["copy_bytes_per_second"] = report["copy_bytes_per_second"]
     return found
 
 
