@@ -35,29 +35,31 @@ GPU_TESTS = (
 )
 
 
+def _text(stream: str | bytes | None) -> str:
+    return stream.decode(errors="replace") if isinstance(stream, bytes) else stream or ""
+
+
 def run(command: list[str], seconds: float, **environment: str) -> dict[str, Any]:
-    """Runs one step; its exit code, time, and the end of what it printed."""
+    """Runs one step; its exit code, time, what it wrote to standard output, and the end of all it wrote."""
     print(f"\n$ {' '.join(command)}", flush=True)
     start = time.monotonic()
     try:
         done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=os.environ | environment,
-            timeout=seconds,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            command, cwd=ROOT, env=os.environ | environment, timeout=seconds, capture_output=True, text=True
         )
-        code, output = done.returncode, done.stdout
+        code, output, errors = done.returncode, done.stdout, done.stderr
     except subprocess.TimeoutExpired as late:
-        text = late.stdout or b""
-        code, output = 124, (text.decode(errors="replace") if isinstance(text, bytes) else text) + "\n(out of time)"
+        code, output, errors = 124, _text(late.stdout), f"{_text(late.stderr)}\n(out of time)"
     except FileNotFoundError as missing:
-        code, output = 127, str(missing)
-    taken = time.monotonic() - start
-    print(output[-4000:], flush=True)
-    return {"exit_code": code, "seconds": round(taken, 1), "output_tail": output[-12000:], "output": output}
+        code, output, errors = 127, "", str(missing)
+    tail = f"{output[-8000:]}\n{errors[-4000:]}".strip()
+    print(tail[-4000:], flush=True)
+    return {
+        "exit_code": code,
+        "seconds": round(time.monotonic() - start, 1),
+        "output_tail": tail,
+        "output": output,
+    }
 
 
 def step_build(seconds: float) -> dict[str, Any]:
