@@ -338,4 +338,5 @@ def test_module_errors_are_torchs() -> None:
 
 def test_explain() -> None:
     assert pk.explain(pk.nn.GRU(I, H), X).function == "gru"
-    assert pk.explain(pk.functional.lstm_cell, X[0], (H0[0], H0[0]), *FLAT).backend == "reference"
+    assert pk.explain(pk.functional.lstm_cell, X[0], (H0[0], H0[0]), *FLAT).backend == "cpu"
+    assert pk.explain(pk.nn.LSTM(I, H).double(), X.double()).refused["cpu"].endswith("not torch.float64")

@@ -17,14 +17,12 @@
 #include <vector>
 
 #include "isa.h"
-#include "sequence.h"
+#include "recurrent.h"
 
 namespace pk {
 namespace {
 
-using at::Tensor;
-using Optional = std::optional<Tensor>;
-
+constexpr int64_t kFusedBytes = int64_t{5} << 18;  // a second-level cache less what streams through it
 constexpr int64_t kRowsForThread = 4;  // fewer rows than this a thread, and blocks of rows are no longer full
 
 const RecurrentKernels& kernels() {
@@ -45,34 +43,6 @@ Tensor rows_of(const Tensor& t) {
   return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous();
 }
 
-template <class Kernel, class Args>
-void over_rows(Kernel kernel, const Args& args, int64_t first, int64_t last) {
-  const std::vector<int64_t> bounds = split_rows(args.steps, first, last, at::get_num_threads(), kRowsForThread);
-  at::parallel_for(0, static_cast<int64_t>(bounds.size()) - 1, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) kernel(args, first, last, bounds[i], bounds[i + 1]);
-  });
-}
-
-struct Forward {
-  Tensor output, h_n, c_n, gates, cells;  // float32
-};
-
-// b_ih + b_hh where both are added to the gates; the GRU's b_hn is not (it is multiplied by r), and comes separately.
-std::pair<Tensor, Tensor> biases(Cell cell, int64_t hidden, const Optional& b_ih, const Optional& b_hh) {
-  Tensor bias = at::zeros({gates_of(cell) * hidden}, at::kFloat), bias_n;
-  if (b_ih) bias.add_(*b_ih);
-  if (cell != Cell::kGru) {
-    if (b_hh) bias.add_(*b_hh);
-    return {bias, bias_n};
-  }
-  bias_n = at::zeros({hidden}, at::kFloat);
-  if (b_hh) {
-    bias.narrow(0, 0, 2 * hidden).add_(b_hh->narrow(0, 0, 2 * hidden));
-    bias_n.copy_(b_hh->narrow(0, 2 * hidden, hidden));
-  }
-  return {bias, bias_n};
-}
-
 Forward forward(Cell cell, const Sequence& sequence, const Tensor& input, const Tensor& h0, const Optional& c0,
                 const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh, bool keep) {
   constexpr int64_t kChunk = 1024;  // tokens
@@ -81,8 +51,16 @@ Forward forward(Cell cell, const Sequence& sequence, const Tensor& input, const 
   const bool vanilla = width == hidden;
   const Tensor x = rows_of(input), w_in = w_ih.to(at::kFloat).t(), w = dense(w_hh), h = dense(h0);
   const auto [bias, bias_n] = biases(cell, hidden, b_ih, b_hh);
-  const Tensor packed = at::empty({table.packed_forward(cell, hidden)}, at::kFloat);
-  table.pack_forward(cell, hidden, read(w), write(packed));
+  const auto pack = [&](const Tensor& weight) {
+    const int64_t depth = weight.size(1);
+    const Tensor packed = at::empty({table.packed_forward(cell, hidden, depth)}, at::kFloat);
+    table.pack_forward(cell, hidden, depth, read(weight), write(packed));
+    return packed;
+  };
+  const Tensor packed = pack(w);
+  // With both weights in cache, the loop takes the input's product along: gates are then written once and never read.
+  const bool fused = cell != Cell::kGru && x.size(1) > 0 && (w_hh.numel() + w_ih.numel()) * 4 <= kFusedBytes;
+  const Tensor packed_x = fused ? pack(dense(w_ih)) : Tensor();
 
   Forward out;
   out.output = at::empty({tokens, hidden}, at::kFloat);
@@ -98,6 +76,10 @@ Forward forward(Cell cell, const Sequence& sequence, const Tensor& input, const 
   args.steps = sequence.steps();
   args.hidden = hidden;
   args.weight = read(packed);
+  args.x = read(x);
+  args.x_stride = x.stride(0);
+  args.inputs = x.size(1);
+  args.x_weight = fused ? read(packed_x) : nullptr;
   args.bias = read(bias);
   args.bias_n = bias_n.defined() ? read(bias_n) : nullptr;
   args.h0 = read(h);
@@ -107,39 +89,20 @@ Forward forward(Cell cell, const Sequence& sequence, const Tensor& input, const 
   args.output = write(out.output);
   for (const Chunk& chunk : sequence.chunks(kChunk)) {
     const int64_t at = keep || vanilla ? chunk.token : 0;
-    Tensor gates = out.gates.narrow(0, at, chunk.tokens).narrow(1, 0, gates_of(cell) * hidden);
-    at::mm_out(gates, x.narrow(0, chunk.token, chunk.tokens), w_in);
+    if (!fused) {
+      Tensor gates = out.gates.narrow(0, at, chunk.tokens).narrow(1, 0, gates_of(cell) * hidden);
+      at::mm_out(gates, x.narrow(0, chunk.token, chunk.tokens), w_in);
+    }
     args.gates = write(out.gates) + (at - chunk.token) * width;
-    over_rows(table.forward, args, chunk.first, chunk.last);
+    over_rows(args.steps, chunk.first, chunk.last, kRowsForThread, [&](int64_t row, int64_t end) {
+      table.forward(args, chunk.first, chunk.last, row, end);
+    });
   }
   sequence.for_ending([&](int64_t row, int64_t rows, int64_t token) {
     std::memcpy(write(out.h_n) + row * hidden, read(out.output) + token * hidden, rows * hidden * sizeof(float));
   });
   if (!keep || vanilla) out.gates = at::empty({0, width}, at::kFloat);
   return out;
-}
-
-struct Saved {
-  Tensor input, h0, w_ih, w_hh, output;
-  Optional c0, gates, cells;
-};
-struct Gradients {
-  Tensor input, h0, c0, w_ih, w_hh, b_ih, b_hh;  // float32; undefined: not wanted
-};
-struct Wanted {
-  bool input, h0, c0, w_ih, w_hh, bias;
-};
-
-// h before each token of the chunk, one after another.
-void gather_previous(const Sequence& sequence, const Chunk& chunk, const float* output, const float* h0, int64_t hidden,
-                     float* out) {
-  const Steps steps = sequence.steps();
-  for (int64_t step = chunk.first; step < chunk.last; ++step) {
-    const int64_t t = steps.at(step), continued = steps.continued(step);
-    float* to = out + (steps.offsets[t] - chunk.token) * hidden;
-    if (continued) std::memcpy(to, output + steps.offsets[steps.at(step - 1)] * hidden, continued * hidden * sizeof(float));
-    std::memcpy(to + continued * hidden, h0 + continued * hidden, (steps.sizes[t] - continued) * hidden * sizeof(float));
-  }
 }
 
 void add_product(Tensor& sum, const Tensor& a, const Tensor& b, bool first) {
@@ -191,7 +154,9 @@ Gradients backward(Cell cell, const Sequence& sequence, const Tensor& dy, const 
     const bool first = chunk == chunks.rbegin();
     args.dgates = write(dgates) - chunk->token * width;
     args.later = read(later);
-    over_rows(table.backward, args, chunk->first, chunk->last);
+    over_rows(args.steps, chunk->first, chunk->last, kRowsForThread, [&](int64_t row, int64_t end) {
+      table.backward(args, chunk->first, chunk->last, row, end);
+    });
 
     const Tensor d = dgates.narrow(0, 0, chunk->tokens), xs = x.narrow(0, chunk->token, chunk->tokens);
     const Tensor d_in = d.narrow(1, 0, depth), d_state = d.narrow(1, width - depth, depth);
@@ -201,19 +166,14 @@ Gradients backward(Cell cell, const Sequence& sequence, const Tensor& dy, const 
     }
     if (wanted.w_ih) add_product(out.w_ih, d_in.t(), xs, first);
     if (wanted.w_hh) {
-      gather_previous(sequence, *chunk, read(output), read(h), hidden, write(previous));
+      gather_previous(args.steps, *chunk, output, h, previous);
       add_product(out.w_hh, d_state.t(), previous.narrow(0, 0, chunk->tokens), first);
     }
     if (wanted.bias) table.add_column_sums(read(d), chunk->tokens, width, write(sums));
-    const Steps& steps = args.steps;
-    for (int64_t step = chunk->first; step < chunk->last; ++step) {
-      const int64_t t = steps.at(step), token = steps.offsets[t] - chunk->token;
-      for (int64_t row = steps.continued(step); row < steps.sizes[t]; ++row) {
-        std::memcpy(write(began) + row * depth, read(d_state) + (token + row) * width, depth * sizeof(float));
-      }
-    }
-    const int64_t t = steps.at(chunk->first);  // the next chunk's last step reads this one's gate gradients
-    std::memcpy(write(later), read(d) + (steps.offsets[t] - chunk->token) * width, steps.sizes[t] * width * sizeof(float));
+    gather_first(args.steps, *chunk, d_state, began);
+    const int64_t t = args.steps.at(chunk->first);  // the next chunk's last step reads this one's gate gradients
+    std::memcpy(write(later), read(d) + (args.steps.offsets[t] - chunk->token) * width,
+                args.steps.sizes[t] * width * sizeof(float));
   }
   if (wanted.h0) {
     out.h0 = at::mm(began, w);
@@ -248,8 +208,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
     const Optional& b_hh, const Optional& batch_sizes, bool reverse, bool save) {
   const Sequence sequence(input, h0, batch_sizes, reverse);
   check_layer("lstm_forward", 4, input, h0, {&c0}, w_ih, w_hh, {b_ih, b_hh});
-  const Forward out = forward(Cell::kLstm, sequence, input, h0, c0, w_ih, w_hh, b_ih, b_hh, save);
   const auto dtype = input.scalar_type();
+  const Forward out = dtype == at::kBFloat16 && amx_usable()
+                          ? forward_bfloat16(sequence, input, h0, c0, w_ih, w_hh, b_ih, b_hh, save)
+                          : forward(Cell::kLstm, sequence, input, h0, c0, w_ih, w_hh, b_ih, b_hh, save);
   const auto gates = dtype == at::kFloat ? at::kFloat : at::kHalf;  // bounded by 1, where half is the finer of the two
   return {give(out.output, dtype), give(out.h_n, dtype), give(out.c_n, dtype), give(out.gates, gates), out.cells};
 }
@@ -263,9 +225,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
   check_tokens("lstm_backward", input, w_hh, {&dy, &output}, &gates);
   TORCH_CHECK(cells.sizes() == output.sizes() && cells.scalar_type() == at::kFloat && cells.is_contiguous(),
               "lstm_backward: cells must be dense float32 ", output.sizes());
-  const Gradients out = backward(Cell::kLstm, sequence, dy, dhn, dcn, {input, h0, w_ih, w_hh, output, c0, gates, cells},
-                                 {mask[0], mask[1], mask[2], mask[3], mask[4], mask[5]});
+  const Saved saved{input, h0, w_ih, w_hh, output, c0, gates, cells};
+  const Wanted wanted{mask[0], mask[1], mask[2], mask[3], mask[4], mask[5]};
   const auto dtype = input.scalar_type();
+  const Gradients out = dtype == at::kBFloat16 && amx_usable()
+                            ? backward_bfloat16(sequence, dy, dhn, dcn, saved, wanted)
+                            : backward(Cell::kLstm, sequence, dy, dhn, dcn, saved, wanted);
   return {give(out.input, dtype), give(out.h0, dtype), give(out.c0, dtype), give(out.w_ih, dtype), give(out.w_hh, dtype),
           give(out.b_ih, dtype)};
 }

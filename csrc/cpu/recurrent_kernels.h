@@ -20,6 +20,9 @@ constexpr int64_t gates_of(Cell cell) { return cell == Cell::kLstm ? 4 : cell ==
 // the gradients of the input's gates and the last three those of the state's, each contiguous.
 constexpr int64_t width_of(Cell cell) { return cell == Cell::kLstm || cell == Cell::kGru ? 4 : 1; }
 
+// always_inline: the files compiled per instruction set must not leave a copy that the linker might keep for all.
+#define PK_HERE __attribute__((always_inline))
+
 struct Steps {
   int64_t count;
   const int64_t* sizes;
@@ -27,14 +30,14 @@ struct Steps {
   bool reverse;
 
   // The step processed n-th.
-  int64_t at(int64_t n) const { return reverse ? count - 1 - n : n; }
+  PK_HERE int64_t at(int64_t n) const { return reverse ? count - 1 - n : n; }
   // Rows of the n-th step that continue a sequence begun before it; the rest begin there.
-  int64_t continued(int64_t n) const { return n == 0 ? 0 : smaller(sizes[at(n)], sizes[at(n - 1)]); }
+  PK_HERE int64_t continued(int64_t n) const { return n == 0 ? 0 : smaller(sizes[at(n)], sizes[at(n - 1)]); }
   // Rows of the n-th step that go on after it; the rest end there.
-  int64_t going_on(int64_t n) const { return n + 1 == count ? 0 : smaller(sizes[at(n)], sizes[at(n + 1)]); }
+  PK_HERE int64_t going_on(int64_t n) const { return n + 1 == count ? 0 : smaller(sizes[at(n)], sizes[at(n + 1)]); }
 
  private:
-  static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+  PK_HERE static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 };
 
 struct ForwardArgs {
@@ -42,6 +45,10 @@ struct ForwardArgs {
   Steps steps;
   int64_t hidden;
   const float* weight;  // W_hh as pack_forward leaves it
+  // The input's product, where it is made in the loop (LSTM, RNN): x (tokens, inputs) with rows x_stride apart, W_ih
+  // packed. Otherwise x_weight is null and `gates` hold the product.
+  const float *x, *x_weight;
+  int64_t x_stride, inputs;
   const float* bias;    // of the gates from the input (gates_of H): b_ih + b_hh, but for the GRU's n b_ih alone
   const float* bias_n;  // GRU: b_hn (H)
   const float* h0;      // (B, H)
@@ -68,9 +75,10 @@ struct BackwardArgs {
 };
 
 struct RecurrentKernels {
-  int64_t (*packed_forward)(Cell, int64_t hidden);  // floats that pack_forward writes
+  // floats that pack_forward writes for a weight of (gates_of * H, depth): W_hh, or W_ih
+  int64_t (*packed_forward)(Cell, int64_t hidden, int64_t depth);
   int64_t (*packed_backward)(Cell, int64_t hidden);
-  void (*pack_forward)(Cell, int64_t hidden, const float* w, float* packed);
+  void (*pack_forward)(Cell, int64_t hidden, int64_t depth, const float* w, float* packed);
   void (*pack_backward)(Cell, int64_t hidden, const float* w, float* packed);
   // The steps processed first-th to last-th (exclusive), for the rows [row, row_end) of the batch. `gates`, `dgates` point
   // at token 0 even where only a chunk of them exists.
@@ -81,6 +89,54 @@ struct RecurrentKernels {
   void (*add_column_sums)(const float* a, int64_t rows, int64_t cols, float* sums);
 };
 
+// The LSTM in bfloat16 on AMX: as above, with words of bfloat16 (dhn, carry, cells and c0 are float32) and
+// saved gates in float16 (they overwrite the gates from the input, which are bfloat16).
+struct AmxForwardArgs {
+  Steps steps;
+  int64_t hidden;
+  const uint16_t* weight;
+  const float* bias;
+  const uint16_t* h0;
+  float* state;
+  uint16_t* gates;
+  bool keep;
+  float* cells;
+  uint16_t* output;
+};
+
+struct AmxBackwardArgs {
+  Steps steps;
+  int64_t hidden;
+  const uint16_t* weight;
+  const float* c0;
+  const uint16_t* gates;
+  const float* cells;
+  const uint16_t* dy;
+  int64_t dy_stride;
+  const float* dhn;
+  float* carry;
+  uint16_t* dgates;
+};
+
+struct AmxKernels {
+  int64_t (*packed_forward)(int64_t hidden);  // words
+  int64_t (*packed_backward)(int64_t hidden);
+  void (*pack_forward)(int64_t hidden, const uint16_t* w, uint16_t* packed);
+  void (*pack_backward)(int64_t hidden, const uint16_t* w, uint16_t* packed);
+  int64_t (*scratch_bytes)(int64_t hidden, int64_t rows);  // of forward and backward for so many rows
+  void (*forward)(const AmxForwardArgs&, int64_t first, int64_t last, int64_t row, int64_t row_end, void* scratch);
+  // All steps: first is 0, last the number of steps.
+  void (*backward)(const AmxBackwardArgs&, int64_t first, int64_t last, int64_t row, int64_t row_end, void* scratch);
+  // sums += x^T d, rows and columns padded to 32, for x (tokens x columns) with rows x_stride apart and d (tokens x width)
+  int64_t (*gradient_scratch_words)(int64_t columns);
+  void (*add_weight_gradient)(const uint16_t* x, int64_t x_stride, int64_t columns, const uint16_t* d, int64_t width,
+                              int64_t tokens, float* sums, uint16_t* scratch);
+  // out (width x columns) = the transpose of sums, whose rows are `pitch` apart
+  void (*round_transposed)(const float* sums, int64_t pitch, int64_t columns, int64_t width, uint16_t* out);
+  void (*add_column_sums)(const uint16_t* a, int64_t rows, int64_t cols, float* sums);
+};
+
+const AmxKernels* recurrent_kernels_amx();
 const RecurrentKernels* recurrent_kernels_avx2();
 const RecurrentKernels* recurrent_kernels_avx512();
 

@@ -141,6 +141,20 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def lstm_gates(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """(h', c') from the input's gates and the state's added up, (B, 4H)."""
+    i, f, g, o = gates.chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def gru_gates(input: Tensor, hidden: Tensor, h: Tensor) -> Tensor:
+    """h' from the input's gates and the state's, each (B, 3H) with its biases."""
+    (r, z, n), (r_h, z_h, n_h) = input.chunk(3, -1), hidden.chunk(3, -1)
+    n = torch.tanh(n + torch.sigmoid(r + r_h) * n_h)
+    return n + torch.sigmoid(z + z_h) * (h - n)
+
+
 def _prepare(
     mode: str, input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None
 ) -> tuple[Tensor, Step]:
@@ -162,17 +176,12 @@ def _prepare(
         return (rounded(gates.tanh() if mode == "tanh" else gates.relu()),)
 
     def lstm_step(gates: Tensor, state: State) -> State:
-        i, f, g, o = torch.addmm(gates, state[0], w_hh).chunk(4, -1)
-        c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
+        h, c = lstm_gates(torch.addmm(gates, state[0], w_hh), state[1])
         return rounded(h if project is None else h @ project), c
 
     def gru_step(gates: Tensor, state: State) -> State:
         h = state[0]
-        r, z, n = gates.chunk(3, -1)
-        r_h, z_h, n_h = (h @ w_hh if b_hh is None else torch.addmm(b_hh, h, w_hh)).chunk(3, -1)
-        n = torch.tanh(n + torch.sigmoid(r + r_h) * n_h)
-        return (rounded(n + torch.sigmoid(z + z_h) * (h - n)),)
+        return (rounded(gru_gates(gates, h @ w_hh if b_hh is None else torch.addmm(b_hh, h, w_hh), h)),)
 
     step: Step = {"lstm": lstm_step, "gru": gru_step}.get(mode, rnn_step)
     return linear(_wide(input), _wide(w_ih), b_ih), step

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from ... import reference
 from ._arguments import cell_arguments
 from ._functions import ROOM
+from ._pointwise import gru_pointwise, lstm_pointwise
 
 __all__ = ["gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell"]
+
+_VANILLA = "single steps of a vanilla RNN (two products of torch's and its tanh: nothing is left to fuse)"
 
 
 def rnn_tanh_cell(
@@ -42,7 +48,7 @@ def rnn_tanh_cell(
         BackendError: the named backend cannot serve the call.
     """
     input, states, weights = cell_arguments("rnn_tanh_cell", 1, input, (hx,), (w_ih, w_hh, b_ih, b_hh))
-    ROOM.resolve("rnn_tanh_cell", backend, input, "cells")
+    ROOM.resolve("rnn_tanh_cell", backend, input, _VANILLA)
     return reference.rnn_tanh_cell(input, states[0], *weights)
 
 
@@ -61,7 +67,7 @@ def rnn_relu_cell(
     Arguments, shapes and errors as `rnn_tanh_cell`.
     """
     input, states, weights = cell_arguments("rnn_relu_cell", 1, input, (hx,), (w_ih, w_hh, b_ih, b_hh))
-    ROOM.resolve("rnn_relu_cell", backend, input, "cells")
+    ROOM.resolve("rnn_relu_cell", backend, input, _VANILLA)
     return reference.rnn_relu_cell(input, states[0], *weights)
 
 
@@ -96,8 +102,13 @@ def lstm_cell(
     if len(hx) != 2:
         raise RuntimeError(f"lstm_cell(): argument 'hx' must hold two states (h, c), not {len(hx)}")
     input, states, weights = cell_arguments("lstm_cell", 4, input, tuple(hx), (w_ih, w_hh, b_ih, b_hh))
-    ROOM.resolve("lstm_cell", backend, input, "cells")
-    return reference.lstm_cell(input, states, *weights)
+    served = ROOM.resolve("lstm_cell", backend, input)
+    if served == "reference":
+        return reference.lstm_cell(input, states, *weights)
+    dtype = input.dtype
+    input, states, (w_ih, w_hh, b_ih, b_hh) = _wide(input, states, weights)
+    h, c = lstm_pointwise(served, linear(input, w_ih, b_ih), linear(states[0], w_hh, b_hh), states[1])
+    return h.to(dtype), c.to(dtype)
 
 
 def gru_cell(
@@ -129,5 +140,17 @@ def gru_cell(
         As `rnn_tanh_cell`.
     """
     input, states, weights = cell_arguments("gru_cell", 3, input, (hx,), (w_ih, w_hh, b_ih, b_hh))
-    ROOM.resolve("gru_cell", backend, input, "cells")
-    return reference.gru_cell(input, states[0], *weights)
+    served = ROOM.resolve("gru_cell", backend, input)
+    if served == "reference":
+        return reference.gru_cell(input, states[0], *weights)
+    dtype = input.dtype
+    input, states, (w_ih, w_hh, b_ih, b_hh) = _wide(input, states, weights)
+    h = gru_pointwise(served, linear(input, w_ih, b_ih), linear(states[0], w_hh, b_hh), states[0])
+    return h.to(dtype)
+
+
+def _wide(input: Tensor, states: tuple[Tensor, ...], weights: tuple[Any, ...]) -> tuple[Tensor, Any, Any]:
+    """16-bit tensors in float32: torch's products would round the gates, which the rest of the step magnifies."""
+    if input.dtype not in (torch.float16, torch.bfloat16):
+        return input, states, weights
+    return input.float(), tuple(s.float() for s in states), tuple(None if w is None else w.float() for w in weights)
