@@ -33,8 +33,14 @@ REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 DEFAULT = os.environ.get("PYKERNELS_BACKEND") or None  # read once, at import
 
 is_compiling = torch.compiler.is_compiling
-# A private query; this is the one place it is named (tests run it on every supported torch).
+# Private queries; this is the one place they are named (tests run them on every supported torch).
 functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def unusual_view(view: torch.Tensor) -> bool:
+    """Whether autograd may refuse in-place work on this view for how it was made: chunk, unbind, under no_grad, ..."""
+    meta: Any = torch._C._autograd
+    return bool(meta._get_creation_meta(view) != meta.CreationMeta.DEFAULT)
 
 
 class BackendError(RuntimeError):

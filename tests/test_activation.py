@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,13 @@ def test_bad_input_raises_torchs_class_and_names_the_argument(index: int) -> Non
     assert named in str(error)
 
 
+def test_numbers_are_what_torch_takes_for_numbers() -> None:
+    for slope in (numpy.float32(0.25), torch.tensor(0.25), numpy.int64(1), True):
+        assert torch.equal(f.leaky_relu(X, slope), F.leaky_relu(X, slope))
+    with pytest.raises(TypeError, match="negative_slope"):
+        f.leaky_relu(X, torch.tensor([0.25, 0.5]))
+
+
 def test_bad_input_that_torch_has_no_twin_of() -> None:
     with pytest.raises(RuntimeError, match="'up' is torch.float16 but 'gate' is torch.float32"):
         f.swiglu(X, X.half())
@@ -142,6 +150,18 @@ def test_in_place_refuses_what_autograd_forbids_before_writing(backend: str) -> 
     assert torch.equal(leaf, before)
     with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
         f.silu(torch.randn(1, 4, device=DEVICE).expand(3, 4), inplace=True, backend=backend)
+    for view in (leaf[1:3], (leaf * 1).chunk(2)[0], (leaf * 1).view(5, 1).unbind()[0]):
+        whole = view._base.detach().clone()
+        with pytest.raises(RuntimeError, match="a view of a leaf Variable|is a view and is being modified inplace"):
+            f.relu(view, inplace=True, backend=backend)
+        assert torch.equal(view._base.detach(), whole)
+    with torch.inference_mode():
+        frozen = torch.randn(4, device=DEVICE)
+        assert f.silu(frozen, inplace=True, backend=backend) is frozen
+    before = frozen.clone()
+    with pytest.raises(RuntimeError, match="inference tensor 'input' outside InferenceMode"):
+        f.silu(frozen, inplace=True, backend=backend)
+    assert torch.equal(frozen, before)
     x = torch.randn(5, requires_grad=True, device=DEVICE)
     saved_by_exp = x.exp()
     f.silu(saved_by_exp, inplace=True, backend=backend)
@@ -228,10 +248,19 @@ def test_rrelu_draws_from_torchs_generator_and_replays() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rrelu_is_the_same_on_every_backend(backend: str) -> None:
-    """The same draws; the slope may differ by the rounding of one multiply-add."""
-    x, seed = -torch.rand(3, 700, device=DEVICE), -5
-    ours = f.rrelu(x, training=True, seed=seed, backend=backend)
-    torch.testing.assert_close(ours, f.rrelu(x, training=True, seed=seed, backend="reference"), rtol=3e-7, atol=0)
+    """The same draws and the same rounding; at 0 the gradient is the slope and at NaN it is 1, as torch has it."""
+    x = torch.randn(3, 700, device=DEVICE)
+    x[0, :3] = torch.tensor([0.0, -0.0, math.nan])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found = []
+        for served in (backend, "reference"):
+            leaf = x.to(dtype).requires_grad_()
+            y = f.rrelu(leaf, training=True, seed=-5, backend=served)
+            found.append((y.detach(), *torch.autograd.grad(y, leaf, torch.ones_like(y))))
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+        slopes = found[0][1][0, :3].tolist()
+        assert 1 / 8 <= slopes[0] < 1 / 3 and 1 / 8 <= slopes[1] < 1 / 3 and slopes[2] == 1
 
 
 def _saved_bytes(function: Callable[[Tensor], Tensor], x: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -96,6 +96,33 @@ def test_elementwise_operators_take_autocast_dtypes_as_given() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert f.gelu(x).dtype is torch.float32 and f.gelu(x.bfloat16()).dtype is torch.bfloat16
         assert f.swiglu(torch.nn.functional.linear(x, torch.randn(16, 8))).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", (None, "reference"))
+def test_parameters_in_float32_meet_autocasts_lower_precision(backend: str | None) -> None:
+    """What a layer computed in bfloat16 meets a float32 parameter, or a float32 gate; gradients keep their dtypes."""
+    x, up = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    weight = torch.rand(8, requires_grad=True)
+
+    def run(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = function(F.linear(x, torch.eye(8)))
+        return y, *torch.autograd.grad(y.float().square().sum(), (x, weight, up), allow_unused=True)
+
+    for ours, theirs, dtype in (
+        (lambda h: f.prelu(h, weight, backend=backend), lambda h: F.prelu(h, weight), torch.bfloat16),
+        (lambda h: f.swish(h, weight, backend=backend), lambda h: h * torch.sigmoid(h * weight), torch.bfloat16),
+        (lambda h: f.swiglu(h, up, backend=backend), lambda h: F.silu(h) * up, torch.float32),
+        (lambda h: f.swiglu(up, h, backend=backend), lambda h: F.silu(up) * h, torch.float32),
+    ):
+        mine, torchs = run(ours), run(theirs)
+        assert mine[0].dtype is dtype
+        for a, b in zip(mine, torchs, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a.float(), b.float(), rtol=0.04, atol=0.04)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert f.prelu(x, weight, backend=backend).dtype is F.prelu(x, weight).dtype is torch.bfloat16
 
 
 @pytest.fixture

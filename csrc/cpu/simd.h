@@ -28,10 +28,6 @@ PK_INLINE VecF select_sign(VecF x, VecF negative, VecF other) {
 PK_INLINE VecF select_positive(VecF x, VecF positive, VecF other) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), other, positive);
 }
-// x >= 0 ? nonnegative : other  (-0 is one, NaN takes `other`)
-PK_INLINE VecF select_nonnegative(VecF x, VecF nonnegative, VecF other) {
-  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ), other, nonnegative);
-}
 // x <= 0 ? nonpositive : other  (NaN takes `other`)
 PK_INLINE VecF select_nonpositive(VecF x, VecF nonpositive, VecF other) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LE_OQ), other, nonpositive);
@@ -70,11 +66,19 @@ PK_INLINE VecD select_positive(VecD x, VecD positive, VecD other) {
 PK_INLINE VecD select_nonpositive(VecD x, VecD nonpositive, VecD other) {
   return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(x, _mm512_setzero_pd(), _CMP_LE_OQ), other, nonpositive);
 }
-PK_INLINE VecD select_nonnegative(VecD x, VecD nonnegative, VecD other) {
-  return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(x, _mm512_setzero_pd(), _CMP_GE_OQ), other, nonnegative);
-}
 PK_INLINE VecD zero_unless_positive(VecD x, VecD value) {
   return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x, _mm512_setzero_pd(), _CMP_NLE_UQ), value);
+}
+// x, which the compiler may then not fuse with an addition: a product is rounded before it is added.
+PK_INLINE VecF rounded(VecF x) {
+  __m512 raw = x;
+  asm("" : "+v"(raw));
+  return raw;
+}
+PK_INLINE VecD rounded(VecD x) {
+  __m512d raw = x;
+  asm("" : "+v"(raw));
+  return raw;
 }
 
 #else  // AVX2
@@ -85,9 +89,6 @@ PK_INLINE VecF select_positive(VecF x, VecF positive, VecF other) {
 }
 PK_INLINE VecF select_nonpositive(VecF x, VecF nonpositive, VecF other) {
   return _mm256_blendv_ps(other, nonpositive, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_LE_OQ));
-}
-PK_INLINE VecF select_nonnegative(VecF x, VecF nonnegative, VecF other) {
-  return _mm256_blendv_ps(other, nonnegative, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GE_OQ));
 }
 PK_INLINE VecF zero_unless_positive(VecF x, VecF value) {
   return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NLE_UQ), value);
@@ -120,11 +121,19 @@ PK_INLINE VecD select_positive(VecD x, VecD positive, VecD other) {
 PK_INLINE VecD select_nonpositive(VecD x, VecD nonpositive, VecD other) {
   return _mm256_blendv_pd(other, nonpositive, _mm256_cmp_pd(x, _mm256_setzero_pd(), _CMP_LE_OQ));
 }
-PK_INLINE VecD select_nonnegative(VecD x, VecD nonnegative, VecD other) {
-  return _mm256_blendv_pd(other, nonnegative, _mm256_cmp_pd(x, _mm256_setzero_pd(), _CMP_GE_OQ));
-}
 PK_INLINE VecD zero_unless_positive(VecD x, VecD value) {
   return _mm256_and_pd(_mm256_cmp_pd(x, _mm256_setzero_pd(), _CMP_NLE_UQ), value);
+}
+// x, which the compiler may then not fuse with an addition: a product is rounded before it is added.
+PK_INLINE VecF rounded(VecF x) {
+  __m256 raw = x;
+  asm("" : "+v"(raw));
+  return raw;
+}
+PK_INLINE VecD rounded(VecD x) {
+  __m256d raw = x;
+  asm("" : "+v"(raw));
+  return raw;
 }
 
 #endif

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,8 @@ def number(function: str, name: str, value: object) -> float:
     """`value` as a float; TypeError unless it is a real number."""
     if isinstance(value, (int, float)):
         return float(value)
+    if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad):
+        return float(value)  # numpy's scalars, and what torch takes for a Number too
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
         return value  # type: ignore[return-value]
     raise TypeError(f"{function}(): argument '{name}' must be Number, not {type(value).__name__}")
@@ -58,12 +62,16 @@ def dimension(function: str, name: str, dim: object, ndim: int) -> int:
 
 
 def writable(function: str, value: Tensor) -> None:
-    """Refuses in-place work that autograd or overlapping memory forbids, before anything is written.
+    """Refuses in-place work that autograd, inference mode or overlapping memory forbids, before anything is written.
 
     Autograd's own leaf check comes after a Function's forward has already written.
     """
     if torch.is_grad_enabled() and value.requires_grad and value.is_leaf:
         raise RuntimeError(f"{function}(): a leaf Variable that requires grad is being used in an in-place operation.")
+    if not torch.compiler.is_compiling() and value.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{function}(): inplace update to inference tensor 'input' outside InferenceMode is not allowed; clone() it"
+        )
     if any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
         raise RuntimeError(
             f"{function}(): unsupported operation: more than one element of the written-to tensor 'input' refers to a "

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import reference
-from .. import _check
+from .. import _autocast, _check
 from ._functions import ROOM, Gated, Glu, gated_forward, glu_forward, glu_reference
 from .unary import gelu_name
 
@@ -19,6 +19,9 @@ def _gated(function: str, gate: Tensor, up: Tensor | None, activation: str, back
     if up is None:
         return _glu(function, "gate", gate, -1, activation, True, backend)
     _check.tensor(function, "up", up)
+    if gate.dtype != up.dtype and up.dtype in _check.FLOATS and _autocast.enabled(gate.device):
+        common = torch.promote_types(gate.dtype, up.dtype)  # as torch's product of the two
+        gate, up = gate.to(common), up.to(common)
     _check.same(function, "up", up, "gate", gate)
     if gate.shape != up.shape:
         raise RuntimeError(
@@ -80,7 +83,8 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None
         gate: any shape and strides; float32, float16, bfloat16, float64. With `up` left out, the last dimension of
             `gate` holds both halves, gate first; then the gradient is one tensor too, which saves the concatenation
             that autograd makes for two views of one tensor: prefer this form after a fused projection.
-        up: gate's shape, dtype and device. Views of one tensor are read in place.
+        up: gate's shape, dtype (under autocast they may differ and are promoted) and device. Views of one tensor are
+            read in place.
         backend: as in `sigmoid`.
 
     Saved for backward: gate and up (or the one tensor).

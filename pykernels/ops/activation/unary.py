@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import _backends, reference
 from ..._backends import is_compiling
-from .. import _check
+from .. import _autocast, _check
 from .._library import as_seed
 from ._functions import (
     REFERENCE,
@@ -46,6 +46,10 @@ def _unary_inplace(function: str, input: Tensor, activation: str, alpha: float, 
     if backend == "reference":
         return input.copy_(REFERENCE[activation](input.clone(), alpha))
     if torch.is_grad_enabled() and input.requires_grad:
+        if not is_compiling() and input._is_view() and (input._base.is_leaf or _backends.unusual_view(input)):
+            # copy_ asks autograd whether this view may be written (a leaf's may not, nor a chunk) before it writes;
+            # mark_dirty asks after the kernel has written
+            return input.copy_(Unary.apply(input.clone(), (activation, alpha, backend)))
         # leaky_relu with a positive slope keeps the sign, which is all that its derivative asks for
         output_serves = activation in SAVES_OUTPUT or (activation == "leaky_relu" and alpha > 0)
         saved = None if output_serves else input.clone()
@@ -173,7 +177,8 @@ def swish(input: Tensor, beta: float | Tensor = 1.0, *, backend: str | None = No
     Args:
         input: any shape and strides; float32, float16, bfloat16, float64.
         beta: a number; or a learnable tensor of 1 element or of input.shape[1] elements (one a channel, as prelu's
-            weight), of input's dtype and device, with gradient. Its gradient is a fixed-order sum: same bits every run.
+            weight), of input's dtype (under autocast it is cast to it) and device, with gradient. Its gradient is a
+            fixed-order sum: same bits every run.
         backend: as in `sigmoid`.
 
     Raises:
@@ -190,8 +195,8 @@ def prelu(input: Tensor, weight: Tensor, *, backend: str | None = None) -> Tenso
 
     Args:
         input: any shape and strides; float32, float16, bfloat16, float64.
-        weight: 1 element, or input.shape[1] elements (one a channel); input's dtype and device. Its gradient is a
-            fixed-order sum: same bits every run.
+        weight: 1 element, or input.shape[1] elements (one a channel); input's dtype and device (under autocast both
+            are cast to its lower precision, as torch does). Its gradient is a fixed-order sum: same bits every run.
         backend: as in `sigmoid`.
 
     Raises:
@@ -207,6 +212,12 @@ def _parametric(
     _check.tensor(function, "input", input)
     _check.tensor(function, name, weight)
     _check.floating(function, "input", input)
+    if _autocast.enabled(input.device):
+        # torch's policy for prelu; swish, which torch lacks, keeps its input's dtype as other elementwise operators do
+        if activation == "prelu":
+            input, weight = _autocast.lower((input, weight), input.device)
+        elif weight.dtype in _check.FLOATS:
+            weight = weight.to(input.dtype)
     _check.same(function, name, weight, "input", input)
     if weight.dim() > 1:
         raise RuntimeError(

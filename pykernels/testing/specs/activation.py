@@ -97,6 +97,7 @@ def _rrelu_cases() -> tuple[Case, ...]:
     ]
     cases += [Case("bounds", {"input": Input((9, 65), scale=5.0)}, {**training, "lower": 0.01, "upper": 2.5})]
     cases += [Case("negative-seed", {"input": Input((70,))}, {**training, "seed": torch.tensor([-2])})]
+    cases += [Case("special", {"input": Input((40,), values="special")}, training)]
     cases += [Case("evaluation", {"input": Input((4, 33))}, {"training": False})]
     return tuple(cases)
 
