@@ -250,9 +250,9 @@ def test_heads_stay_where_the_projection_put_them(backend: str) -> None:
 @pytest.mark.skipif("cpu" not in SERVED, reason="the native CPU kernels run on CPU tensors")
 def test_avx2_kernels() -> None:
     """The AVX2 build of the same source, chosen by torch's own switch, through the contract's cases."""
-    # bfloat16 is measured against the reference: without AVX-512 torch's own kernel fails on a bfloat16 mask. Then not with
-    # one key a query: the reference's gradient is exactly 0 there, where every blocked kernel has the difference of two
-    # roundings, torch's too.
+    # bfloat16 is measured against the reference: without AVX-512 torch's own kernel fails on a bfloat16 mask. Then not
+    # with one key a query: the reference's gradient is exactly 0 there; every blocked kernel, torch's too, has the
+    # difference of two roundings.
     code = """
 import dataclasses, torch
 from pykernels.testing.run import check_case

@@ -195,12 +195,14 @@ def _providers(
 
 
 def overhead(spec: OpSpec, case: Case, rounds: int = 20) -> dict[str, dict[str, Timing]]:
-    """What a call costs when there is next to nothing to compute: the case's options at a shape of 2 x 4.
+    """What a call costs when there is next to nothing to compute: the case's options at a shape of 2 x 4 (of
+    more dimensions: at most 4 in each).
 
     Returns:
         "no grad", "forward", "forward+backward" -> {"pykernels", "eager"} -> Timing.
     """
-    tiny = Case("tiny", {name: replace(one, shape=(2, 4)) for name, one in case.inputs.items()}, case.options)
+    shapes = {n: (2, 4) if len(x.shape) <= 2 else tuple(min(d, 4) for d in x.shape) for n, x in case.inputs.items()}
+    tiny = Case("tiny", {name: replace(one, shape=shapes[name]) for name, one in case.inputs.items()}, case.options)
     inputs = tiny.make(torch.float32)
 
     def ours(**leaves: Tensor) -> Tensor:
