@@ -31,7 +31,7 @@ lint: $(STATE)/.built-all
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m clang_format --dry-run --Werror $(wildcard csrc/*/*)
+	"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/clang-format" --dry-run --Werror $(wildcard csrc/*/*)
 	$(PY) -m pykernels.testing.aot
 
 gpu:

@@ -213,7 +213,7 @@ class Room:
             ValueError: no such backend.
         """
         if is_compiling():
-            if functorch_active() or forward_ad._current_level >= 0:
+            if functorch_active() or forward_ad._current_level >= 0 or tensor.layout is torch.jagged:
                 return self._decide(function, backend, tensor, {}, features)
             return _resolve_while_tracing(self.name, function, backend, tensor.device.type, tensor.dtype, *features)
         if _explaining is not None and _explaining == threading.get_ident():
@@ -261,6 +261,8 @@ class Room:
     ) -> str:
         wanted = DEFAULT if backend is None else backend
         transform = transform_reason()
+        if tensor.layout is torch.jagged:
+            transform = transform or "a nested tensor; it is served by the reference"
         if wanted is None or wanted == "auto":
             for name in PREFERENCE.get(tensor.device.type, ()):
                 reason = transform or self._reason(name, tensor, features)

@@ -72,6 +72,8 @@ WRONG = [
     (lambda: f.prelu(X, torch.ones(5).double()), lambda: F.prelu(X, torch.ones(5).double()), "weight"),
     (lambda: f.prelu(torch.ones(4), torch.ones(4)), lambda: F.prelu(torch.ones(4), torch.ones(4)), "weight"),
     (lambda: f.rrelu(X, 0.5, 0.1, True), lambda: F.rrelu(X, 0.5, 0.1, True), "lower"),
+    (lambda: f.rrelu(X, math.nan, 0.1, True), lambda: F.rrelu(X, math.nan, 0.1, True), "lower"),
+    (lambda: f.rrelu(X, 0.5, math.inf, True), lambda: F.rrelu(X, 0.5, math.inf, True), "upper"),
     (lambda: f.relu([1, 2]), lambda: F.relu([1, 2]), "input"),
     (lambda: f.gelu("x"), lambda: F.gelu("x"), "input"),
     (lambda: f.elu(X, alpha="x"), lambda: F.elu(X, alpha="x"), "alpha"),

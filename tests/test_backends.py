@@ -84,6 +84,18 @@ def test_a_named_backend_never_falls_back() -> None:
     assert issubclass(pk.BackendError, RuntimeError)
 
 
+def test_nested_tensors_are_served_by_the_reference() -> None:
+    parts = [torch.randn(2, 4), torch.randn(3, 4)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
+    y = f.gelu(nested)
+    torch.testing.assert_close(y.values(), torch.nn.functional.gelu(torch.cat(parts)))
+    y.values().sum().backward()
+    assert "nested" in pk.explain(f.gelu, nested).refused["cpu"]
+    with pytest.raises(pk.BackendError, match="nested"):
+        f.gelu(nested, backend="cpu")
+    assert pk.explain(f.gelu, parts[0]).backend == "cpu"
+
+
 def test_transforms_are_served_by_the_reference_and_a_named_backend_refuses() -> None:
     x = torch.randn(4)
     torch.testing.assert_close(

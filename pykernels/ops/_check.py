@@ -51,14 +51,15 @@ def same(function: str, name: str, value: Tensor, other_name: str, other: Tensor
 
 def dimension(function: str, name: str, dim: object, ndim: int) -> int:
     """`dim` counted from the front; TypeError unless an int, IndexError when out of range."""
-    if not isinstance(dim, int) or isinstance(dim, bool):
+    if not isinstance(dim, numbers.Integral) or isinstance(dim, bool):
         raise TypeError(f"{function}(): argument '{name}' must be int, not {type(dim).__name__}")
-    if not -ndim <= dim < ndim:
+    position = int(dim)  # numpy's integers are integers
+    if not -ndim <= position < ndim:
         raise IndexError(
             f"{function}(): argument '{name}' is out of range "
             f"(expected to be in range of [{-ndim}, {ndim - 1}], but got {dim})"
         )
-    return dim % ndim
+    return position % ndim
 
 
 def writable(function: str, value: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -256,19 +258,21 @@ def rrelu(
 
     Args:
         input: any shape and strides; float32, float16, bfloat16, float64.
-        lower, upper: bounds of the slope, lower <= upper.
+        lower, upper: bounds of the slope, finite, lower <= upper.
         training, inplace: as torch's. In place a copy of the input is kept when a gradient is needed.
         seed: an int or a one-element int64 tensor; None draws from torch's generator of the tensor's device.
         backend: as in `sigmoid`.
 
     Raises:
-        RuntimeError: lower > upper; inplace as in `relu`.   TypeError: a wrong type of input, bounds or seed.
+        RuntimeError: lower > upper, or one is not finite; inplace as in `relu`.
+        TypeError: a wrong type of input, bounds or seed.   ValueError: a seed of several elements.
         NotImplementedError: another dtype.   BackendError, ValueError: as `sigmoid`.
     """
     low, high = _check.number("rrelu", "lower", lower), _check.number("rrelu", "upper", upper)
-    if low > high:
+    if not -math.inf < low <= high < math.inf:
         raise RuntimeError(
-            f"rrelu(): lower bound should be less than or equal to the upper bound, got lower={low}, upper={high}"
+            "rrelu(): lower bound should be less than or equal to the upper bound, both finite, "
+            f"got lower={low}, upper={high}"
         )
     if not training:
         return _unary("rrelu", input, "leaky_relu", (low + high) / 2, inplace, backend)
