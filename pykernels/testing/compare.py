@@ -61,12 +61,15 @@ def compare(
         name: of the tensor, for messages ("out", "dx").
         kernel: the result under test.
         oracle: the reference in float64 on the same (rounded) inputs.
-        same_dtype: torch's own result in the kernel's dtype; None: no allowance beyond the dtype's rounding.
+        same_dtype: torch's own result, of the dtype that the kernel's must have; None: no allowance beyond rounding.
         long_sum: a gradient that sums over a long axis (factor 3 in place of 2).
     """
     dtype = kernel.dtype
     if kernel.shape != oracle.shape:
         why = f"{name}: shape {tuple(kernel.shape)}, the oracle has {tuple(oracle.shape)}"
+        return Comparison(name, False, math.inf, 0.0, 0.0, why)
+    if same_dtype is not None and same_dtype.dtype != dtype:
+        why = f"{name}: {dtype}, torch's own is {same_dtype.dtype}"
         return Comparison(name, False, math.inf, 0.0, 0.0, why)
     if kernel.numel() == 0:
         return Comparison(name, True, 0.0, 0.0, 0.0)
