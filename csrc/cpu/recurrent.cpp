@@ -11,6 +11,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <cstring>
@@ -46,6 +47,7 @@ Tensor rows_of(const Tensor& t) {
 Forward forward(Cell cell, const Sequence& sequence, const Tensor& input, const Tensor& h0, const Optional& c0,
                 const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh, bool keep) {
   constexpr int64_t kChunk = 1024;  // tokens
+  const c10::impl::ExcludeDispatchKeyGuard as_given(c10::autocast_dispatch_keyset);  // float32 products stay so
   const RecurrentKernels& table = kernels();
   const int64_t hidden = w_hh.size(1), width = width_of(cell) * hidden, tokens = input.size(0);
   const bool vanilla = width == hidden;
@@ -105,12 +107,21 @@ Forward forward(Cell cell, const Sequence& sequence, const Tensor& input, const 
   return out;
 }
 
+// sum = or += a^T b, where one row of a and b is a token. Small products are made in partial sums of kPartial tokens: torch
+// adds the tokens of one up in a single chain, whose error grows with its length.
 void add_product(Tensor& sum, const Tensor& a, const Tensor& b, bool first) {
-  first ? at::mm_out(sum, a, b) : sum.addmm_(a, b);
+  constexpr int64_t kPartial = 128, kSmall = int64_t{1} << 16;  // elements
+  const int64_t tokens = a.size(0), step = sum.numel() <= kSmall ? kPartial : std::max<int64_t>(tokens, 1);
+  for (int64_t t = 0; t < tokens; t += step) {
+    const int64_t n = std::min(step, tokens - t);
+    const Tensor left = a.narrow(0, t, n).t(), right = b.narrow(0, t, n);
+    first && t == 0 ? at::mm_out(sum, left, right) : sum.addmm_(left, right);
+  }
 }
 
 Gradients backward(Cell cell, const Sequence& sequence, const Tensor& dy, const Tensor& dhn, const Optional& dcn,
                    const Saved& saved, Wanted wanted) {
+  const c10::impl::ExcludeDispatchKeyGuard as_given(c10::autocast_dispatch_keyset);
   const RecurrentKernels& table = kernels();
   const int64_t hidden = saved.w_hh.size(1), width = width_of(cell) * hidden, depth = gates_of(cell) * hidden;
   const int64_t tokens = saved.input.size(0), batch = saved.h0.size(0), kChunk = hidden <= 128 ? 512 : 2048;
@@ -164,10 +175,10 @@ Gradients backward(Cell cell, const Sequence& sequence, const Tensor& dy, const 
       Tensor dx = out.input.narrow(0, chunk->token, chunk->tokens);
       at::mm_out(dx, d_in, w_in);
     }
-    if (wanted.w_ih) add_product(out.w_ih, d_in.t(), xs, first);
+    if (wanted.w_ih) add_product(out.w_ih, d_in, xs, first);
     if (wanted.w_hh) {
       gather_previous(args.steps, *chunk, output, h, previous);
-      add_product(out.w_hh, d_state.t(), previous.narrow(0, 0, chunk->tokens), first);
+      add_product(out.w_hh, d_state, previous.narrow(0, 0, chunk->tokens), first);
     }
     if (wanted.bias) table.add_column_sums(read(d), chunk->tokens, width, write(sums));
     gather_first(args.steps, *chunk, d_state, began);

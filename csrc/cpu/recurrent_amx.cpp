@@ -346,7 +346,7 @@ void round_transposed(const float* sums, int64_t pitch, int64_t columns, int64_t
 }
 
 void add_column_sums(const Word* a, int64_t rows, int64_t cols, float* sums) {
-  constexpr int64_t kPartial = 256;
+  constexpr int64_t kPartial = 64;
   for (int64_t begin = 0; begin < rows; begin += kPartial) {
     const int64_t end = std::min(rows, begin + kPartial);
     for (int64_t c = 0; c < cols; c += 64) {

@@ -85,7 +85,7 @@ struct RecurrentKernels {
   void (*forward)(const ForwardArgs&, int64_t first, int64_t last, int64_t row, int64_t row_end);
   // The same steps, last to first.
   void (*backward)(const BackwardArgs&, int64_t first, int64_t last, int64_t row, int64_t row_end);
-  // sums[c] += sum over rows of a[r][c], in partial sums of 256 rows: one running sum would lose digits on long inputs.
+  // sums[c] += sum over rows of a[r][c], in partial sums of 64 rows: one running sum would lose digits on long inputs.
   void (*add_column_sums)(const float* a, int64_t rows, int64_t cols, float* sums);
 };
 

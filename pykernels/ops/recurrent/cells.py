@@ -107,7 +107,8 @@ def lstm_cell(
         return reference.lstm_cell(input, states, *weights)
     dtype = input.dtype
     input, states, (w_ih, w_hh, b_ih, b_hh) = _wide(input, states, weights)
-    h, c = lstm_pointwise(served, linear(input, w_ih, b_ih), linear(states[0], w_hh, b_hh), states[1])
+    gates = _products(input, states[0], w_ih, w_hh, b_ih, b_hh)
+    h, c = lstm_pointwise(served, *gates, states[1])
     return h.to(dtype), c.to(dtype)
 
 
@@ -145,7 +146,7 @@ def gru_cell(
         return reference.gru_cell(input, states[0], *weights)
     dtype = input.dtype
     input, states, (w_ih, w_hh, b_ih, b_hh) = _wide(input, states, weights)
-    h = gru_pointwise(served, linear(input, w_ih, b_ih), linear(states[0], w_hh, b_hh), states[0])
+    h = gru_pointwise(served, *_products(input, states[0], w_ih, w_hh, b_ih, b_hh), states[0])
     return h.to(dtype)
 
 
@@ -154,3 +155,11 @@ def _wide(input: Tensor, states: tuple[Tensor, ...], weights: tuple[Any, ...]) -
     if input.dtype not in (torch.float16, torch.bfloat16):
         return input, states, weights
     return input.float(), tuple(s.float() for s in states), tuple(None if w is None else w.float() for w in weights)
+
+
+def _products(
+    input: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The input's gates and the state's. Autocast has had its say about the arguments; it would lower these again."""
+    with torch.autocast(input.device.type, enabled=False):
+        return linear(input, w_ih, b_ih), linear(h, w_hh, b_hh)

@@ -1,0 +1,194 @@
+"""The recurrent room's native kernels where they are hard: long sequences, saturation, odd sizes, ragged batches."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+import pykernels as pk
+from pykernels.testing.compare import assert_equal
+
+MODES = ("LSTM", "GRU", "RNN")
+available = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the GPU machine's suite is about CUDA; this file runs wherever there is none"
+)
+pytestmark = available
+
+
+def run(module: nn.Module, given: Any, leaves: list[Tensor], outputs: tuple[int, ...] = (0, 1, 2)) -> dict[str, Tensor]:
+    """The outputs that `outputs` names (output, h_n, c_n) and the gradients they alone cause."""
+    state = leaves[1] if len(leaves) == 2 else tuple(leaves[1:])
+    y, final = module(given, state)
+    found = (y.data if isinstance(y, PackedSequence) else y, *(final if isinstance(final, tuple) else (final,)))
+    used = [found[i] for i in outputs if i < len(found)]
+    generator = torch.Generator().manual_seed(5)
+    dy = [torch.randn(u.shape, generator=generator, dtype=torch.float64).bfloat16().to(u.dtype) for u in used]
+    wanted = [*leaves, *module.parameters()]
+    names = ["dx", "dh0", "dc0"][: len(leaves)] + ["d" + name for name, _ in module.named_parameters()]
+    grads = torch.autograd.grad(used, wanted, dy, allow_unused=True)
+    named = {f"out{i}": u.detach() for i, u in enumerate(used)}
+    return named | {n: g for n, g in zip(names, grads, strict=True) if g is not None}
+
+
+def check(
+    name: str,
+    steps: int,
+    batch: int,
+    size: int,
+    hidden: int,
+    dtype: torch.dtype = torch.float32,
+    batch_sizes: Tensor | None = None,
+    orthogonal: bool = False,
+    scale: float = 1.0,
+    outputs: tuple[int, ...] = (0, 1, 2),
+    **options: Any,
+) -> None:
+    torch.manual_seed(3)
+    theirs = getattr(nn, name)(size, hidden, **options).to(dtype)
+    if orthogonal:
+        for key, weight in theirs.named_parameters():
+            if key.startswith("weight_hh"):
+                for block in weight.data.split(hidden):
+                    block.copy_(torch.linalg.qr(torch.randn(hidden, hidden))[0])
+    ours = getattr(pk.nn, name).from_torch(theirs, backend="cpu")
+    directions = 2 if options.get("bidirectional") else 1
+    tokens = (steps, batch) if batch_sizes is None else (int(batch_sizes.sum()),)
+    x = (torch.randn(*tokens, size) * scale).to(dtype)
+    states = [torch.randn(directions, batch, hidden).to(dtype) for _ in range(2 if name == "LSTM" else 1)]
+
+    def of(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+        leaves = [t.to(dtype).clone().requires_grad_() for t in (x, *states)]
+        given = leaves[0] if batch_sizes is None else PackedSequence(leaves[0], batch_sizes)
+        return run(module, given, leaves, outputs)
+
+    found, own, truth = of(ours, dtype), of(theirs, dtype), of(copy.deepcopy(theirs).double(), torch.float64)
+    assert found.keys() == truth.keys()
+    for key, value in found.items():
+        assert_equal(key, value, truth[key], own[key], long_sum=key.startswith("d"))
+
+
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("hidden", (1, 33, 100, 192, 193))
+@pytest.mark.parametrize("batch", (1, 3, 17, 130))
+def test_sizes(name: str, hidden: int, batch: int) -> None:
+    """Every remainder of rows and of units against the blocks of either instruction set."""
+    check(name, 4, batch, 19, hidden)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bfloat16", "float16"))
+@pytest.mark.parametrize(("batch", "hidden"), ((17, 33), (40, 100), (33, 193)))
+def test_sizes_in_16_bits(dtype: torch.dtype, batch: int, hidden: int) -> None:
+    check("LSTM", 6, batch, 35, hidden, dtype)
+    check("LSTM", 6, batch, 35, hidden, dtype, bidirectional=True)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_long_with_orthogonal_recurrence(name: str) -> None:
+    """Spectral radius 1: what the loop gets wrong in one step is not damped in the next 1023."""
+    check(name, 1024, 3, 8, 33, orthogonal=True)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_seventy_thousand_steps(name: str) -> None:
+    """One call gives what two calls of half the steps give, the second from the first one's final state."""
+    module = getattr(pk.nn, name)(2, 3, backend="cpu")
+    x = torch.randn(70_000, 1, 2, requires_grad=True)
+    whole, final = module(x)
+    first, state = module(x[:35_000])
+    second, last = module(x[35_000:], state)
+    halves = torch.cat([first, second])
+    assert torch.equal(whole, halves) and all(torch.equal(a, b) for a, b in zip(final, last, strict=True))
+    (dx,), (expected,) = (torch.autograd.grad(y.sum(), x) for y in (whole, halves))
+    torch.testing.assert_close(dx, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+def test_saturated(name: str, dtype: torch.dtype) -> None:
+    check(name, 9, 5, 7, 40, dtype, scale=60.0)
+
+
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("both", (False, True), ids=("one-way", "both-ways"))
+def test_ragged(name: str, dtype: torch.dtype, both: bool) -> None:
+    """Lengths with ones, in either direction; rows come and go inside blocks and inside chunks of steps."""
+    sizes = torch.tensor([70, 41, 41, 40, 33, 32, 17, 16, 9, 5, 2, 2, 1, 1, 1, 1])
+    check(name, 16, 70, 21, 50, dtype, sizes, bidirectional=both)
+
+
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("outputs", ((0,), (1,), (2,), (1, 2)), ids=("output", "h_n", "c_n", "h_n+c_n"))
+def test_gradients_of_some_outputs(name: str, outputs: tuple[int, ...]) -> None:
+    if outputs == (2,) and name != "LSTM":
+        outputs = (1,)
+    check(name, 7, 5, 6, 20, outputs=outputs)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_two_threads_give_the_same_bits(name: str) -> None:
+    """Rows are shared out among threads; no sum depends on how."""
+    module = getattr(pk.nn, name)(24, 40, backend="cpu")
+    sizes = torch.tensor([37, 37, 30, 12, 12, 3])
+    x = torch.randn(int(sizes.sum()), 24, requires_grad=True)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            y, _ = module(PackedSequence(x, sizes))
+            results.append((y.data, *torch.autograd.grad(y.data.square().sum(), x)))
+        finally:
+            torch.set_num_threads(1)
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_inference_keeps_nothing(name: str) -> None:
+    """Without gradients the same numbers come from a loop that saves no activations, over several chunks of tokens."""
+    module = getattr(pk.nn, name)(5, 12, backend="cpu")
+    x = torch.randn(300, 7, 5)
+    with torch.no_grad():
+        silent = module(x)
+    kept = module(x)
+    for a, b in zip((silent[0], *silent[1]), (kept[0], *kept[1]), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_lengths_of_zero(name: str) -> None:
+    """A sequence of no steps hands its state, and the state's gradient, through."""
+    module = getattr(pk.nn, name)(3, 4, bidirectional=True, backend="cpu")
+    x, h = torch.randn(5, 3, 3), torch.randn(2, 3, 4, requires_grad=True)
+    hx = (h, h * 2) if name == "LSTM" else h
+    y, state = module(x, hx, lengths=torch.tensor([2, 0, 5]))
+    h_n = state[0] if name == "LSTM" else state
+    assert torch.equal(h_n[:, 1], h[:, 1]) and not y[:, 1].any() and not y[2:, 0].any()
+    (dh,) = torch.autograd.grad(h_n[:, 1].sum(), h)
+    assert torch.equal(dh, torch.zeros_like(dh).index_fill(1, torch.tensor([1]), 1.0))
+
+
+def test_operators_refuse_what_would_read_outside() -> None:
+    """Operators may be called on their own (a saved graph); they check what guards memory."""
+    x, h, w_ih, w_hh = torch.randn(6, 3), torch.randn(2, 4), torch.randn(16, 3), torch.randn(16, 4)
+    forward = torch.ops.pykernels.lstm_forward.cpu
+    for sizes in ([3, 3], [2, 2, 1], [1, 2, 3], [2, 2, 2, 0]):
+        with pytest.raises(RuntimeError, match="batch_sizes"):
+            forward(x, h, h, w_ih, w_hh, None, None, torch.tensor(sizes), False, True)
+    with pytest.raises(RuntimeError, match="w_ih"):
+        forward(x, h, h, w_ih[:8], w_hh, None, None, None, False, True)
+    with pytest.raises(NotImplementedError, match="float32"):
+        forward(x.double(), h, h, w_ih, w_hh, None, None, None, False, True)
+
+
+def test_projections_are_refused_by_name() -> None:
+    module = pk.nn.LSTM(3, 4, proj_size=2)
+    assert "proj_size" in pk.explain(module, torch.randn(2, 1, 3)).refused["cpu"]
+    module.backend = "cpu"
+    with pytest.raises(pk.BackendError, match="proj_size"):
+        module(torch.randn(2, 1, 3))
