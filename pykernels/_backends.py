@@ -272,12 +272,13 @@ class Room:
             return "reference"
         if wanted == "reference":
             return "reference"
+        origin = " (from PYKERNELS_BACKEND)" if backend is None else ""
         if wanted not in BACKENDS:
             allowed = ", ".join(("auto", *BACKENDS, "reference"))
-            raise ValueError(f"{function}(): backend must be one of {allowed}, not {wanted!r}")
+            raise ValueError(f"{function}(): backend must be one of {allowed}, not {wanted!r}{origin}")
         reason = transform or self._reason(wanted, tensor, features)
         if reason is not None:
-            raise BackendError(f"{function}(): backend {wanted!r} cannot serve this call: {reason}")
+            raise BackendError(f"{function}(): backend {wanted!r}{origin} cannot serve this call: {reason}")
         return wanted
 
 

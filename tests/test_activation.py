@@ -248,6 +248,18 @@ def test_rrelu_draws_from_torchs_generator_and_replays() -> None:
     torch.testing.assert_close(grad, y.detach() / start.detach().sin() * start.detach().cos(), rtol=1e-4, atol=1e-5)
 
 
+def test_rrelu_keeps_vmaps_rules_of_randomness() -> None:
+    x = -torch.ones(3, 50)
+
+    def draw(randomness: str) -> Tensor:
+        return torch.vmap(lambda row: f.rrelu(row, training=True), randomness=randomness)(x)
+
+    with pytest.raises(RuntimeError, match="randomness"):
+        draw("error")
+    same, different = draw("same"), draw("different")
+    assert torch.equal(same[0], same[1]) and not torch.equal(different[0], different[1])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rrelu_is_the_same_on_every_backend(backend: str) -> None:
     """The same draws and the same rounding; at 0 the gradient is the slope and at NaN it is 1, as torch has it."""

@@ -129,7 +129,7 @@ def test_environment_names_the_default_backend() -> None:
         "try: pk.functional.gelu(torch.randn(3))\n"
         "except pk.BackendError as error: print(error)"
     )
-    assert "backend 'cuda' cannot serve this call" in _python(code, PYKERNELS_BACKEND="cuda")
+    assert "backend 'cuda' (from PYKERNELS_BACKEND) cannot serve this call" in _python(code, PYKERNELS_BACKEND="cuda")
 
 
 def test_without_any_extension_the_reference_serves(tmp_path: Path) -> None:

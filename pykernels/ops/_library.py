@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.library import Library, register_fake
 
-from .._backends import BACKENDS, Room
+from .._backends import BACKENDS, Room, functorch_active
 
 LIBRARY = Library("pykernels", "DEF")
 _KEYS = {"triton": ("CPU", "CUDA"), "cuda": ("CUDA",), "emulator": ("CPU",)}
@@ -65,8 +65,8 @@ def as_seed(seed: int | torch.Tensor | None, like: torch.Tensor, function: str) 
     Raises:
         TypeError: not an int, None or an int64 tensor.   ValueError: a tensor of more than one element.
     """
-    if seed is None:
-        return draw_seed(like)
+    if seed is None:  # under vmap torch's own operator knows the `randomness` that was asked for, ours does not
+        return _draw_seed(like) if functorch_active() else draw_seed(like)
     if isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(
