@@ -180,9 +180,9 @@ PK_INLINE float sum_of(VecF v) {
 // up to `padded` (a multiple of kWidth) become zeros.
 template <class Load>
 PK_INLINE void transpose_rows(int64_t rows, int64_t padded, int64_t cols, float* dst, int64_t ld, Load load) {
-  for (int64_t c = 0; c < cols; c += kWidth) {
-    const int64_t n = smaller(kWidth, cols - c);
-    for (int64_t r = 0; r < padded; r += kWidth) {
+  for (int64_t r = 0; r < padded; r += kWidth) {  // along the rows first: that is how the memory is fetched ahead
+    for (int64_t c = 0; c < cols; c += kWidth) {
+      const int64_t n = smaller(kWidth, cols - c);
       Register block[kWidth];
       for (int z = 0; z < kWidth; ++z) block[z] = r + z < rows ? load(r + z, c, n) : VecF(0.f);
       transpose(block);
