@@ -82,6 +82,8 @@ def _parametric_cases(weight: str) -> tuple[Case, ...]:
         case("long-sum", (600, 3, 11), (3,)),
         case("one-channel-long", (40, 1, 300), (1,)),
         case("empty", (0, 3), (3,)),
+        case("special", (7, 33), (1,), values="special"),
+        case("special-rows", (21, 2, 70), (2,), values="special"),
     ]
     for layout in ("transposed", "expanded", "rows", "offset", "every_other"):
         cases += [case(layout, (4, 5, 9), (5,), layout=layout), case(f"dy-{layout}", (4, 5, 9), (5,), dy=layout)]
