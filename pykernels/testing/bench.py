@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import explain
 from .memory import saved_bytes
-from .run import check_case
+from .run import check_case, outputs_of
 from .spec import Case, OpSpec
 from .timing import Timing, copy_function, measure, one_thread
 
@@ -151,17 +151,17 @@ class _Call:
         }
         self.wanted = [x for x in self.leaves.values() if x.requires_grad]
         self.function = function
-        self.output = self.forward()
-        self.dy = case.make_gradient(self.output)
+        self.outputs = outputs_of(self.forward())
+        self.dy = [case.make_gradient(y) for y in self.outputs]
 
-    def forward(self) -> Tensor:
+    def forward(self) -> Any:
         return self.function(**self.leaves)
 
     def backward(self) -> Any:
-        return torch.autograd.grad(self.output, self.wanted, self.dy, retain_graph=True)
+        return torch.autograd.grad(self.outputs, self.wanted, self.dy, retain_graph=True)
 
     def both(self) -> Any:
-        return torch.autograd.grad(self.forward(), self.wanted, self.dy)
+        return torch.autograd.grad(outputs_of(self.forward()), self.wanted, self.dy)
 
     def direction(self, name: str) -> Callable[[], Any]:
         return {"forward": self.forward, "backward": self.backward, "forward+backward": self.both}[name]

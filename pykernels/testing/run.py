@@ -12,10 +12,10 @@ from .compare import Comparison, compare
 from .spec import Case, OpSpec
 
 
-def _outputs(result: Any) -> tuple[Tensor, ...]:
+def outputs_of(result: Any) -> tuple[Tensor, ...]:
     if isinstance(result, Tensor):
         return (result,)
-    return tuple(leaf for part in result for leaf in _outputs(part)) if isinstance(result, (tuple, list)) else ()
+    return tuple(leaf for part in result for leaf in outputs_of(part)) if isinstance(result, (tuple, list)) else ()
 
 
 def evaluate(
@@ -28,7 +28,7 @@ def evaluate(
     leaves = {
         name: x.detach().requires_grad_(case.inputs[name].grad and x.is_floating_point()) for name, x in inputs.items()
     }
-    outputs = _outputs(function(**leaves, **case.options, **more))
+    outputs = outputs_of(function(**leaves, **case.options, **more))
     names = ["out"] if len(outputs) == 1 else [f"out{i}" for i in range(len(outputs))]
     wanted = {name: x for name, x in leaves.items() if x.requires_grad}
     differentiable = [y for y in outputs if y.requires_grad]
