@@ -177,11 +177,14 @@ def _attention_cases() -> tuple[Case, ...]:
     q, seed = (2, 4, 9, 8), {"seed": torch.tensor([-77])}
     prefix = torch.tensor([5, 0])
     ends = {"cu_seqlens_q": torch.tensor([0, 3, 3, 12]), "cu_seqlens_k": torch.tensor([0, 5, 9, 16])}
-    packed = ((12, 4, 8), (16, 2, 8), (16, 2, 6))
+
+    def packed(label: str, more: dict[str, Input] | None = None, **options: Any) -> Case:
+        return _attention(label, (12, 4, 8), (16, 2, 8), (16, 2, 6), more, **{**ends, **options})
+
     slopes = {"alibi_slopes": Input((4,), "uniform", grad=False)}
     sinks, bias = {"sinks": Input((4,))}, {"bias": Input((4, 9, 9))}
     padding, mask = {"key_padding_mask": _padding(2, 9)}, {"mask": _bool((9, 9))}
-    everything = {
+    everything: dict[str, Any] = {
         **{"causal": True, "prefix_length": 3, "window": (6, 2), "softcap": 3.0, "dropout_p": 0.2},
         **{"return_lse": True, "scale": 0.4, **seed},
     }
@@ -232,9 +235,9 @@ def _attention_cases() -> tuple[Case, ...]:
         _attention("dropout-bias", q, more=bias, dropout_p=0.5, causal=True, **seed),
         _attention("everything", q, more={**sinks, **bias, **padding, **slopes}, **everything),
         _attention("everything-mask", q, (2, 2, 9, 8), more={**sinks, **bias, **mask, **slopes}, **everything),
-        _attention("packed", *packed, **ends, return_lse=True),
-        _attention("packed-everything", *packed, more={**sinks, **slopes}, **ends, **everything),
-        _attention("packed-bias", *packed, more={"bias": Input((4, 9, 7)), **sinks}, **ends, causal=True),
+        packed("packed", return_lse=True),
+        packed("packed-everything", {**sinks, **slopes}, **everything),
+        packed("packed-bias", {"bias": Input((4, 9, 7)), **sinks}, causal=True),
         _attention("no-key", q, (2, 4, 0, 8), return_lse=True),
         _attention("no-query", (2, 4, 0, 8), q, return_lse=True),
         _attention("no-batch", (0, 4, 9, 8), causal=True),
