@@ -448,10 +448,16 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 @triton.jit
-def philox_uniform(seed, offset):
-    """float32 uniforms in [0, 1), 24 bits of Philox4x32-10: key seed, counter (offset low, high, 0, 0), first word."""
+def philox_word(seed, offset):
+    """First word of Philox4x32-10, uint32: key seed, counter (offset low, high, 0, 0)."""
     low = (offset & 0xFFFFFFFF).to(tl.uint32)
     high = (offset >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)
     word, _, _, _ = tl.philox(seed, low, high, zero, zero)
-    return (word >> 8).to(tl.float32) * 5.9604644775390625e-08
+    return word
+
+
+@triton.jit
+def philox_uniform(seed, offset):
+    """float32 uniforms in [0, 1): 24 bits of `philox_word`."""
+    return (philox_word(seed, offset) >> 8).to(tl.float32) * 5.9604644775390625e-08

@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import reference
 from ..spec import Case, Input, OpSpec
 
-KERNELS = ("cpu",)
+KERNELS = ("cpu", "triton")
 
 
 def _case(
