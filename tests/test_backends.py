@@ -15,6 +15,7 @@ import torch
 
 import pykernels as pk
 from pykernels import _backends
+from pykernels._cuda._extension import _runs
 from pykernels.ops.activation._functions import ROOM
 
 ROOT = Path(__file__).parent.parent
@@ -165,3 +166,13 @@ def test_an_import_error_of_ours_is_raised(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(importlib, "import_module", broken)
     with pytest.raises(ModuleNotFoundError, match="typo"):
         _backends._find_cuda("activation", "emulator")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "serves", "refuses"),
+    [("80", (80, 86, 89), (75, 90, 100)), ("90a", (90,), (80, 100)), ("90+PTX", (90, 100, 103, 120), (80, 89))],
+)
+def test_which_gpu_a_build_serves(architecture: str, serves: tuple[int, ...], refuses: tuple[int, ...]) -> None:
+    """Machine code serves its own major version, "a" code one chip, PTX everything later."""
+    assert all(_runs(architecture, capability) for capability in serves)
+    assert not any(_runs(architecture, capability) for capability in refuses)

@@ -22,6 +22,15 @@ _REBUILD = {
 }
 
 
+def _runs(architecture: str, capability: int) -> bool:
+    number = architecture.removesuffix("+PTX")
+    if number.endswith("a"):
+        return capability == int(number[:-1])
+    if architecture.endswith("+PTX"):
+        return capability >= int(number)
+    return capability // 10 == int(number) // 10 and capability >= int(number)
+
+
 class Extension:
     """One of the two extension modules.
 
@@ -48,6 +57,17 @@ class Extension:
     @property
     def available(self) -> bool:
         return self.module is not None
+
+    def device_reason(self, device: torch.device) -> str | None:
+        """Why the built kernels cannot run on this GPU, or None: machine code serves its own major version from its
+        minor version on ("90a" exactly 9.0), PTX everything later."""
+        if self._emulated or self.module is None or device.type != "cuda":
+            return None
+        major, minor = torch.cuda.get_device_capability(device)
+        built = self.module.build_info()["architectures"]
+        if any(_runs(architecture, 10 * major + minor) for architecture in built):
+            return None
+        return f"{self.name} was built for {', '.join(built)}, this GPU is sm_{major}{minor}; {_REBUILD[self.name]}"
 
     def call(self, launcher: str, *args: Any) -> None:
         """Runs a launcher on the current stream of the tensors' device.

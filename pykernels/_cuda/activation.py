@@ -27,7 +27,9 @@ def unsupported(ext: Extension, x: Tensor) -> str | None:
     if x.dtype not in DTYPE_CODES:
         return f"the CUDA kernels take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
     device = "cpu" if ext.name == "_emulator_ext" else "cuda"
-    return None if x.device.type == device else f"{ext.name} serves {device} tensors, not {x.device.type} ones"
+    if x.device.type != device:
+        return f"{ext.name} serves {device} tensors, not {x.device.type} ones"
+    return ext.device_reason(x.device)
 
 
 def unary_forward(ext: Extension, x: Tensor, activation: str, alpha: float) -> Tensor:
