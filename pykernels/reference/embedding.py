@@ -81,7 +81,7 @@ def _rows(
 ) -> Tensor:
     """The looked-up rows, in float32 for a half-precision table, with the gradient scaled by frequency if asked."""
     if max_norm is not None:
-        _renormalise_(weight.detach(), ids, max_norm, norm_type)
+        renormalise_(weight.detach(), ids, max_norm, norm_type)
     rows = gather_rows(weight, ids, sparse, padding_idx)
     if not scale_grad_by_freq:
         return rows
@@ -93,7 +93,8 @@ def _rows(
     return torch.where(value.isfinite(), value + (rows - value) * scale, rows)
 
 
-def _renormalise_(weight: Tensor, ids: Tensor, max_norm: float, norm_type: float) -> None:
+def renormalise_(weight: Tensor, ids: Tensor, max_norm: float, norm_type: float) -> None:
+    """Scales the rows of these ids whose norm n > max_norm by max_norm / (n + 1e-7), in place."""
     rows = weight.index_select(0, ids).double()
     norms = torch.linalg.vector_norm(rows, norm_type, dim=1, keepdim=True)
     rows = torch.where(norms > max_norm, rows * (max_norm / (norms + 1e-7)), rows)

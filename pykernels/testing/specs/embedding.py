@@ -93,7 +93,14 @@ def _bytes(case: Case, dtype: torch.dtype) -> dict[str, int]:
     return {"forward": 8 * ids + ids * size * element + out, "backward": 8 * ids + out + rows * size * element}
 
 
+def _saved(case: Case, dtype: torch.dtype) -> int:
+    """The ids are the caller's; only mode "max" keeps something of its own, a 32-bit place for each output."""
+    maxima = case.options.get("mode") == "max"
+    return 4 * case.inputs["input"].shape[0] * case.inputs["weight"].shape[1] if maxima else 0
+
+
 _LONG = frozenset(("weight", "per_sample_weights"))
+_KERNELS = ("cpu",)
 _BENCH = (_lookup("100kx128-64k", (65536,), 100_000, 128),)
 
 
@@ -106,16 +113,35 @@ def _bag_spec(mode: str) -> OpSpec:
         _bag_cases(mode),
         bench,
         peer,
+        kernels=_KERNELS,
         bytes_moved=_bytes,
+        saved=_saved,
         long_sums=_LONG,
         wrap=_with_offsets,
     )
 
 
 SPECS = (
-    OpSpec("embedding", "embedding", _lookup_cases(), _BENCH, F.embedding, bytes_moved=_bytes, long_sums=_LONG),
+    OpSpec(
+        "embedding",
+        "embedding",
+        _lookup_cases(),
+        _BENCH,
+        F.embedding,
+        kernels=_KERNELS,
+        bytes_moved=_bytes,
+        saved=_saved,
+        long_sums=_LONG,
+    ),
     _bag_spec("sum"),
     _bag_spec("mean"),
     _bag_spec("max"),
-    OpSpec("embedding_bag", "embedding", _weighted_mean_cases(), long_sums=_LONG, wrap=_with_offsets),
+    OpSpec(
+        "embedding_bag",
+        "embedding",
+        _weighted_mean_cases(),
+        kernels=_KERNELS,
+        long_sums=_LONG,
+        wrap=_with_offsets,
+    ),
 )
