@@ -171,6 +171,7 @@ def test_sparse_gradients_and_memory() -> None:
 
         assert peak_bytes(step) < 8 * 2048 * 64 * 4
         assert found[0].is_coalesced() and torch.equal(found[0].indices()[0], ids.unique())
+    assert peak_bytes(lambda: torch.autograd.grad(embedding(ids, weight).sum(), weight)) > 1_000_000 * 64 * 4
     dense = torch.autograd.grad(embedding(ids, weight).sum(), weight)[0]
     assert torch.equal(dense.sum(), torch.tensor(2048.0 * 64)) and dense.is_contiguous()
 

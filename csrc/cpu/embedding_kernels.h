@@ -43,7 +43,7 @@ struct BagArgs {
   int32_t* maxima{};  // (bags, cols): place in the bag of the first maximum, -1 for a bag without ids; or null
 };
 
-// dscale[p] = dy[bag of p] . table[id of p], divided by the size of the bag where `size` says so.
+// dscale[p] = dy[bag of p] . table[id of p], divided by the size of the bag with `mean`.
 struct ScaleArgs {
   TableDtype dtype;
   Ids ids;
@@ -80,9 +80,8 @@ struct SegmentArgs {
   int64_t dy_stride{}, cols{};
   const uint32_t* bag_of{};   // position -> row of dy; null: the position
   const void* coefficient{};  // position -> factor, float (double for double); or null
-  const int32_t*
-      maxima{};  // (bags, cols); then dy is float (double for double) and a row counts where it has the place
-  const uint32_t* place{};  // position -> place in its bag, with maxima
+  const int32_t* maxima{};    // (bags, cols); or null. With it a row of dy counts in the columns that name the place
+  const uint32_t* place{};    // position -> place in its bag, with maxima
   bool by_frequency{};
   void* partials{};  // rows of `cols`, float (double for double)
   void* out{};
