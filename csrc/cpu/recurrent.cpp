@@ -1,9 +1,9 @@
 // The recurrent room's `.cpu` operators: one layer in one direction. Schemas are defined in Python
 // (pykernels/ops/recurrent/_functions.py); the time loops are in recurrent.inc.
 //
-// All tokens' products with W_ih, and after the loop backward those of the weights' and the input's gradients, are matrix
-// products of torch over chunks of steps: large enough for its products, small enough that gates are still in cache when
-// the loop (or the next product) reads them.
+// All tokens' products with W_ih, and after the loop backward those of the weights' and the input's gradients, are
+// matrix products of torch over chunks of steps: large enough for its products, small enough that gates are still in
+// cache when the loop (or the next product) reads them.
 #include "recurrent_kernels.h"
 
 #include <ATen/Parallel.h>
@@ -46,7 +46,7 @@ Tensor rows_of(const Tensor& t) {
 
 Forward forward(Cell cell, const Sequence& sequence, const Tensor& input, const Tensor& h0, const Optional& c0,
                 const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh, bool keep) {
-  constexpr int64_t kChunk = 1024;  // tokens
+  constexpr int64_t kChunk = 1024;                                                   // tokens
   const c10::impl::ExcludeDispatchKeyGuard as_given(c10::autocast_dispatch_keyset);  // float32 products stay so
   const RecurrentKernels& table = kernels();
   const int64_t hidden = w_hh.size(1), width = width_of(cell) * hidden, tokens = input.size(0);
@@ -96,9 +96,8 @@ Forward forward(Cell cell, const Sequence& sequence, const Tensor& input, const 
       at::mm_out(gates, x.narrow(0, chunk.token, chunk.tokens), w_in);
     }
     args.gates = write(out.gates) + (at - chunk.token) * width;
-    over_rows(args.steps, chunk.first, chunk.last, kRowsForThread, [&](int64_t row, int64_t end) {
-      table.forward(args, chunk.first, chunk.last, row, end);
-    });
+    over_rows(args.steps, chunk.first, chunk.last, kRowsForThread,
+              [&](int64_t row, int64_t end) { table.forward(args, chunk.first, chunk.last, row, end); });
   }
   sequence.for_ending([&](int64_t row, int64_t rows, int64_t token) {
     std::memcpy(write(out.h_n) + row * hidden, read(out.output) + token * hidden, rows * hidden * sizeof(float));
@@ -107,15 +106,15 @@ Forward forward(Cell cell, const Sequence& sequence, const Tensor& input, const 
   return out;
 }
 
-// sum = or += a^T b, where one row of a and b is a token. Small products are made in partial sums of kPartial tokens: torch
-// adds the tokens of one up in a single chain, whose error grows with its length.
+// sum = or += a^T b, where one row of a and b is a token. Small products are made in partial sums of kPartial tokens:
+// torch adds the tokens of one up in a single chain, whose error grows with its length.
 void add_product(Tensor& sum, const Tensor& a, const Tensor& b, bool first) {
   constexpr int64_t kPartial = 128, kSmall = int64_t{1} << 16;  // elements
   const int64_t tokens = a.size(0), step = sum.numel() <= kSmall ? kPartial : std::max<int64_t>(tokens, 1);
   for (int64_t t = 0; t < tokens; t += step) {
     const int64_t n = std::min(step, tokens - t);
     const Tensor left = a.narrow(0, t, n).t(), right = b.narrow(0, t, n);
-    first && t == 0 ? at::mm_out(sum, left, right) : sum.addmm_(left, right);
+    first&& t == 0 ? at::mm_out(sum, left, right) : sum.addmm_(left, right);
   }
 }
 
@@ -165,9 +164,8 @@ Gradients backward(Cell cell, const Sequence& sequence, const Tensor& dy, const 
     const bool first = chunk == chunks.rbegin();
     args.dgates = write(dgates) - chunk->token * width;
     args.later = read(later);
-    over_rows(args.steps, chunk->first, chunk->last, kRowsForThread, [&](int64_t row, int64_t end) {
-      table.backward(args, chunk->first, chunk->last, row, end);
-    });
+    over_rows(args.steps, chunk->first, chunk->last, kRowsForThread,
+              [&](int64_t row, int64_t end) { table.backward(args, chunk->first, chunk->last, row, end); });
 
     const Tensor d = dgates.narrow(0, 0, chunk->tokens), xs = x.narrow(0, chunk->token, chunk->tokens);
     const Tensor d_in = d.narrow(1, 0, depth), d_state = d.narrow(1, width - depth, depth);
@@ -214,9 +212,10 @@ Cell vanilla(c10::string_view nonlinearity) {
   return nonlinearity == "tanh" ? Cell::kTanh : Cell::kRelu;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
-    const Tensor& input, const Tensor& h0, const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih,
-    const Optional& b_hh, const Optional& batch_sizes, bool reverse, bool save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(const Tensor& input, const Tensor& h0, const Tensor& c0,
+                                                                const Tensor& w_ih, const Tensor& w_hh,
+                                                                const Optional& b_ih, const Optional& b_hh,
+                                                                const Optional& batch_sizes, bool reverse, bool save) {
   const Sequence sequence(input, h0, batch_sizes, reverse);
   check_layer("lstm_forward", 4, input, h0, {&c0}, w_ih, w_hh, {b_ih, b_hh});
   const auto dtype = input.scalar_type();
@@ -242,8 +241,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
   const Gradients out = dtype == at::kBFloat16 && amx_usable()
                             ? backward_bfloat16(sequence, dy, dhn, dcn, saved, wanted)
                             : backward(Cell::kLstm, sequence, dy, dhn, dcn, saved, wanted);
-  return {give(out.input, dtype), give(out.h0, dtype), give(out.c0, dtype), give(out.w_ih, dtype), give(out.w_hh, dtype),
-          give(out.b_ih, dtype)};
+  return {give(out.input, dtype), give(out.h0, dtype),   give(out.c0, dtype),
+          give(out.w_ih, dtype),  give(out.w_hh, dtype), give(out.b_ih, dtype)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> gru_forward(const Tensor& input, const Tensor& h0, const Tensor& w_ih,
@@ -262,13 +261,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
   const Sequence sequence(input, h0, batch_sizes, reverse);
   check_layer("gru_backward", 3, input, h0, {&dhn}, w_ih, w_hh, {});
   check_tokens("gru_backward", input, w_hh, {&dy, &output}, &gates);
-  const Gradients out =
-      backward(Cell::kGru, sequence, dy, dhn, std::nullopt, {input, h0, w_ih, w_hh, output, std::nullopt, gates, std::nullopt},
-               {mask[0], mask[1], false, mask[2], mask[3], mask[4]});
+  const Gradients out = backward(Cell::kGru, sequence, dy, dhn, std::nullopt,
+                                 {input, h0, w_ih, w_hh, output, std::nullopt, gates, std::nullopt},
+                                 {mask[0], mask[1], false, mask[2], mask[3], mask[4]});
   const auto dtype = input.scalar_type();
   const Tensor b_hh = mask[4] ? out.b_hh.to(dtype, /*non_blocking=*/false, /*copy=*/true) : Tensor();
-  return {give(out.input, dtype), give(out.h0, dtype), give(out.w_ih, dtype), give(out.w_hh, dtype), give(out.b_ih, dtype),
-          give(b_hh, dtype)};
+  return {give(out.input, dtype), give(out.h0, dtype),   give(out.w_ih, dtype),
+          give(out.w_hh, dtype),  give(out.b_ih, dtype), give(b_hh, dtype)};
 }
 
 std::tuple<Tensor, Tensor> rnn_forward(const Tensor& input, const Tensor& h0, const Tensor& w_ih, const Tensor& w_hh,
@@ -276,13 +275,13 @@ std::tuple<Tensor, Tensor> rnn_forward(const Tensor& input, const Tensor& h0, co
                                        c10::string_view nonlinearity, bool reverse) {
   const Sequence sequence(input, h0, batch_sizes, reverse);
   check_layer("rnn_forward", 1, input, h0, {}, w_ih, w_hh, {b_ih, b_hh});
-  const Forward out =
-      forward(vanilla(nonlinearity), sequence, input, h0, std::nullopt, w_ih, w_hh, b_ih, b_hh, false);
+  const Forward out = forward(vanilla(nonlinearity), sequence, input, h0, std::nullopt, w_ih, w_hh, b_ih, b_hh, false);
   return {give(out.output, input.scalar_type()), give(out.h_n, input.scalar_type())};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(const Tensor& dy, const Tensor& dhn, const Tensor& input,
-                                                                const Tensor& h0, const Tensor& w_ih, const Tensor& w_hh,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(const Tensor& dy, const Tensor& dhn,
+                                                                const Tensor& input, const Tensor& h0,
+                                                                const Tensor& w_ih, const Tensor& w_hh,
                                                                 const Optional& batch_sizes, const Tensor& output,
                                                                 c10::string_view nonlinearity, bool reverse,
                                                                 std::array<bool, 5> mask) {
@@ -293,7 +292,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(const Tensor& dy
                                  {input, h0, w_ih, w_hh, output, std::nullopt, std::nullopt, std::nullopt},
                                  {mask[0], mask[1], false, mask[2], mask[3], mask[4]});
   const auto dtype = input.scalar_type();
-  return {give(out.input, dtype), give(out.h0, dtype), give(out.w_ih, dtype), give(out.w_hh, dtype), give(out.b_ih, dtype)};
+  return {give(out.input, dtype), give(out.h0, dtype), give(out.w_ih, dtype), give(out.w_hh, dtype),
+          give(out.b_ih, dtype)};
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// What the recurrent operators share beside their kernels: results, gathers, threads. recurrent.cpp has float32 (and the
-// 16-bit dtypes through it), recurrent_bfloat16.cpp the LSTM on AMX.
+// What the recurrent operators share beside their kernels: results, gathers, threads. recurrent.cpp has float32 (and
+// the 16-bit dtypes through it), recurrent_bfloat16.cpp the LSTM on AMX.
 #pragma once
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
@@ -53,7 +53,8 @@ void over_rows(const Steps& steps, int64_t first, int64_t last, int64_t least, B
 }
 
 // h before each token of the chunk, one after another; all tensors dense.
-inline void gather_previous(const Steps& steps, const Chunk& chunk, const Tensor& output, const Tensor& h0, const Tensor& out) {
+inline void gather_previous(const Steps& steps, const Chunk& chunk, const Tensor& output, const Tensor& h0,
+                            const Tensor& out) {
   const int64_t bytes = output.size(1) * output.element_size();
   const auto *y = static_cast<const char*>(output.const_data_ptr()), *h = static_cast<const char*>(h0.const_data_ptr());
   for (int64_t step = chunk.first; step < chunk.last; ++step) {

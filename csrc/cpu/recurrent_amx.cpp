@@ -1,9 +1,10 @@
-// The LSTM's time loop in bfloat16 on AMX tiles. As in recurrent.inc each step's product with W_hh is followed at once by
-// the cell, here through a block of 32 rows by 32 units a gate in L1; c and all arithmetic beside the products are float32.
+// The LSTM's time loop in bfloat16 on AMX tiles. As in recurrent.inc each step's product with W_hh is followed at once
+// by the cell, here through a block of 32 rows by 32 units a gate in L1; c and all arithmetic beside the products are
+// float32.
 //
-// The state of a thread's rows is kept in scratch of its own, padded so that tiles may be loaded whole: rows to 32, columns
-// to 32 and one cache line more (rows of a power of two of bytes would share the sets of L1).
-// Compiled with the AVX-512 and AMX flags setup.py gives to *_amx.cpp.
+// The state of a thread's rows is kept in scratch of its own, padded so that tiles may be loaded whole: rows to 32,
+// columns to 32 and one cache line more (rows of a power of two of bytes would share the sets of L1). Compiled with the
+// AVX-512 and AMX flags setup.py gives to *_amx.cpp.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -23,7 +24,9 @@ constexpr int64_t kTile = 32;
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 constexpr int64_t padded(int64_t columns) { return round_up(columns, kTile) + 32; }
 
-PK_INLINE __mmask16 lanes(int64_t count) { return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, 16)) - 1); }
+PK_INLINE __mmask16 lanes(int64_t count) {
+  return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, 16)) - 1);
+}
 PK_INLINE V load(const Word* p, __mmask16 m) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
 }
@@ -62,8 +65,8 @@ class Tiles {
   alignas(64) uint8_t old_[64];
 };
 
-// c (rows x 32) = a (rows x depth) panel, rows 16 or 32, depth a multiple of 32. A panel holds pairs of rows of the right
-// side interleaved: panel[depth / 2][32][2].
+// c (rows x 32) = a (rows x depth) panel, rows 16 or 32, depth a multiple of 32. A panel holds pairs of rows of the
+// right side interleaved: panel[depth / 2][32][2].
 template <bool kTwo>
 PK_INLINE void multiply_tiles(int64_t depth, const Word* a, int64_t stride, const Word* panel, float* c) {
   _tile_zero(0);
@@ -114,7 +117,8 @@ void pack_forward(int64_t H, const Word* w, Word* packed) {
         Word* to = packed + 2 * u;
         if (!m) continue;
         for (int64_t k = 0; k + 1 < H; k += 2) {
-          _mm512_storeu_si512(to + k * kTile, _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), m, rows, from + k, 2));
+          _mm512_storeu_si512(to + k * kTile,
+                              _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), m, rows, from + k, 2));
         }
         for (int64_t j = 0; H % 2 && j < std::min<int64_t>(16, H - unit - u); ++j) {
           to[(H - 1) * kTile + 2 * j] = from[j * H + H - 1];
@@ -219,7 +223,8 @@ void backward(const AmxBackwardArgs& a, int64_t first, int64_t last, int64_t row
     for (int64_t unit = 0; unit < H; unit += kTile) {
       for (int64_t block = row; block < end; block += kTile) {
         const int64_t rows = std::min(kTile, end - block), product = std::min(rows, going_on - block);
-        if (product > 0) multiply(product, depth, d.now + (block - row) * d.stride, d.stride, a.weight + unit * depth, sums);
+        if (product > 0)
+          multiply(product, depth, d.now + (block - row) * d.stride, d.stride, a.weight + unit * depth, sums);
         for (int64_t u = 0; u < kTile && unit + u < H; u += 16) {
           const int64_t n = unit + u;
           const __mmask16 m = lanes(H - n);
@@ -231,7 +236,8 @@ void backward(const AmxBackwardArgs& a, int64_t first, int64_t last, int64_t row
             const V more = r < product ? V::loadu(sums + r * kTile + u) : load(a.dhn + b * H + n, m);
             const V dh = load(a.dy + (token + b) * a.dy_stride + n, m) + more;
             const V before = load((b < continued ? previous : a.c0) + b * H + n, m);
-            const V i = load_half(p, m), f = load_half(p + H, m), g = load_half(p + 2 * H, m), o = load_half(p + 3 * H, m);
+            const V i = load_half(p, m), f = load_half(p + H, m), g = load_half(p + 2 * H, m),
+                    o = load_half(p + 3 * H, m);
             const V tc = M::tanh(load(a.cells + at, m));
             const V e = fmadd(dh * o, negated_fmadd(tc, tc, one), load(carry, m));
             const V di = e * g * negated_fmadd(i, i, i), df = e * before * negated_fmadd(f, f, f);
@@ -277,15 +283,15 @@ PK_INLINE void interleave(const Word* from, int64_t stride, int64_t rows, int64_
   }
 }
 
-constexpr int64_t kDepth = 512;          // tokens of a block: the left side of one stays in L2, a panel of the right in L1
+constexpr int64_t kDepth = 512;  // tokens of a block: the left side of one stays in L2, a panel of the right in L1
 constexpr int64_t kDepthStride = kDepth + 32;
 
 int64_t gradient_scratch_words(int64_t columns) {
   return round_up(columns, kTile) * kDepthStride + kDepth * kTile + kDepth * kTile;
 }
 
-// sums (round_up(columns, 32) x round_up(width, 32)) += x^T d for x (tokens x columns), d (tokens x width), dense. That is
-// the transposed gradient of a weight: of the two sides it is the narrow one that is transposed here.
+// sums (round_up(columns, 32) x round_up(width, 32)) += x^T d for x (tokens x columns), d (tokens x width), dense. That
+// is the transposed gradient of a weight: of the two sides it is the narrow one that is transposed here.
 void add_weight_gradient(const Word* x, int64_t x_stride, int64_t columns, const Word* d, int64_t width, int64_t tokens,
                          float* sums, Word* scratch) {
   Tiles tiles;
@@ -340,7 +346,8 @@ void round_transposed(const float* sums, int64_t pitch, int64_t columns, int64_t
   for (int64_t c = 0; c < columns; c += 16) {
     const __mmask16 m = lanes(columns - c);
     for (int64_t n = 0; n < width; ++n) {
-      store(out + n * columns + c, m, V(_mm512_mask_i32gather_ps(_mm512_setzero_ps(), m, rows, sums + c * pitch + n, 4)));
+      store(out + n * columns + c, m,
+            V(_mm512_mask_i32gather_ps(_mm512_setzero_ps(), m, rows, sums + c * pitch + n, 4)));
     }
   }
 }
@@ -366,8 +373,8 @@ void add_column_sums(const Word* a, int64_t rows, int64_t cols, float* sums) {
 }  // namespace
 
 const AmxKernels* recurrent_kernels_amx() {
-  static constexpr AmxKernels kernels{packed_forward, packed_backward, pack_forward, pack_backward,
-                                      scratch_bytes,  forward,         backward,     gradient_scratch_words,
+  static constexpr AmxKernels kernels{packed_forward,      packed_backward,  pack_forward,   pack_backward,
+                                      scratch_bytes,       forward,          backward,       gradient_scratch_words,
                                       add_weight_gradient, round_transposed, add_column_sums};
   return &kernels;
 }

@@ -44,12 +44,14 @@ Tensor weight_gradient(const Tensor& d, const Tensor& input) {
 
 bool amx_usable() {
   static const bool usable = isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16") &&
-                             __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && at::cpu::init_amx();
+                             __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                             at::cpu::init_amx();
   return usable;
 }
 
 Forward forward_bfloat16(const Sequence& sequence, const Tensor& input, const Tensor& h0, const Tensor& c0,
-                         const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh, bool keep) {
+                         const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
+                         bool keep) {
   constexpr int64_t kChunk = 4096;  // tokens
   const AmxKernels& table = *recurrent_kernels_amx();
   const int64_t hidden = w_hh.size(1), width = 4 * hidden, tokens = input.size(0);

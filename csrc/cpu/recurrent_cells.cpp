@@ -1,4 +1,5 @@
-// The `.cpu` operators of single cells: what is left of a step when both matrix products are done (by torch, one call each).
+// The `.cpu` operators of single cells: what is left of a step when both matrix products are done (by torch, one call
+// each).
 #include "recurrent_cells.h"
 
 #include <ATen/Parallel.h>
@@ -40,7 +41,9 @@ CellArgs args_of(const char* op, const Tensor& state, std::initializer_list<cons
                 state.sizes(), ", got ", t->scalar_type(), t->sizes());
   }
   CellArgs args{};
-  args.dtype = dtype == at::kFloat ? CellDtype::kFloat : dtype == at::kBFloat16 ? CellDtype::kBFloat16 : CellDtype::kHalf;
+  args.dtype = dtype == at::kFloat      ? CellDtype::kFloat
+               : dtype == at::kBFloat16 ? CellDtype::kBFloat16
+                                        : CellDtype::kHalf;
   args.hidden = state.size(1);
   return args;
 }

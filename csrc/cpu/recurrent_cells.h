@@ -1,6 +1,6 @@
-// The interface between recurrent_cells.cpp (tensors) and the files compiled per instruction set. All tensors are dense;
-// gates are twice (rows, 4H) in the order i f g o, or
-// (rows, 3H) in the order r z n: the input's and the state's.
+// The interface between recurrent_cells.cpp (tensors) and the files compiled per instruction set. All tensors are
+// dense; gates are twice (rows, 4H) in the order i f g o, or (rows, 3H) in the order r z n: the input's and the
+// state's.
 #pragma once
 #include <cstdint>
 
@@ -14,7 +14,8 @@ struct CellArgs {
   const void *gates, *state_gates;  // the input's and the state's
   const void* state;                // LSTM: c. GRU: h
   const void *dy, *dstate;          // backward: gradients of h' and, LSTM, c'
-  void *out, *out_gates, *out_state;  // forward: h'; LSTM's c'. Backward: gradients of gates (LSTM: of either), state_gates, state
+  void *out, *out_gates,
+      *out_state;  // forward: h'; LSTM's c'. Backward: gradients of gates (LSTM: of either), state_gates, state
 };
 
 struct CellKernels {  // rows [row, end)

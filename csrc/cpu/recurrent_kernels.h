@@ -68,10 +68,10 @@ struct BackwardArgs {
   const float *gates, *cells, *output;  // as forward left them
   const float* dy;                      // (tokens, H), rows dy_stride apart
   int64_t dy_stride;
-  const float* dhn;     // (B, H)
-  float* carry;         // (B, H). LSTM: gradient of c, dc_n before and dc0 after. GRU: the part of dh that skips the gates
-  float* dgates;        // gate gradients (tokens, width) of the steps processed in this call
-  const float* later;   // gate gradients of the step processed just before this call, or null
+  const float* dhn;  // (B, H)
+  float* carry;      // (B, H). LSTM: gradient of c, dc_n before and dc0 after. GRU: the part of dh that skips the gates
+  float* dgates;     // gate gradients (tokens, width) of the steps processed in this call
+  const float* later;  // gate gradients of the step processed just before this call, or null
 };
 
 struct RecurrentKernels {
@@ -80,8 +80,8 @@ struct RecurrentKernels {
   int64_t (*packed_backward)(Cell, int64_t hidden);
   void (*pack_forward)(Cell, int64_t hidden, int64_t depth, const float* w, float* packed);
   void (*pack_backward)(Cell, int64_t hidden, const float* w, float* packed);
-  // The steps processed first-th to last-th (exclusive), for the rows [row, row_end) of the batch. `gates`, `dgates` point
-  // at token 0 even where only a chunk of them exists.
+  // The steps processed first-th to last-th (exclusive), for the rows [row, row_end) of the batch. `gates`, `dgates`
+  // point at token 0 even where only a chunk of them exists.
   void (*forward)(const ForwardArgs&, int64_t first, int64_t last, int64_t row, int64_t row_end);
   // The same steps, last to first.
   void (*backward)(const BackwardArgs&, int64_t first, int64_t last, int64_t row, int64_t row_end);
@@ -127,7 +127,8 @@ struct AmxKernels {
   void (*forward)(const AmxForwardArgs&, int64_t first, int64_t last, int64_t row, int64_t row_end, void* scratch);
   // All steps: first is 0, last the number of steps.
   void (*backward)(const AmxBackwardArgs&, int64_t first, int64_t last, int64_t row, int64_t row_end, void* scratch);
-  // sums += x^T d, rows and columns padded to 32, for x (tokens x columns) with rows x_stride apart and d (tokens x width)
+  // sums += x^T d, rows and columns padded to 32, for x (tokens x columns) with rows x_stride apart and d (tokens x
+  // width)
   int64_t (*gradient_scratch_words)(int64_t columns);
   void (*add_weight_gradient)(const uint16_t* x, int64_t x_stride, int64_t columns, const uint16_t* d, int64_t width,
                               int64_t tokens, float* sums, uint16_t* scratch);

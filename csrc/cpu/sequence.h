@@ -1,5 +1,6 @@
-// The packed sequences of the recurrent operators: their steps, cut into chunks and among threads, and the checks of what
-// belongs to a layer. (Public functions have checked the same; kernels read raw memory, so it is checked where it guards it.)
+// The packed sequences of the recurrent operators: their steps, cut into chunks and among threads, and the checks of
+// what belongs to a layer. (Public functions have checked the same; kernels read raw memory, so it is checked where it
+// guards it.)
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -37,7 +38,8 @@ class Sequence {
     offsets_.reserve(sizes_.size() + 1);
     int64_t total = 0, most = batch;
     for (const int64_t n : sizes_) {
-      TORCH_CHECK(0 < n && n <= most, "recurrent: batch_sizes must be positive, not increase, and start at most at ", batch);
+      TORCH_CHECK(0 < n && n <= most, "recurrent: batch_sizes must be positive, not increase, and start at most at ",
+                  batch);
       offsets_.push_back(total);
       total += n;
       most = n;
@@ -87,7 +89,8 @@ class Sequence {
 };
 
 // Boundaries between the rows of up to `threads` threads, each with about as many tokens of these steps.
-inline std::vector<int64_t> split_rows(const Steps& steps, int64_t first, int64_t last, int64_t threads, int64_t least) {
+inline std::vector<int64_t> split_rows(const Steps& steps, int64_t first, int64_t last, int64_t threads,
+                                       int64_t least) {
   const int64_t rows = steps.sizes[steps.reverse ? steps.at(last - 1) : steps.at(first)];
   const int64_t parts = std::max<int64_t>(1, std::min(threads, rows / least));
   if (parts == 1) return {0, rows};
@@ -118,8 +121,8 @@ inline void check_layer(const char* op, int64_t gates, const at::Tensor& input, 
   TORCH_CHECK(w_hh.dim() == 2 && w_hh.size(1) > 0 && w_hh.size(0) == gates * w_hh.size(1), op, ": w_hh has shape ",
               w_hh.sizes());
   const int64_t hidden = w_hh.size(1);
-  TORCH_CHECK(w_ih.dim() == 2 && w_ih.size(0) == gates * hidden && w_ih.size(1) == input.size(1), op, ": w_ih has shape ",
-              w_ih.sizes());
+  TORCH_CHECK(w_ih.dim() == 2 && w_ih.size(0) == gates * hidden && w_ih.size(1) == input.size(1), op,
+              ": w_ih has shape ", w_ih.sizes());
   TORCH_CHECK(h0.size(1) == hidden, op, ": h0 has shape ", h0.sizes());
   const auto check = [&](const at::Tensor& t, at::IntArrayRef sizes) {
     TORCH_CHECK(t.sizes() == sizes && t.scalar_type() == dtype && t.is_cpu(), op, ": expected ", dtype, sizes, ", got ",

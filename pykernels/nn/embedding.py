@@ -63,9 +63,7 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
         super().__init__(*args, **kwargs)
         self.backend = backend
 
-    def forward(
-        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         return embedding_bag(
             input,
             self.weight,
