@@ -64,16 +64,16 @@ TABLE: dict[tuple[str, bool], tuple[tuple[int, int, Tiles], ...]] = {
         (64, 0, Tiles(64, 32, 4, 2)),
         (128, 90, Tiles(128, 32, 8, 1)),
         (128, 0, Tiles(64, 32, 8, 1)),
-        (256, 0, Tiles(32, 32, 8, 1)),
+        (256, 0, Tiles(32, 16, 8, 1)),
     ),
-    ("dq", False): ((64, 0, Tiles(64, 32, 4, 1)), (128, 0, Tiles(64, 16, 4, 1)), (256, 0, Tiles(32, 16, 8, 1))),
+    ("dq", False): ((64, 0, Tiles(64, 32, 4, 1)), (128, 0, Tiles(64, 16, 4, 1)), (256, 0, Tiles(32, 32, 8, 1))),
     ("dkdv", False): (
         (64, 90, Tiles(32, 128, 8, 1)),
         (64, 0, Tiles(32, 64, 8, 1)),
         (128, 90, Tiles(16, 128, 8, 1, apart=True)),
-        (256, 0, Tiles(16, 32, 8, 1, apart=True)),
+        (256, 0, Tiles(32, 32, 8, 1, apart=True)),
     ),
-    ("dbias", False): ((64, 0, Tiles(64, 32, 4, 1)), (128, 0, Tiles(64, 16, 4, 1)), (256, 0, Tiles(32, 16, 8, 1))),
+    ("dbias", False): ((64, 0, Tiles(64, 32, 4, 1)), (128, 0, Tiles(64, 16, 4, 1)), (256, 0, Tiles(32, 32, 8, 1))),
 }
 
 
@@ -101,13 +101,17 @@ def tiles_for(kernel: str, query: Tensor, value: Tensor) -> Tiles:
     return next(tiles for size, least, tiles in choices if widest <= size and capability >= least)
 
 
-def precision(query: Tensor) -> str:
+def precision(query: Tensor, value: Tensor) -> str:
     """How float32 products are made: of six bfloat16 products, unless torch allows tf32.
 
     tf32x3 takes as long and leaves out the product of the low parts, four float32 roundings: gradients, which are
-    differences (dp - delta), then miss what torch's own float32 reaches. Half precision does not look at this.
+    differences (dp - delta), then miss what torch's own float32 reaches. The pieces of heads beyond 128 do not fit in
+    registers: there it is float32 arithmetic without tensor cores. Half precision does not look at this.
     """
-    return "bf16x6" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    wide = query.dtype == torch.float32 and max(query.shape[-1], value.shape[-1]) > 128
+    return "ieee" if wide else "bf16x6"
 
 
 def in_rows(x: Tensor) -> Tensor:
@@ -249,7 +253,7 @@ def shared_arguments(
         "DV": value.shape[-1],
         "BLOCK_D": padded(query.shape[-1]),
         "BLOCK_DV": padded(value.shape[-1]),
-        "PRECISION": precision(query),
+        "PRECISION": precision(query, value),
         "TOP_LEFT": causal == "top_left",
         "LEFT": left >= 0,
         "RIGHT": right >= 0,

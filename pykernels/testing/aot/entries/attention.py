@@ -58,7 +58,8 @@ def entry(
     blocks: int = 1,
     **more: Any,
 ) -> Entry:
-    products = Rules(tensor_cores=True, mma_efficiency=0.95, blocks=blocks)
+    in_float32 = dtype == FLOAT32 and size > 128
+    products = Rules() if in_float32 else Rules(tensor_cores=True, mma_efficiency=0.95, blocks=blocks)
     launching = room("_attention_launch")
     half = dtype != FLOAT32
     tiles = next(t for least, capability, t in launching.TABLE[kernel, half] if size <= least and capability <= 90)
@@ -81,6 +82,7 @@ def entries() -> Iterator[Entry]:
             yield entry(kernel, BFLOAT16, size, "ampere", targets=(80,))
         yield entry(kernel, BFLOAT16, 256)
         yield entry(kernel, FLOAT32, 64)
+        yield entry(kernel, FLOAT32, 256)
     bias = (1, HEADS, LENGTH, LENGTH)
     padding = {1: torch.ones(BATCH, LENGTH, dtype=torch.bool)}
     yield entry("dbias", BFLOAT16, 64, "bias", bias=bias)
