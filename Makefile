@@ -50,7 +50,7 @@ build-all: $(STATE)/.built-all
 
 $(STATE)/.packages: pyproject.toml
 	[ "$(HAS_TORCH)" = yes ] || $(PYTHON) -m venv .venv
-	[ "$(HAS_TORCH)" = yes ] || $(PY) -m pip install -q "$(TORCH)" "$(TRITON)"
+	[ "$(HAS_TORCH)" = yes ] || $(PY) -m pip install -q "$(TORCH)" "$(TRITON)" numpy  # torch warns without numpy
 	$(PY) -m pip install -q "setuptools>=77" wheel "pybind11>=2.13" ninja
 	mkdir -p $(STATE) && touch $@
 
