@@ -10,7 +10,7 @@ from conftest import DEVICE
 from torch import Tensor
 
 import pykernels.functional as pk
-from pykernels import reference
+from pykernels import BackendError, explain, reference
 from pykernels._triton import attention as floor
 
 LENGTHS = (200, 144)  # a full tile and an edge, whichever of the tile sizes is taken
@@ -122,7 +122,16 @@ def test_only_what_is_wanted_is_written() -> None:
 
 
 def test_wide_heads() -> None:
-    """dk and dv in a launch each, and a head beyond the widest is refused by name."""
+    """dk and dv in a launch each."""
     assert_close(tensors((33, 40), size=136), causal=True)
-    with pytest.raises(NotImplementedError, match="head sizes up to 256; query has 257"):
-        pk.attention(*tensors((3, 4), size=257), backend="triton")
+
+
+def test_wide_heads_are_refused_with_the_reason() -> None:
+    """A named backend says why; `auto` takes one that serves them."""
+    q = torch.randn(1, 1, 5, 300, device=DEVICE)
+    for function in (pk.attention, pk.scaled_dot_product_attention):
+        for size in (257, 300):
+            x = q[..., :size]
+            with pytest.raises(BackendError, match="head sizes above 256"):
+                function(x, x, x, backend="triton")
+        assert explain(function, q, q, q).backend == ("reference" if DEVICE == "cuda" else "cpu")

@@ -18,6 +18,7 @@ from .._function import second_derivative
 from .._library import define
 
 ROOM = _backends.Room("attention")
+WIDE_HEADS = "head sizes above 256"  # a feature that not every backend serves (see Room.resolve)
 
 _MASKS = (
     "Tensor? mask, Tensor? key_padding_mask, Tensor? prefix_length, Tensor? alibi_slopes, Tensor? cu_seqlens_q, "

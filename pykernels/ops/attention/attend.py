@@ -13,7 +13,7 @@ from ... import reference
 from .. import _check, _ids
 from .._library import as_seed
 from . import _arguments as arguments
-from ._functions import ROOM, Masks, Options, run
+from ._functions import ROOM, WIDE_HEADS, Masks, Options, run
 
 __all__ = ["attention", "dropout_mask", "merge_attention"]
 
@@ -145,6 +145,8 @@ def attention(
         alibi_slopes = arguments.per_head(name, "alibi_slopes", alibi_slopes, ((heads,), (batch, heads)), query)
         if torch.is_grad_enabled() and alibi_slopes.requires_grad:
             features.append("gradient of alibi_slopes")
+    if max(query.shape[-1], value.shape[-1]) > 256:
+        features.append(WIDE_HEADS)
     if sinks is not None:
         sinks = arguments.per_head(name, "sinks", sinks, ((heads,),), query)
     options = Options(

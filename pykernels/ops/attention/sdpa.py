@@ -13,7 +13,7 @@ from ...reference.attention import attention_and_weights as _reference_and_weigh
 from .. import _check, _ids
 from .._library import as_seed
 from . import _arguments as arguments
-from ._functions import ROOM, Masks, Options, run
+from ._functions import ROOM, WIDE_HEADS, Masks, Options, run
 from .attend import default_scale
 
 __all__ = ["scaled_dot_product_attention"]
@@ -77,7 +77,9 @@ def scaled_dot_product_attention(
         _check_mask(name, attn_mask, weights, query, is_causal)
     _check_dropout(name, dropout_p)
     shared = dropout_p > 0 and math.prod(batch) != math.prod(weights[:-2])
-    chosen = ROOM.resolve(name, backend, query, *((_SHARED_DROPOUT,) if shared else ()))
+    wide = query.shape[-1] > 256 or value.shape[-1] > 256
+    features = (*((_SHARED_DROPOUT,) if shared else ()), *((WIDE_HEADS,) if wide else ()))
+    chosen = ROOM.resolve(name, backend, query, *features)
     drawn = as_seed(seed, query, name) if dropout_p > 0 else None
     if chosen == "reference":
         return reference.scaled_dot_product_attention(
