@@ -44,7 +44,7 @@ def table(record: dict[str, Any]) -> str:
         direction = SHORT.get(row["direction"], row["direction"])
         lines.append(f"| {row['op']} | {row['shape']} | {row['dtype']} | {direction} | {providers} | {ratio} |")
     if record.get("call_overhead"):
-        lines += ["", "Cost of a call on tensors of 2 x 4, microseconds (ours / eager):", ""]
+        lines += ["", "Cost of a call with next to nothing to compute, microseconds (ours / eager):", ""]
         lines += ["| op | no grad | forward with grad | forward + backward |", "|---|---|---|---|"]
         for op, kinds in record["call_overhead"].items():
             cells = []

@@ -147,7 +147,9 @@ def _show(rows: list[bench.Row], overhead: Overhead, limit: float, device: str) 
         _section(out, f"{dtype}, milliseconds, {how}", _speed_table(chosen))
         _section(out, f"{dtype}, MiB kept for backward beyond the inputs", _memory_table(chosen))
     if overhead:
-        _section(out, "Cost of a call, tensors of 2 x 4, microseconds: ours - eager", _overhead_table(overhead))
+        _section(
+            out, "Cost of a call with next to nothing to compute, microseconds: ours - eager", _overhead_table(overhead)
+        )
     for why in dict.fromkeys(f"{row.op} {row.shape}: {why}" for row in rows for why in row.failures):
         out.print(Text(why, style="red"), soft_wrap=True)
     backends = {name: sorted({row.op for row in rows if row.backend == name}) for name in {row.backend for row in rows}}
