@@ -18,9 +18,9 @@ import pykernels
 from pykernels.cli import demo, main
 from pykernels.cli.demo.models import modules
 from pykernels.cli.demo.report import page
-from pykernels.cli.demo.tasks import TINY, Task, make_tasks
-from pykernels.cli.demo.text import MIN_WORDS, Text, TextError, default_text, read_text
-from pykernels.cli.demo.train import CURVE_BOUND, Outcome, train_both
+from pykernels.cli.demo.tasks import TINY, make_tasks
+from pykernels.testing.text import MIN_WORDS, Text, TextError, default_text, read_text
+from pykernels.testing.training import CURVE_BOUND, Outcome, Task, train_both
 
 WORDS = ("the", "of", "kernel", "memory", "and", "gradient", "it's", "warp", "Über", "row")
 

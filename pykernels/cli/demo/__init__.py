@@ -8,11 +8,11 @@ import click
 import torch
 
 from ...testing import machine
+from ...testing.text import TextError, default_text, read_text
+from ...testing.training import train_both
 from .._output import BadInput, console, json_option, print_json, progress
 from . import report, table
 from .tasks import make_tasks
-from .text import TextError, default_text, read_text
-from .train import train_both
 
 
 @click.command("demo", epilog="Example: pykernels demo --text book.txt --steps 300 --report book.html")

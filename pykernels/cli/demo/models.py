@@ -6,14 +6,12 @@ What the kits have in common (linear layers, layer norm, the final cross entropy
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Kind = Literal["torch", "pykernels"]
+from ...testing.training import Kind
 
 
 def modules(kind: Kind) -> types.SimpleNamespace:
@@ -109,10 +107,3 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, self.mask)
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), targets.flatten(), reduction="none")
-
-
-def gradients(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and gradient of every parameter that has one."""
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            yield name, parameter.grad

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from html import escape
 
+from ...testing.training import CURVE_BOUND, Outcome
 from .._plot import STYLE, Series, bars, lines
 from .table import megabytes, notes, rows, served
-from .train import CURVE_BOUND, Outcome
 
 _PAGE_STYLE = """
 * { box-sizing: border-box; }

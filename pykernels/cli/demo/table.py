@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as RichText
 
-from .train import CURVE_BOUND, CURVE_STEPS, Outcome, Side
+from ...testing.training import CURVE_BOUND, CURVE_STEPS, Outcome, Side
 
 
 def final_loss(side: Side) -> float:

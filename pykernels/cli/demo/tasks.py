@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .models import GPT, LSTMLanguageModel, SkipGram
-from .text import Text, Tokens
-
-Batch = tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One model to train, with both kits, from the same start on the same batches.
-
-    Attributes:
-        build: kit -> model; draws its parameters from torch's global generator.
-        batches: number of steps -> that many batches.
-        optimizer: parameters -> optimizer.
-        tokens: targets predicted in one step.
-        calls: model -> (label, function name in `pykernels.functional`, arguments): the operators of the model that
-            pykernels serves, with arguments as the training has them.
-    """
-
-    name: str
-    title: str
-    shape: str
-    tokens: int
-    build: Callable[[types.SimpleNamespace], nn.Module]
-    batches: Callable[[int], list[Batch]]
-    optimizer: Callable[[Any], torch.optim.Optimizer]
-    calls: Callable[[Any], list[tuple[str, tuple[Any, ...], dict[str, Any]]]]
+from ...testing.text import Text, Tokens
+from ...testing.training import Batch, Call, Task
+from .models import GPT, LSTMLanguageModel, SkipGram, modules
 
 
 @dataclass(frozen=True)
@@ -84,7 +59,7 @@ def _skipgram(words: Tokens, s: Sizes, seed: int) -> Task:
 
         return [one() for _ in range(steps)]
 
-    def calls(model: Any) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    def calls(model: Any) -> list[Call]:
         center, context, negatives = batches(1)[0]
         x = model.word.weight.detach()[center]
         return [
@@ -97,10 +72,11 @@ def _skipgram(words: Tokens, s: Sizes, seed: int) -> Task:
         title="Skip-gram with negative sampling",
         shape=f"{vocabulary} words x {s.skipgram_width}, {s.skipgram_batch} pairs a step, {s.negatives} negatives",
         tokens=s.skipgram_batch,
+        kit=modules,
         build=lambda kit: SkipGram(kit, vocabulary, s.skipgram_width),
         batches=batches,
         # A rate per element: frequent and rare words get gradients of very different sizes from a mean over the batch.
-        optimizer=lambda parameters: torch.optim.Adagrad(parameters, lr=0.1),
+        optimizer=lambda model: torch.optim.Adagrad(model.parameters(), lr=0.1),
         calls=calls,
     )
 
@@ -120,7 +96,7 @@ def _windows(ids: Tensor, batch: int, length: int, seed: int) -> Callable[[int],
 def _lstm(characters: Tokens, s: Sizes, seed: int) -> Task:
     vocabulary = len(characters.vocabulary)
 
-    def calls(model: Any) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    def calls(model: Any) -> list[Call]:
         tokens = torch.zeros(s.batch, s.lstm_length, dtype=torch.int64)
         x = torch.zeros(s.batch, s.lstm_length, s.lstm_width)
         h = torch.zeros(1, s.batch, s.lstm_hidden)
@@ -135,9 +111,10 @@ def _lstm(characters: Tokens, s: Sizes, seed: int) -> Task:
         title="LSTM language model",
         shape=f"{vocabulary} characters, hidden {s.lstm_hidden}, {s.batch} x {s.lstm_length} a step",
         tokens=s.batch * s.lstm_length,
+        kit=modules,
         build=lambda kit: LSTMLanguageModel(kit, vocabulary, s.lstm_width, s.lstm_hidden),
         batches=_windows(characters.ids, s.batch, s.lstm_length, seed),
-        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
+        optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=1e-3),
         calls=calls,
     )
 
@@ -145,7 +122,7 @@ def _lstm(characters: Tokens, s: Sizes, seed: int) -> Task:
 def _gpt(characters: Tokens, s: Sizes, seed: int) -> Task:
     vocabulary = len(characters.vocabulary)
 
-    def calls(model: Any) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    def calls(model: Any) -> list[Call]:
         tokens = torch.zeros(s.gpt_batch, s.gpt_length, dtype=torch.int64)
         q = torch.zeros(s.gpt_batch, s.gpt_heads, s.gpt_length, s.gpt_width // s.gpt_heads)
         hidden = torch.zeros(s.gpt_batch, s.gpt_length, 4 * s.gpt_width)
@@ -160,8 +137,9 @@ def _gpt(characters: Tokens, s: Sizes, seed: int) -> Task:
         title="GPT, a pre-norm decoder",
         shape=f"{vocabulary} characters, {s.gpt_layers} layers of {s.gpt_width}, {s.gpt_batch} x {s.gpt_length} a step",
         tokens=s.gpt_batch * s.gpt_length,
+        kit=modules,
         build=lambda kit: GPT(kit, vocabulary, s.gpt_width, s.gpt_heads, s.gpt_layers, s.gpt_length),
         batches=_windows(characters.ids, s.gpt_batch, s.gpt_length, seed),
-        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
+        optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=1e-3),
         calls=calls,
     )

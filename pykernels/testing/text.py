@@ -1,4 +1,4 @@
-"""The text a demo trains on, and its two tokenisations: words for skip-gram, characters for the language models."""
+"""Real text to train on, and its two tokenisations: words and characters."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Text:
     def __post_init__(self) -> None:
         words = sum(1 for _ in _WORD.finditer(self.content))
         if words < MIN_WORDS:
-            raise TextError(f"{self.source}: {words} words is too short; the demo needs at least {MIN_WORDS} words")
+            raise TextError(f"{self.source}: {words} words is too short; at least {MIN_WORDS} words are needed")
 
     def words(self) -> Tokens:
         """Lower-case words, the rarest dropped as word2vec does, ids by descending frequency."""

@@ -10,19 +10,24 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ...testing.compare import Comparison, compare
-from ...testing.memory import peak_bytes
-from ...testing.timing import Timing, one_thread
-from .models import Kind, gradients, modules
-from .tasks import Batch, Task
+import pykernels
+
+from .compare import Comparison, compare
+from .memory import peak_bytes
+from .timing import Timing, one_thread
+
+Kind = Literal["torch", "pykernels"]
+Kit = Callable[[Kind], Any]
+Batch = tuple[Tensor, ...]
+Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 CURVE_BOUND, CURVE_STEPS = 1e-3, 200
 """Largest difference of the two losses at any of the first CURVE_STEPS steps, relative to the loss (where that is below
@@ -32,6 +37,36 @@ steps are shown and not judged. A wrong gradient is caught at step 1 already, wh
 the rounding of float32."""
 
 CHUNK = 5
+
+
+def _no_calls(model: nn.Module) -> list[Call]:
+    return []
+
+
+@dataclass(frozen=True)
+class Task:
+    """One model to train, with both kits, from the same start on the same batches.
+
+    Attributes:
+        kit: kind -> the building blocks that differ: stock PyTorch's, or pykernels'.
+        build: blocks -> model, whose call gives the loss of each target; draws its parameters from torch's global
+            generator.
+        batches: number of steps -> that many batches.
+        optimizer: model -> optimizer.
+        tokens: targets predicted in one step.
+        calls: model -> (function name in `pykernels.functional`, arguments): the operators of the model that
+            pykernels serves, with arguments as the training has them.
+    """
+
+    name: str
+    title: str
+    shape: str
+    tokens: int
+    kit: Kit
+    build: Callable[[Any], nn.Module]
+    batches: Callable[[int], list[Batch]]
+    optimizer: Callable[[Any], torch.optim.Optimizer]
+    calls: Callable[[Any], list[Call]] = _no_calls
 
 
 @dataclass
@@ -109,14 +144,15 @@ def train_both(
     device: str = "cpu",
     seed: int = 0,
     progress: Callable[[int], None] = lambda steps: None,
-    kit: Callable[[Kind], Any] = modules,
+    kit: Kit | None = None,
 ) -> Outcome:
     """Trains `task` with both kits for `steps` and compares.
 
     Args:
         progress: called with the number of training steps just done, `2 * steps` in all.
-        kit: kind -> building blocks.
+        kit: in place of the task's own.
     """
+    kit = kit or task.kit
     batches = [tuple(t.to(device) for t in batch) for batch in task.batches(steps)]
     models = {}
     for kind in ("torch", "pykernels"):
@@ -127,7 +163,7 @@ def train_both(
     with one_thread():
         first, gradient = _first_step(models["torch"], models["pykernels"], batches[0])
         sides = {kind: Side() for kind in models}
-        optimizers = {kind: task.optimizer(model.parameters()) for kind, model in models.items()}
+        optimizers = {kind: task.optimizer(model) for kind, model in models.items()}
         for start in range(0, steps, CHUNK):
             chunk = batches[start : start + CHUNK]
             order = list(models) if start % (2 * CHUNK) == 0 else list(reversed(models))
@@ -139,6 +175,13 @@ def train_both(
             sides[kind].peak = peak_bytes(functools.partial(_forward_backward, model, batches[0]), device)
     served = _served(task, models["pykernels"], device)
     return Outcome(task, sides["torch"], sides["pykernels"], first, gradient, served)
+
+
+def _gradients(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and gradient, as a dense copy, of every parameter that has one."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            yield name, parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad.clone()
 
 
 def _forward_backward(model: nn.Module, batch: Batch) -> None:
@@ -174,7 +217,7 @@ def _first_step(stock: nn.Module, ours: nn.Module, batch: Batch) -> tuple[Compar
         loss = model(*batch)
         loss.mean().backward()
         losses.append(loss.detach())
-        grads.append({name: gradient.detach().clone() for name, gradient in gradients(model)})
+        grads.append(dict(_gradients(model)))
         model.zero_grad(set_to_none=True)
     mine, truth, peers = grads
     compared = [
@@ -186,8 +229,6 @@ def _first_step(stock: nn.Module, ours: nn.Module, batch: Batch) -> tuple[Compar
 
 
 def _served(task: Task, model: nn.Module, device: str) -> list[tuple[str, str, dict[str, str]]]:
-    import pykernels
-
     def move(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value.to(device)
