@@ -1,0 +1,52 @@
+"""Every example at toy size: trained with stock PyTorch and with pykernels from one start, the losses are the same."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pykernels.testing.text import Text, default_text
+from pykernels.testing.training import train_both
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("[!_]*.py"))
+TASKS = [(name, task) for name in SCRIPTS for task in vars(importlib.import_module(name)) if task.startswith("task")]
+
+
+@pytest.fixture(scope="module")
+def text() -> Text:
+    """The first part of Python's own prose: real text, short enough to tokenise in no time."""
+    whole = default_text()
+    return Text(whole.source, whole.content[:60_000])
+
+
+@pytest.mark.parametrize(("script", "task"), TASKS)
+def test_trained_with_ours_as_with_stock_pytorch(text: Text, script: str, task: str) -> None:
+    made = getattr(importlib.import_module(script), task)(text, small=True)
+    once = made.batches(1)
+    outcome = train_both(replace(made, batches=lambda steps: once * steps), 8)
+    assert outcome.equal, (outcome.checks, outcome.first.why, outcome.gradient.why, max(outcome.differences))
+    assert max(outcome.differences) < 1e-5
+    assert outcome.ours.losses[-1] < outcome.ours.losses[0], "one batch seen eight times was not learnt"
+
+
+def test_a_script_runs_from_the_command_line(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("A tale of two kernels and their gradients, told row by row.\n" * 200, encoding="utf-8")
+    command = [sys.executable, str(EXAMPLES / "gpt.py"), "--small", "--steps", "2", "--text"]
+    run = partial(
+        subprocess.run, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    done = run([*command, str(book)])
+    assert done.returncode == 0, done.stderr
+    assert "GPT (" in done.stdout and "gradients at step 1: equal" in done.stdout and "DIFFERENT" not in done.stdout
+    done = run([*command, str(tmp_path / "none.txt")])
+    assert done.returncode == 2 and "cannot be read" in done.stderr
