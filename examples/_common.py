@@ -14,42 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pykernels
+from pykernels.testing import stock
 from pykernels.testing.text import Text, TextError, Tokens, default_text, read_text
 from pykernels.testing.training import Batch, Kind, Outcome, Task, train_both
 
+FUNCTIONS = ("attention", "negative_sampling_loss")
 IGNORED = -100  # F.cross_entropy's mark of a target that does not count
 
 
 def kit(kind: Kind) -> types.SimpleNamespace:
-    """The building blocks under torch's names, stock PyTorch's or pykernels', and `attention`, which torch lacks."""
-    source, attention = (nn, masked_attention) if kind == "torch" else (pykernels.nn, pykernels.functional.attention)
-    names = ("Embedding", "EmbeddingBag", "RNN", "LSTM", "GRU", "GELU", "ReLU")
-    return types.SimpleNamespace(attention=attention, **{name: getattr(source, name) for name in names})
-
-
-def masked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    causal: bool = False,
-    prefix_length: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-) -> Tensor:
-    """`pykernels.functional.attention` as one writes it in stock PyTorch: a dense mask for everything.
-
-    Shapes: query (B, H, Lq, D), key and value (B, H, Lk, D), prefix_length (B,), key_padding_mask (B, Lk), True = real.
-    """
-    rows, columns = query.shape[2], key.shape[2]
-    mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
-    if causal:
-        mask = mask.tril(columns - rows)
-    if prefix_length is not None:
-        within = torch.arange(columns, device=query.device) < prefix_length[:, None]
-        mask = mask | within[:, None, None]
-    if key_padding_mask is not None:
-        mask = mask & key_padding_mask[:, None, None]
-    return F.scaled_dot_product_attention(query, key, value, mask)
+    """The building blocks under torch's names, stock PyTorch's or pykernels', and functions that torch lacks."""
+    modules, functions = (nn, stock) if kind == "torch" else (pykernels.nn, pykernels.functional)
+    names = {modules: ("Embedding", "EmbeddingBag", "LSTM", "GRU", "GELU", "ReLU"), functions: FUNCTIONS}
+    found = {name: getattr(source, name) for source, those in names.items() for name in those}
+    return types.SimpleNamespace(**found)
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -11,32 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...testing import stock
 from ...testing.training import Kind
 
 
 def modules(kind: Kind) -> types.SimpleNamespace:
     """The building blocks under torch's names: stock PyTorch's, or pykernels'."""
     if kind == "torch":
-        source, loss = nn, stock_negative_sampling_loss
+        source, loss = nn, stock.negative_sampling_loss
     else:
         import pykernels
 
         source, loss = pykernels.nn, pykernels.functional.negative_sampling_loss
     names = ("Embedding", "LSTM", "MultiheadAttention", "GELU")
     return types.SimpleNamespace(negative_sampling_loss=loss, **{name: getattr(source, name) for name in names})
-
-
-def stock_negative_sampling_loss(
-    input: Tensor, weight: Tensor, target: Tensor, negatives: Tensor, reduction: str = "mean"
-) -> Tensor:
-    """word2vec's loss as one writes it in PyTorch: -log s(x.w_t) - sum_k log s(-x.w_k), s the logistic function.
-
-    Shapes: input (N, D), weight (V, D), target (N,), negatives (N, K).
-    """
-    positive = (input * F.embedding(target, weight)).sum(-1)
-    negative = torch.bmm(F.embedding(negatives, weight), input.unsqueeze(2)).squeeze(2)
-    loss = -(F.logsigmoid(positive) + F.logsigmoid(-negative).sum(-1))
-    return {"none": loss, "mean": loss.mean(), "sum": loss.sum()}[reduction]
 
 
 class SkipGram(nn.Module):
