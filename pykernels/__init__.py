@@ -10,5 +10,6 @@ __version__ = "0.1.0"
 
 from . import functional, nn, reference
 from ._backends import BackendError, Explanation, explain
+from ._errors import check_errors
 
-__all__ = ["BackendError", "Explanation", "__version__", "explain", "functional", "nn", "reference"]
+__all__ = ["BackendError", "Explanation", "__version__", "check_errors", "explain", "functional", "nn", "reference"]

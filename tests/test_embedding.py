@@ -238,7 +238,7 @@ def test_errors(
 def test_errors_that_torch_lacks() -> None:
     weight = torch.randn(V, D)
     before = weight.clone()
-    with pytest.raises(RuntimeError, match=r"offsets\[1\] is 2 and offsets\[2\] is 1"):
+    with pytest.raises(ValueError, match=r"offsets\[1\] is 2 and offsets\[2\] is 1"):
         pk.functional.embedding_bag(torch.tensor([1, 2, 3]), weight, torch.tensor([0, 2, 1]))
     for call in (
         lambda: pk.functional.embedding(torch.tensor([1, -1]), weight, max_norm=0.1),

@@ -244,7 +244,7 @@ def test_operators_check() -> None:
     ops = torch.ops.pykernels
     for op, arguments in (
         (ops.embedding_backward_sparse.cpu, (dy, ids, 9, 2, False)),
-        (ops.embedding_bag_backward_sparse.cpu, (dy[:, 0], ids, None, None, 9, "mean", False, -1, True)),
+        (ops.embedding_bag_backward_sparse.cpu, (dy[:, 0], ids, None, None, None, 9, "mean", False, -1, True)),
     ):
         assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
 

@@ -17,7 +17,7 @@ void check_table(const Tensor& weight, const char* function) {
   TORCH_CHECK(weight.dim() == 2 && weight.device().is_cpu(), function, "(): argument 'weight' must be 2-D on the CPU");
 }
 
-Tensor embedding_forward(const Tensor& ids, const Tensor& weight) {
+Tensor embedding_forward(const Tensor& ids, const Tensor& weight, int64_t) {
   constexpr auto name = "embedding";
   check_table(weight, name);
   const HeldIds held(ids, weight.size(0), name);
@@ -38,7 +38,8 @@ Tensor embedding_forward(const Tensor& ids, const Tensor& weight) {
 std::tuple<Tensor, Tensor> embedding_bag_forward(const Tensor& ids, const Tensor& weight,
                                                  const std::optional<Tensor>& offsets,
                                                  const std::optional<Tensor>& per_sample_weights, c10::string_view mode,
-                                                 bool include_last_offset, int64_t padding_idx, bool with_maxima) {
+                                                 bool include_last_offset, int64_t padding_idx, bool with_maxima,
+                                                 int64_t) {
   constexpr auto name = "embedding_bag";
   check_table(weight, name);
   const HeldIds held(ids, weight.size(0), name);

@@ -171,10 +171,11 @@ Tensor embedding_bag_backward(const Tensor& dy, const Tensor& ids, const std::op
 
 std::tuple<Tensor, Tensor> embedding_bag_backward_sparse(const Tensor& dy, const Tensor& ids,
                                                          const std::optional<Tensor>& offsets,
-                                                         const std::optional<Tensor>& per_sample_weights, int64_t rows,
+                                                         const std::optional<Tensor>& per_sample_weights,
+                                                         const std::optional<Tensor>& maxima, int64_t rows,
                                                          c10::string_view mode, bool include_last_offset,
                                                          int64_t padding_idx, bool by_frequency) {
-  return bag_gradient(dy, ids, offsets, per_sample_weights, {}, mode, include_last_offset,
+  return bag_gradient(dy, ids, offsets, per_sample_weights, maxima, mode, include_last_offset,
                       {rows, padding_idx, by_frequency, true});
 }
 

@@ -105,8 +105,8 @@ HeldBags::HeldBags(const at::Tensor& ids, const std::optional<at::Tensor>& given
   if (size) {
     TORCH_CHECK(p[0] == 0, name, ": offsets[0] must be 0, not ", p[0]);
     for (int64_t i = 0; i + 1 < size; ++i) {
-      TORCH_CHECK(p[i] <= p[i + 1], name, " must not decrease, but offsets[", i, "] is ", p[i], " and offsets[", i + 1,
-                  "] is ", p[i + 1]);
+      TORCH_CHECK_VALUE(p[i] <= p[i + 1], name, " must not decrease, but offsets[", i, "] is ", p[i], " and offsets[",
+                        i + 1, "] is ", p[i + 1]);
     }
     TORCH_CHECK(p[size - 1] <= count, name, " must not exceed the length ", count, " of input, but offsets[-1] is ",
                 p[size - 1]);

@@ -62,7 +62,7 @@ def dimension(function: str, name: str, dim: object, ndim: int) -> int:
     return position % ndim
 
 
-def writable(function: str, value: Tensor) -> None:
+def writable(function: str, value: Tensor, name: str = "input") -> None:
     """Refuses in-place work that autograd, inference mode or overlapping memory forbids, before anything is written.
 
     Autograd's own leaf check comes after a Function's forward has already written.
@@ -71,10 +71,11 @@ def writable(function: str, value: Tensor) -> None:
         raise RuntimeError(f"{function}(): a leaf Variable that requires grad is being used in an in-place operation.")
     if not torch.compiler.is_compiling() and value.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
-            f"{function}(): inplace update to inference tensor 'input' outside InferenceMode is not allowed; clone() it"
+            f"{function}(): inplace update to inference tensor '{name}' outside InferenceMode is not allowed; "
+            "clone() it"
         )
     if any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
         raise RuntimeError(
-            f"{function}(): unsupported operation: more than one element of the written-to tensor 'input' refers to a "
+            f"{function}(): unsupported operation: more than one element of the written-to tensor '{name}' refers to a "
             "single memory location. Please clone() the tensor before performing the operation."
         )

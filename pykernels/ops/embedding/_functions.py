@@ -1,4 +1,8 @@
-"""The operators of the embedding room (schemas, fakes), and two autograd Functions: lookup and bags.
+"""The operators of lookup and bags (schemas, fakes), and their two autograd Functions.
+
+Kernels on a GPU skip ids outside the table (rows of zeros, no gradient) and take offsets as clamped to
+[previous, number of ids]; forward ones report the first such id or offset as `what` (see pykernels/_errors.py; 0: not
+at all), backward ones nothing. Native CPU kernels raise and ignore `what`.
 
 Gradients are linear in dy, so what is kept for backward is ids (and, for mode "max", where the maxima are); the table
 only where `per_sample_weights` need a gradient.
@@ -32,15 +36,15 @@ def _fake_bag(
     ids: Tensor, weight: Tensor, offsets: Tensor | None, scale: Tensor | None, mode: str, last: bool, *more: Any
 ) -> tuple[Tensor, Tensor]:
     shape = (ids.shape[0] if offsets is None else offsets.shape[0] - int(last), weight.shape[1])
-    _, with_maxima = more
+    _, with_maxima, _ = more
     maxima = shape if mode == "max" and with_maxima else (0,)
     return weight.new_empty(shape), weight.new_empty(maxima, dtype=torch.int32)
 
 
 embedding_forward = define(
     ROOM,
-    "embedding_forward(Tensor ids, Tensor weight) -> Tensor",
-    lambda ids, weight: weight.new_empty((*ids.shape, weight.shape[1])),
+    "embedding_forward(Tensor ids, Tensor weight, int what) -> Tensor",
+    lambda ids, weight, what: weight.new_empty((*ids.shape, weight.shape[1])),
 )
 embedding_backward = define(
     ROOM,
@@ -56,7 +60,7 @@ embedding_backward_sparse = define(
 embedding_bag_forward = define(
     ROOM,
     "embedding_bag_forward(Tensor ids, Tensor weight, Tensor? offsets, Tensor? per_sample_weights, str mode, "
-    "bool include_last_offset, int padding_idx, bool with_maxima) -> (Tensor, Tensor)",
+    "bool include_last_offset, int padding_idx, bool with_maxima, int what) -> (Tensor, Tensor)",
     _fake_bag,
 )
 embedding_bag_backward = define(
@@ -67,8 +71,9 @@ embedding_bag_backward = define(
 )
 embedding_bag_backward_sparse = define(
     ROOM,
-    "embedding_bag_backward_sparse(Tensor dy, Tensor ids, Tensor? offsets, Tensor? per_sample_weights, SymInt rows, "
-    "str mode, bool include_last_offset, int padding_idx, bool by_frequency) -> (Tensor, Tensor)",
+    "embedding_bag_backward_sparse(Tensor dy, Tensor ids, Tensor? offsets, Tensor? per_sample_weights, "
+    "Tensor? maxima, SymInt rows, str mode, bool include_last_offset, int padding_idx, bool by_frequency) "
+    "-> (Tensor, Tensor)",
     lambda dy, ids, *options: _fake_sparse(dy, ids),
 )
 embedding_bag_backward_weights = define(
@@ -91,7 +96,8 @@ def _by_frequency(table: Tensor, ids: Tensor) -> Tensor:
     return table / counts.clamp(min=1).unsqueeze(1).to(table.dtype)
 
 
-LookupOptions = tuple[str, int, bool, bool]  # backend, padding (-1: none), scale by frequency, sparse
+# backend, padding (-1: none), scale by frequency, sparse, what (code of the ids, for reports of invalid ones)
+LookupOptions = tuple[str, int, bool, bool, int]
 
 
 class LookupGrad(Function):
@@ -99,7 +105,7 @@ class LookupGrad(Function):
 
     @staticmethod
     def forward(ctx: Any, dy: Tensor, ids: Tensor, rows: int, options: LookupOptions) -> Tensor:
-        backend, padding, by_frequency, _ = options
+        backend, padding, by_frequency, _, _ = options
         ctx.save_for_backward(ids)
         ctx.options = options
         dweight: Tensor = embedding_backward[backend](dy, ids, rows, padding, by_frequency)
@@ -108,7 +114,7 @@ class LookupGrad(Function):
     @staticmethod
     def backward(ctx: Any, ddweight: Tensor) -> Any:
         (ids,) = ctx.saved_tensors
-        _, padding, by_frequency, _ = ctx.options
+        _, padding, by_frequency, _, _ = ctx.options
         if by_frequency:
             ddweight = _by_frequency(ddweight, ids)
         ddy = reference.embedding(ids, ddweight)
@@ -124,13 +130,13 @@ class Lookup(Function):
     def forward(ctx: Any, weight: Tensor, ids: Tensor, options: LookupOptions) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.options, ctx.rows = options, weight.shape[0]
-        y: Tensor = embedding_forward[options[0]](ids, weight)
+        y: Tensor = embedding_forward[options[0]](ids, weight, options[4])
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         (ids,) = ctx.saved_tensors
-        backend, padding, by_frequency, sparse = ctx.options
+        backend, padding, by_frequency, sparse, _ = ctx.options
         if torch.is_grad_enabled():
             dweight = LookupGrad.apply(dy, ids, ctx.rows, ctx.options)
             return dweight.to_sparse(1) if sparse else dweight, None, None
@@ -140,11 +146,11 @@ class Lookup(Function):
         return embedding_backward[backend](dy, ids, ctx.rows, padding, by_frequency), None, None
 
 
-# backend, mode, include_last_offset, padding (-1: none), scale by frequency, sparse
-BagOptions = tuple[str, str, bool, int, bool, bool]
+# backend, mode, include_last_offset, padding (-1: none), scale by frequency, sparse, what
+BagOptions = tuple[str, str, bool, int, bool, bool, int]
 
 
-def _bag_gradients(
+def bag_gradients(
     dy: Tensor,
     weight: Tensor | None,
     scale: Tensor | None,
@@ -155,10 +161,12 @@ def _bag_gradients(
     mask: tuple[bool, bool],
     options: BagOptions,
 ) -> tuple[Tensor | None, Tensor | None]:
-    backend, mode, last, padding, by_frequency, sparse = options
+    backend, mode, last, padding, by_frequency, sparse, _ = options
     dweight = dscale = None
     if mask[0] and sparse:
-        found = embedding_bag_backward_sparse[backend](dy, ids, offsets, scale, rows, mode, last, padding, by_frequency)
+        found = embedding_bag_backward_sparse[backend](
+            dy, ids, offsets, scale, maxima, rows, mode, last, padding, by_frequency
+        )
         dweight = _coalesced(found, rows)
     elif mask[0]:
         dweight = embedding_bag_backward[backend](
@@ -177,12 +185,12 @@ class BagGrad(Function):
         ids, offsets, maxima, _, mask, options = fixed
         ctx.save_for_backward(dy, weight, scale, ids, offsets, maxima)
         ctx.mask, ctx.options = mask, options
-        return _bag_gradients(dy, weight, scale, *fixed)
+        return bag_gradients(dy, weight, scale, *fixed)
 
     @staticmethod
     def backward(ctx: Any, ddweight: Tensor | None, ddscale: Tensor | None) -> Any:
         dy, weight, scale, ids, offsets, maxima = ctx.saved_tensors
-        _, mode, last, padding, by_frequency, _ = ctx.options
+        _, mode, last, padding, by_frequency, _, _ = ctx.options
         options = {"mode": mode, "include_last_offset": last, "padding_idx": None if padding < 0 else padding}
         if mode == "max":
             return _at_maxima(ddweight, maxima, ids, offsets), *(None,) * 8
@@ -225,10 +233,10 @@ class Bag(Function):
     def forward(
         ctx: Any, weight: Tensor, scale: Tensor | None, ids: Tensor, offsets: Tensor | None, options: BagOptions
     ) -> Tensor:
-        backend, mode, last, padding, _, _ = options
+        backend, mode, last, padding, _, _, what = options
         needs = ctx.needs_input_grad
         out, maxima = embedding_bag_forward[backend](
-            ids, weight, offsets, scale, mode, last, padding, mode == "max" and needs[0]
+            ids, weight, offsets, scale, mode, last, padding, mode == "max" and needs[0], what
         )
         ctx.save_for_backward(weight if needs[1] else None, scale, ids, offsets, maxima if mode == "max" else None)
         ctx.rows, ctx.options = weight.shape[0], options
@@ -239,8 +247,9 @@ class Bag(Function):
         weight, scale, ids, offsets, maxima = ctx.saved_tensors
         mask, options = ctx.needs_input_grad[:2], ctx.options
         if not torch.is_grad_enabled():
-            grads = _bag_gradients(dy, weight, scale, ids, offsets, maxima, ctx.rows, mask, options)
+            grads = bag_gradients(dy, weight, scale, ids, offsets, maxima, ctx.rows, mask, options)
             return *grads, None, None, None
-        dense = (*options[:-1], False)
+        sparse = options[5]
+        dense = (*options[:5], False, options[6])
         dweight, dscale = BagGrad.apply(dy, weight, scale, ids, offsets, maxima, ctx.rows, mask, dense)
-        return dweight.to_sparse(1) if options[-1] and mask[0] else dweight, dscale, None, None, None
+        return dweight.to_sparse(1) if sparse and mask[0] else dweight, dscale, None, None, None

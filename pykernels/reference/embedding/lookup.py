@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ._rows import gather_rows
+from .._rows import gather_rows
 
-__all__ = ["embedding", "embedding_bag"]
+__all__ = ["embedding", "embedding_bag", "embedding_bag_multi"]
 
 
 def embedding(
@@ -68,6 +70,28 @@ def embedding_bag(
         sizes = rows.new_zeros(bags + 1).index_add(0, bag, counted.to(rows.dtype))[:bags]
         out = out / sizes.clamp(min=1).unsqueeze(1)
     return out.to(weight.dtype)
+
+
+def embedding_bag_multi(
+    indices: Sequence[Tensor],
+    offsets: Sequence[Tensor | None] | None,
+    weights: Sequence[Tensor],
+    *,
+    mode: str = "sum",
+    per_sample_weights: Sequence[Tensor] | None = None,
+    include_last_offset: bool = False,
+) -> Tensor:
+    """y = [bag(indices[0], weights[0]) | bag(indices[1], weights[1]) | ...], bag = `embedding_bag`: (B, sum of D)."""
+    out = []
+    for table, (ids, weight) in enumerate(zip(indices, weights, strict=True)):
+        starts = None if offsets is None else offsets[table]
+        scale = None if per_sample_weights is None else per_sample_weights[table]
+        out.append(
+            embedding_bag(
+                ids, weight, starts, mode=mode, per_sample_weights=scale, include_last_offset=include_last_offset
+            )
+        )
+    return torch.cat(out, 1)
 
 
 def _rows(
