@@ -179,11 +179,11 @@ def test_operators_refuse_what_would_read_outside() -> None:
     forward = torch.ops.pykernels.lstm_forward.cpu
     for sizes in ([3, 3], [2, 2, 1], [1, 2, 3], [2, 2, 2, 0]):
         with pytest.raises(RuntimeError, match="batch_sizes"):
-            forward(x, h, h, w_ih, w_hh, None, None, torch.tensor(sizes), False, True)
+            forward(x, h, h, w_ih, w_hh, None, None, None, None, torch.tensor(sizes), False, True)
     with pytest.raises(RuntimeError, match="w_ih"):
-        forward(x, h, h, w_ih[:8], w_hh, None, None, None, False, True)
+        forward(x, h, h, w_ih[:8], w_hh, None, None, None, None, None, False, True)
     with pytest.raises(NotImplementedError, match="float32"):
-        forward(x.double(), h, h, w_ih, w_hh, None, None, None, False, True)
+        forward(x.double(), h, h, w_ih, w_hh, None, None, None, None, None, False, True)
 
 
 def test_projections_are_refused_by_name() -> None:

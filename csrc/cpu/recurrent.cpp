@@ -118,7 +118,7 @@ void add_product(Tensor& sum, const Tensor& a, const Tensor& b, bool first) {
   }
 }
 
-Gradients backward(Cell cell, const Sequence& sequence, const Tensor& dy, const Tensor& dhn, const Optional& dcn,
+Gradients backward(Cell cell, const Sequence& sequence, const Tensor& dy, const Optional& dhn, const Optional& dcn,
                    const Saved& saved, Wanted wanted) {
   const c10::impl::ExcludeDispatchKeyGuard as_given(c10::autocast_dispatch_keyset);
   const RecurrentKernels& table = kernels();
@@ -126,7 +126,7 @@ Gradients backward(Cell cell, const Sequence& sequence, const Tensor& dy, const 
   const int64_t tokens = saved.input.size(0), batch = saved.h0.size(0), kChunk = hidden <= 128 ? 512 : 2048;
   const bool gru = cell == Cell::kGru;
   const Tensor x = rows_of(saved.input), w = dense(saved.w_hh), output = dense(saved.output), h = dense(saved.h0);
-  const Tensor gradient = rows_of(dy), last = dense(dhn);
+  const Tensor gradient = rows_of(dy), last = dhn ? dense(*dhn) : at::zeros(h.sizes(), at::kFloat);
   Tensor w_in = saved.w_ih.to(at::kFloat);
   if (gru) w_in = at::cat({w_in.narrow(0, 2 * hidden, hidden), w_in.narrow(0, 0, 2 * hidden)});  // rows n, r, z
   const Tensor packed = at::empty({table.packed_backward(cell, hidden)}, at::kFloat);
@@ -137,7 +137,7 @@ Gradients backward(Cell cell, const Sequence& sequence, const Tensor& dy, const 
   if (wanted.w_ih) out.w_ih = at::zeros({depth, x.size(1)}, at::kFloat);
   if (wanted.w_hh) out.w_hh = at::zeros({depth, hidden}, at::kFloat);
   Tensor sums = at::zeros({width}, at::kFloat), began = at::zeros({batch, depth}, at::kFloat), carry;
-  if (dcn) carry = dcn->to(at::kFloat).clone(at::MemoryFormat::Contiguous);
+  if (saved.c0) carry = initial_carry(dcn, *saved.c0);
   if (gru) carry = last.clone();
 
   const int64_t held = sequence.largest_chunk(kChunk);
@@ -215,7 +215,9 @@ Cell vanilla(c10::string_view nonlinearity) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(const Tensor& input, const Tensor& h0, const Tensor& c0,
                                                                 const Tensor& w_ih, const Tensor& w_hh,
                                                                 const Optional& b_ih, const Optional& b_hh,
+                                                                const Optional& w_hr, const Optional& peephole,
                                                                 const Optional& batch_sizes, bool reverse, bool save) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!w_hr && !peephole, "lstm_forward: no projections or peepholes yet");
   const Sequence sequence(input, h0, batch_sizes, reverse);
   check_layer("lstm_forward", 4, input, h0, {&c0}, w_ih, w_hh, {b_ih, b_hh});
   const auto dtype = input.scalar_type();
@@ -226,12 +228,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(const Tensor& in
   return {give(out.output, dtype), give(out.h_n, dtype), give(out.c_n, dtype), give(out.gates, gates), out.cells};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
-    const Tensor& dy, const Tensor& dhn, const Tensor& dcn, const Tensor& input, const Tensor& h0, const Tensor& c0,
-    const Tensor& w_ih, const Tensor& w_hh, const Optional& batch_sizes, const Tensor& output, const Tensor& gates,
-    const Tensor& cells, bool reverse, std::array<bool, 6> mask) {
+std::tuple<Tensor, Tensor> lstm_recompute(const Tensor& input, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
+                                          const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
+                                          const Optional& w_hr, const Optional& peephole, const Optional& batch_sizes,
+                                          const Tensor& output, bool reverse) {
+  (void)output;
+  auto [y, h, c, gates, cells] =
+      lstm_forward(input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, peephole, batch_sizes, reverse, true);
+  return {gates, cells};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
+    const Tensor& dy, const Optional& dhn, const Optional& dcn, const Tensor& input, const Tensor& h0, const Tensor& c0,
+    const Tensor& w_ih, const Tensor& w_hh, const Optional& w_hr, const Optional& peephole, const Optional& batch_sizes,
+    const Tensor& output, const Tensor& gates, const Tensor& cells, bool reverse, std::array<bool, 8> mask) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!w_hr && !peephole, "lstm_backward: no projections or peepholes yet");
   const Sequence sequence(input, h0, batch_sizes, reverse);
-  check_layer("lstm_backward", 4, input, h0, {&c0, &dhn, &dcn}, w_ih, w_hh, {});
+  check_layer("lstm_backward", 4, input, h0, {&c0}, w_ih, w_hh, {});
   check_tokens("lstm_backward", input, w_hh, {&dy, &output}, &gates);
   TORCH_CHECK(cells.sizes() == output.sizes() && cells.scalar_type() == at::kFloat && cells.is_contiguous(),
               "lstm_backward: cells must be dense float32 ", output.sizes());
@@ -241,8 +254,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
   const Gradients out = dtype == at::kBFloat16 && amx_usable()
                             ? backward_bfloat16(sequence, dy, dhn, dcn, saved, wanted)
                             : backward(Cell::kLstm, sequence, dy, dhn, dcn, saved, wanted);
-  return {give(out.input, dtype), give(out.h0, dtype),   give(out.c0, dtype),
-          give(out.w_ih, dtype),  give(out.w_hh, dtype), give(out.b_ih, dtype)};
+  return {give(out.input, dtype), give(out.h0, dtype),   give(out.c0, dtype),   give(out.w_ih, dtype),
+          give(out.w_hh, dtype),  give(out.b_ih, dtype), give(Tensor(), dtype), give(Tensor(), dtype)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> gru_forward(const Tensor& input, const Tensor& h0, const Tensor& w_ih,
@@ -255,11 +268,21 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(const Tensor& input, const Tensor
   return {give(out.output, dtype), give(out.h_n, dtype), out.gates};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
-    const Tensor& dy, const Tensor& dhn, const Tensor& input, const Tensor& h0, const Tensor& w_ih, const Tensor& w_hh,
-    const Optional& batch_sizes, const Tensor& output, const Tensor& gates, bool reverse, std::array<bool, 5> mask) {
+Tensor gru_recompute(const Tensor& input, const Tensor& h0, const Tensor& w_ih, const Tensor& w_hh,
+                     const Optional& b_ih, const Optional& b_hh, const Optional& batch_sizes, const Tensor& output,
+                     bool reverse) {
+  (void)output;
+  return std::get<2>(gru_forward(input, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, true));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(const Tensor& dy, const Optional& dhn,
+                                                                        const Tensor& input, const Tensor& h0,
+                                                                        const Tensor& w_ih, const Tensor& w_hh,
+                                                                        const Optional& batch_sizes,
+                                                                        const Tensor& output, const Tensor& gates,
+                                                                        bool reverse, std::array<bool, 5> mask) {
   const Sequence sequence(input, h0, batch_sizes, reverse);
-  check_layer("gru_backward", 3, input, h0, {&dhn}, w_ih, w_hh, {});
+  check_layer("gru_backward", 3, input, h0, {}, w_ih, w_hh, {});
   check_tokens("gru_backward", input, w_hh, {&dy, &output}, &gates);
   const Gradients out = backward(Cell::kGru, sequence, dy, dhn, std::nullopt,
                                  {input, h0, w_ih, w_hh, output, std::nullopt, gates, std::nullopt},
@@ -279,14 +302,14 @@ std::tuple<Tensor, Tensor> rnn_forward(const Tensor& input, const Tensor& h0, co
   return {give(out.output, input.scalar_type()), give(out.h_n, input.scalar_type())};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(const Tensor& dy, const Tensor& dhn,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(const Tensor& dy, const Optional& dhn,
                                                                 const Tensor& input, const Tensor& h0,
                                                                 const Tensor& w_ih, const Tensor& w_hh,
                                                                 const Optional& batch_sizes, const Tensor& output,
                                                                 c10::string_view nonlinearity, bool reverse,
                                                                 std::array<bool, 5> mask) {
   const Sequence sequence(input, h0, batch_sizes, reverse);
-  check_layer("rnn_backward", 1, input, h0, {&dhn}, w_ih, w_hh, {});
+  check_layer("rnn_backward", 1, input, h0, {}, w_ih, w_hh, {});
   check_tokens("rnn_backward", input, w_hh, {&dy, &output}, nullptr);
   const Gradients out = backward(vanilla(nonlinearity), sequence, dy, dhn, std::nullopt,
                                  {input, h0, w_ih, w_hh, output, std::nullopt, std::nullopt, std::nullopt},
@@ -300,8 +323,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(const Tensor& dy
 
 TORCH_LIBRARY_IMPL(pykernels, CPU, m) {
   m.impl("lstm_forward.cpu", &lstm_forward);
+  m.impl("lstm_recompute.cpu", &lstm_recompute);
   m.impl("lstm_backward.cpu", &lstm_backward);
   m.impl("gru_forward.cpu", &gru_forward);
+  m.impl("gru_recompute.cpu", &gru_recompute);
   m.impl("gru_backward.cpu", &gru_backward);
   m.impl("rnn_forward.cpu", &rnn_forward);
   m.impl("rnn_backward.cpu", &rnn_backward);

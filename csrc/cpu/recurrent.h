@@ -43,6 +43,13 @@ inline std::pair<Tensor, Tensor> biases(Cell cell, int64_t hidden, const Optiona
   }
   return {bias, bias_n};
 }
+// The gradient of c before the last step: dcn as float32, or zeros; memory of its own.
+inline Tensor initial_carry(const Optional& dcn, const Tensor& c0) {
+  if (!dcn) return at::zeros(c0.sizes(), at::kFloat);
+  TORCH_CHECK(dcn->sizes() == c0.sizes(), "lstm_backward: the gradient of c_n has shape ", dcn->sizes());
+  return dcn->to(at::kFloat).clone(at::MemoryFormat::Contiguous);
+}
+
 // body(row, end) for the rows of each thread, at least `least` of them.
 template <class Body>
 void over_rows(const Steps& steps, int64_t first, int64_t last, int64_t least, Body body) {
@@ -80,7 +87,7 @@ inline void gather_first(const Steps& steps, const Chunk& chunk, const Tensor& d
 bool amx_usable();
 Forward forward_bfloat16(const Sequence& sequence, const Tensor& input, const Tensor& h0, const Tensor& c0,
                          const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh, bool keep);
-Gradients backward_bfloat16(const Sequence& sequence, const Tensor& dy, const Tensor& dhn, const Tensor& dcn,
+Gradients backward_bfloat16(const Sequence& sequence, const Tensor& dy, const Optional& dhn, const Optional& dcn,
                             const Saved& saved, Wanted wanted);
 
 }  // namespace pk

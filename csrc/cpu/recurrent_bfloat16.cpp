@@ -94,12 +94,12 @@ Forward forward_bfloat16(const Sequence& sequence, const Tensor& input, const Te
   return out;
 }
 
-Gradients backward_bfloat16(const Sequence& sequence, const Tensor& dy, const Tensor& dhn, const Tensor& dcn,
+Gradients backward_bfloat16(const Sequence& sequence, const Tensor& dy, const Optional& dhn, const Optional& dcn,
                             const Saved& saved, Wanted wanted) {
   const AmxKernels& table = *recurrent_kernels_amx();
   const int64_t hidden = saved.w_hh.size(1), width = 4 * hidden, tokens = saved.input.size(0), batch = saved.h0.size(0);
   const Tensor w = saved.w_hh.contiguous(), output = saved.output.contiguous(), h = saved.h0.contiguous();
-  const Tensor gradient = rows_of(dy), last = widened(dhn);
+  const Tensor gradient = rows_of(dy), last = dhn ? widened(*dhn) : at::zeros(h.sizes(), at::kFloat);
   const Tensor gates = saved.gates->contiguous(), c0 = widened(*saved.c0);
   TORCH_CHECK(gates.scalar_type() == at::kHalf, "lstm_backward: gates must be float16, not ", gates.scalar_type());
   const Tensor packed = at::empty({table.packed_backward(hidden)}, at::kBFloat16);
@@ -107,7 +107,7 @@ Gradients backward_bfloat16(const Sequence& sequence, const Tensor& dy, const Te
   const Tensor dgates = at::empty({tokens, width}, at::kBFloat16);
 
   Gradients out;
-  out.c0 = dcn.to(at::kFloat).clone(at::MemoryFormat::Contiguous);
+  out.c0 = initial_carry(dcn, *saved.c0);
   AmxBackwardArgs args{};
   args.steps = sequence.steps();
   args.hidden = hidden;

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ...reference.recurrent import extra_names
 from .. import _autocast, _check, _ids
 from .._library import as_seed
 
-_GATES = {"rnn": 1, "lstm": 4, "gru": 3}
-
-
-def _check_tensors(function: str, named: dict[str, Tensor | None], input: Tensor) -> None:
-    for key, value in named.items():
-        if value is not None:
-            _check.same(function, key, value, "input", input)
+GATES = {"rnn": 1, "lstm": 4, "gru": 3}
 
 
 def _require(function: str, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
@@ -24,19 +20,30 @@ def _require(function: str, name: str, value: Tensor, shape: tuple[int, ...]) ->
         raise RuntimeError(f"{function}(): argument '{name}' must have the shape {shape}, not {tuple(value.shape)}")
 
 
+def probability(function: str, name: str, value: Any) -> None:
+    if not 0 <= _check.number(function, name, value) <= 1:
+        raise RuntimeError(f"{function}(): argument '{name}' must be in [0, 1], not {value}")
+
+
 def cell_arguments(
     function: str, gates: int, input: Tensor, hx: tuple[Tensor, ...], weights: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]:
-    states = {f"hx[{i}]": h for i, h in enumerate(hx)} if len(hx) > 1 else {"hx": hx[0]}
-    named = {"w_ih": weights[0], "w_hh": weights[1], "b_ih": weights[2], "b_hh": weights[3]}
-    for key, value in {"input": input, **states, **named}.items():
-        if value is not None or key in ("w_ih", "w_hh"):
+    """The arguments of a cell, checked and under autocast lowered."""
+    states = ("hx",) if len(hx) == 1 else ("hx[0]", "hx[1]")
+    names = (*states, "w_ih", "w_hh", "b_ih", "b_hh")
+    given = (*hx, *weights)
+    for key, value in zip(("input", *names), (input, *given), strict=True):
+        if not isinstance(value, Tensor) and (value is not None or key[0] != "b"):
             _check.tensor(function, key, value)
     _check.floating(function, "input", input)
-    input, *rest = _autocast.lower((input, *hx, *weights), input.device)
-    hx, weights = tuple(rest[: len(hx)]), tuple(rest[len(hx) :])
-    _check_tensors(function, {**dict(zip(states, hx, strict=True)), **dict(zip(named, weights, strict=True))}, input)
-    w_ih, w_hh, b_ih, b_hh = weights
+    if _autocast.enabled(input.device):
+        input, *lowered = _autocast.lower((input, *given), input.device)
+        given = tuple(lowered)
+    dtype, device = input.dtype, input.device
+    for key, value in zip(names, given, strict=True):
+        if value is not None and (value.dtype is not dtype or value.device != device):
+            _check.same(function, key, value, "input", input)
+    w_ih, w_hh, b_ih, b_hh = given[len(hx) :]
     if input.dim() != 2:
         raise RuntimeError(f"{function}(): argument 'input' must be 2-D (batch, input size), not {input.dim()}-D")
     assert w_ih is not None and w_hh is not None
@@ -45,12 +52,13 @@ def cell_arguments(
     (batch, size), hidden = input.shape, w_hh.shape[1]
     _require(function, "w_hh", w_hh, (gates * hidden, hidden))
     _require(function, "w_ih", w_ih, (gates * hidden, size))
-    for key, state in zip(states, hx, strict=True):
+    for key, state in zip(states, given, strict=False):
+        assert state is not None
         _require(function, key, state, (batch, hidden))
     for key, bias in (("b_ih", b_ih), ("b_hh", b_hh)):
         if bias is not None:
             _require(function, key, bias, (gates * hidden,))
-    return input, hx, weights
+    return input, given[: len(hx)], (w_ih, w_hh, b_ih, b_hh)  # type: ignore[return-value]
 
 
 def sequence_arguments(
@@ -59,33 +67,46 @@ def sequence_arguments(
     hx: tuple[Tensor, ...] | None,
     weights: Sequence[Tensor],
     options: dict[str, Any],
-    proj_size: int = 0,
 ) -> tuple[Tensor, Any, tuple[Tensor, ...]]:
+    """(input, hx, weights) of a sequence, checked and under autocast lowered. `options` as the functions have them."""
+    states = () if hx is None else hx
+    names = ("hx",) if len(states) == 1 else ("hx[0]", "hx[1]")
     _check.tensor(function, "input", input)
-    names = ["hx"] if hx is None or len(hx) == 1 else [f"hx[{i}]" for i in range(len(hx))]
-    for key, value in zip(names, hx or (), strict=False):
+    for key, value in zip(names, states, strict=False):
         _check.tensor(function, key, value)
     for i, weight in enumerate(weights):
-        _check.tensor(function, f"weights[{i}]", weight)
+        if not isinstance(weight, Tensor):
+            _check.tensor(function, f"weights[{i}]", weight)
     _check.floating(function, "input", input)
-    states = len(hx or ())
-    input, *rest = _autocast.lower((input, *(hx or ()), *weights), input.device)
-    hx, weights = None if hx is None else tuple(rest[:states]), tuple(rest[states:])
-    _check_tensors(function, {f"weights[{i}]": w for i, w in enumerate(weights)}, input)
-    layers, directions = options["num_layers"], 2 if options["bidirectional"] else 1
+    if _autocast.enabled(input.device):
+        input, *rest = _autocast.lower((input, *states, *weights), input.device)
+        states, weights = tuple(rest[: len(states)]), rest[len(states) :]
+    dtype, device = input.dtype, input.device
+    for i, weight in enumerate(weights):
+        if weight.dtype is not dtype or weight.device != device:
+            _check.same(function, f"weights[{i}]", weight, "input", input)
+    for key in ("dropout", "recurrent_dropout"):
+        probability(function, key, options[key])
+    zoneout = options["zoneout"]
+    if function == "lstm" and isinstance(zoneout, Sequence):
+        if len(zoneout) != 2:
+            raise RuntimeError(f"lstm(): argument 'zoneout' must be one number or two (h, c), not {len(zoneout)}")
+        for value in zoneout:
+            probability(function, "zoneout", value)
+    else:
+        probability(function, "zoneout", zoneout)
     batch = _check_layout(function, input, options)
-    hidden, width = _check_weights(function, input.shape[-1], weights, layers, directions, proj_size)
-    for key, state, size in zip(names, hx or (), (width, hidden), strict=False):
-        _check_tensors(function, {key: state}, input)
-        _require(function, key, state, (layers * directions, batch, size))
-    return input, hx, weights
+    hidden, width = _check_weights(function, input.shape[-1], weights, options)
+    rows = options["num_layers"] * (2 if options["bidirectional"] else 1)
+    for key, state, size in zip(names, states, (width, hidden), strict=False):
+        _check.same(function, key, state, "input", input)
+        _require(function, key, state, (rows, batch, size))
+    return input, None if hx is None else states, tuple(weights)
 
 
 def _check_layout(function: str, input: Tensor, options: dict[str, Any]) -> int:
-    """Dimensions of the input, `lengths`, `batch_sizes` and `dropout`; returns the batch size."""
-    lengths, batch_sizes, dropout = options["lengths"], options["batch_sizes"], options["dropout"]
-    if not 0 <= dropout <= 1:
-        raise RuntimeError(f"{function}(): argument 'dropout' must be in [0, 1], not {dropout}")
+    """Dimensions of the input, `lengths`, `batch_sizes` and `resets`; returns the batch size."""
+    lengths, batch_sizes, resets = options["lengths"], options["batch_sizes"], options["resets"]
     if batch_sizes is not None:
         if lengths is not None or options["batch_first"]:
             raise ValueError(f"{function}(): argument 'batch_sizes' excludes 'lengths' and 'batch_first'")
@@ -98,9 +119,16 @@ def _check_layout(function: str, input: Tensor, options: dict[str, Any]) -> int:
             )
         if not sizes or sizes[-1] < 1 or sizes != sorted(sizes, reverse=True):
             raise RuntimeError(f"{function}(): argument 'batch_sizes' must be positive and not increase, not {sizes}")
-        return int(sizes[0])
-    if input.dim() != 3:
+    elif input.dim() != 3:
         raise RuntimeError(f"{function}(): argument 'input' must be 3-D, not {input.dim()}-D")
+    if resets is not None:
+        _check.tensor(function, "resets", resets)
+        if resets.dtype != torch.bool:
+            raise RuntimeError(f"{function}(): argument 'resets' must be bool, not {resets.dtype}")
+        _ids.same_device(function, "resets", resets, "input", input)
+        _require(function, "resets", resets, tuple(input.shape[:-1]))
+    if batch_sizes is not None:
+        return int(sizes[0])
     steps, batch = (input.shape[1], input.shape[0]) if options["batch_first"] else (input.shape[0], input.shape[1])
     if lengths is not None:
         _check.tensor(function, "lengths", lengths)
@@ -111,36 +139,44 @@ def _check_layout(function: str, input: Tensor, options: dict[str, Any]) -> int:
     return batch
 
 
-def _check_weights(
-    function: str, size: int, weights: Sequence[Tensor], layers: int, directions: int, proj_size: int
-) -> tuple[int, int]:
+def _check_weights(function: str, size: int, weights: Sequence[Tensor], options: dict[str, Any]) -> tuple[int, int]:
     """Number and shapes of the flat weights; returns the hidden size and the size of h."""
+    layers, directions, proj_size = options["num_layers"], 2 if options["bidirectional"] else 1, options["proj_size"]
     if layers < 1:
         raise ValueError(f"{function}(): argument 'num_layers' must be at least 1, not {layers}")
+    if proj_size < 0:
+        raise ValueError(f"{function}(): argument 'proj_size' must not be negative, not {proj_size}")
+    extra = extra_names(function, proj_size > 0, options["peephole"], options["layer_norm"])
     each, left = len(weights) // (layers * directions), len(weights) % (layers * directions)
-    projected = int(proj_size > 0)
-    if left or each - projected not in (2, 4):
+    if left or each - len(extra) not in (2, 4):
         raise RuntimeError(
-            f"{function}(): argument 'weights' must hold {2 + projected} or {4 + projected} tensors for each of the "
+            f"{function}(): argument 'weights' must hold {2 + len(extra)} or {4 + len(extra)} tensors for each of the "
             f"{layers * directions} layers and directions, not {len(weights)} in all"
         )
     gated = weights[0].shape[0] if weights[0].dim() == 2 else 0
-    hidden, uneven = gated // _GATES[function], gated % _GATES[function]  # Dynamo knows no divmod of symbolic sizes
+    hidden, uneven = gated // GATES[function], gated % GATES[function]  # Dynamo knows no divmod of symbolic sizes
     if uneven or not hidden:
-        expected = f"({_GATES[function]} * hidden size, {size})"
+        expected = f"({GATES[function]} * hidden size, {size})"
         raise RuntimeError(
             f"{function}(): argument 'weights[0]' must have the shape {expected}, not {tuple(weights[0].shape)}"
         )
     width = proj_size or hidden
+    tail: list[tuple[int, ...]] = [(gated,)] * (each - len(extra) - 2)
+    shapes = {"w_hr": (proj_size, hidden), "peephole": (3 * hidden,), "norm_c": (hidden,), "norm_c_bias": (hidden,)}
+    tail += [shapes.get(name, (gated,)) for name in extra]
     for k in range(layers * directions):
         inputs = size if k < directions else directions * width
-        shapes = [(gated, inputs), (gated, width), (gated,), (gated,)][: each - projected]
-        for i, shape in enumerate(shapes + [(proj_size, hidden)] * projected):
-            _require(function, f"weights[{k * each + i}]", weights[k * each + i], shape)
+        for i, shape in enumerate(((gated, inputs), (gated, width), *tail), k * each):
+            if weights[i].shape != shape:
+                _require(function, f"weights[{i}]", weights[i], shape)
     return hidden, width
 
 
-def dropout_seed(function: str, seed: int | Tensor | None, input: Tensor, options: dict[str, Any]) -> Tensor | None:
-    """The seed as a tensor, drawn if need be; None where no dropout is active, so that none is drawn."""
-    active = options["training"] and options["dropout"] > 0 and options["num_layers"] > 1
+def call_seed(function: str, seed: int | Tensor | None, input: Tensor, options: dict[str, Any]) -> Tensor | None:
+    """The seed as a tensor, drawn if need be; None where nothing is random, so that none is drawn."""
+    if not options["training"]:
+        return None
+    zoneout = options["zoneout"]
+    active = (options["dropout"] > 0 and options["num_layers"] > 1) or options["recurrent_dropout"] > 0
+    active = active or (any(zoneout) if isinstance(zoneout, Sequence) else zoneout > 0)
     return as_seed(seed, input, function) if active else None

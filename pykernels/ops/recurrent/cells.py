@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from ... import reference
 from ._arguments import cell_arguments
-from ._functions import ROOM
-from ._pointwise import gru_pointwise, lstm_pointwise
+from ._functions import ROOM, Mode, run_layer
 
 __all__ = ["gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell"]
 
-_VANILLA = "single steps of a vanilla RNN (two products of torch's and its tanh: nothing is left to fuse)"
+
+def _step(kind: str, backend: str, input: Tensor, states: tuple[Tensor, ...], weights: tuple[Any, ...]) -> Any:
+    """A cell is a sequence of one step: (its output, *final states)."""
+    return run_layer(Mode(kind, backend), (input, *weights, None, None, None), states)
 
 
 def rnn_tanh_cell(
@@ -48,8 +48,11 @@ def rnn_tanh_cell(
         BackendError: the named backend cannot serve the call.
     """
     input, states, weights = cell_arguments("rnn_tanh_cell", 1, input, (hx,), (w_ih, w_hh, b_ih, b_hh))
-    ROOM.resolve("rnn_tanh_cell", backend, input, _VANILLA)
-    return reference.rnn_tanh_cell(input, states[0], *weights)
+    served = ROOM.resolve("rnn_tanh_cell", backend, input)
+    if served == "reference":
+        return reference.rnn_tanh_cell(input, states[0], *weights)
+    h: Tensor = _step("tanh", served, input, states, weights)[0]
+    return h
 
 
 def rnn_relu_cell(
@@ -67,8 +70,11 @@ def rnn_relu_cell(
     Arguments, shapes and errors as `rnn_tanh_cell`.
     """
     input, states, weights = cell_arguments("rnn_relu_cell", 1, input, (hx,), (w_ih, w_hh, b_ih, b_hh))
-    ROOM.resolve("rnn_relu_cell", backend, input, _VANILLA)
-    return reference.rnn_relu_cell(input, states[0], *weights)
+    served = ROOM.resolve("rnn_relu_cell", backend, input)
+    if served == "reference":
+        return reference.rnn_relu_cell(input, states[0], *weights)
+    h: Tensor = _step("relu", served, input, states, weights)[0]
+    return h
 
 
 def lstm_cell(
@@ -105,11 +111,8 @@ def lstm_cell(
     served = ROOM.resolve("lstm_cell", backend, input)
     if served == "reference":
         return reference.lstm_cell(input, states, *weights)
-    dtype = input.dtype
-    input, states, (w_ih, w_hh, b_ih, b_hh) = _wide(input, states, weights)
-    gates = _products(input, states[0], w_ih, w_hh, b_ih, b_hh)
-    h, c = lstm_pointwise(served, *gates, states[1])
-    return h.to(dtype), c.to(dtype)
+    h, _, c = _step("lstm", served, input, states, weights)
+    return h, c
 
 
 def gru_cell(
@@ -144,22 +147,5 @@ def gru_cell(
     served = ROOM.resolve("gru_cell", backend, input)
     if served == "reference":
         return reference.gru_cell(input, states[0], *weights)
-    dtype = input.dtype
-    input, states, (w_ih, w_hh, b_ih, b_hh) = _wide(input, states, weights)
-    h = gru_pointwise(served, *_products(input, states[0], w_ih, w_hh, b_ih, b_hh), states[0])
-    return h.to(dtype)
-
-
-def _wide(input: Tensor, states: tuple[Tensor, ...], weights: tuple[Any, ...]) -> tuple[Tensor, Any, Any]:
-    """16-bit tensors in float32: torch's products would round the gates, which the rest of the step magnifies."""
-    if input.dtype not in (torch.float16, torch.bfloat16):
-        return input, states, weights
-    return input.float(), tuple(s.float() for s in states), tuple(None if w is None else w.float() for w in weights)
-
-
-def _products(
-    input: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The input's gates and the state's. Autocast has had its say about the arguments; it would lower these again."""
-    with torch.autocast(input.device.type, enabled=False):
-        return linear(input, w_ih, b_ih), linear(h, w_hh, b_hh)
+    h: Tensor = _step("gru", served, input, states, weights)[0]
+    return h

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ... import reference
 from ..._backends import is_compiling
-from ...reference._random import keep_mask
-from ._arguments import dropout_seed, sequence_arguments
-from ._functions import ROOM, run_layer
+from ...reference.recurrent import dropped, extra_names, unflatten
+from ._arguments import call_seed, sequence_arguments
+from ._functions import ROOM, Mode, run_layer
+from ._layout import Order
 
 __all__ = ["gru", "lstm", "rnn"]
 
@@ -30,6 +31,12 @@ def lstm(
     proj_size: int = 0,
     lengths: Tensor | None = None,
     batch_sizes: Tensor | None = None,
+    resets: Tensor | None = None,
+    peephole: bool = False,
+    layer_norm: bool = False,
+    zoneout: float | Sequence[float] = 0.0,
+    recurrent_dropout: float = 0.0,
+    recompute: bool = False,
     seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -42,14 +49,27 @@ def lstm(
             device. With `batch_sizes`: Tensor[sum(batch_sizes), I].
         hx: (h0, c0), Tensor[num_layers * D, B, P] and Tensor[num_layers * D, B, H]; None is zeros.
         weights: torch's `_flat_weights`: for each layer and direction W_ih (4H, I or D * P), W_hh (4H, P), b_ih and
-            b_hh (4H), both or neither, and with projections W_hr (P, H).
+            b_hh (4H), both or neither, and with projections W_hr (P, H). After these, with `peephole`, p (3H) = p_i,
+            p_f, p_o; with `layer_norm` the gains a_ih (4H), a_hh (4H), a_c (H) and the offset b_c (H).
         dropout: probability of zeroing an element of a layer's output, last layer excepted, when `training`.
-        proj_size: with P > 0, h' is replaced by h' W_hr^T.
+        proj_size: with P > 0, h' is replaced by h' W_hr^T (Sak, Senior and Beaufays, 2014).
         lengths: Tensor[B], int32 or int64, in any order: sequence b has `lengths[b]` steps, 0 included. Output beyond
             is 0, the final state is that of the last step, and the second direction begins there.
         batch_sizes: the input is packed, as `torch.nn.utils.rnn.PackedSequence` has it: int64 on the CPU, not
             increasing, B = batch_sizes[0]; not with `lengths` or `batch_first`.
-        seed: an int or one-element int64 tensor that fixes the dropout mask; None draws one from torch's generator.
+        resets: bool, of the input's shape without its last dimension. True cuts the sequence before that step: the
+            state is zero there (an episode begins), and in the second direction for the step before.
+        peephole: i and f read c, o reads c': p_i c, p_f c and p_o c' are added to their gates (Gers, Schraudolph and
+            Schmidhuber, 2002).
+        layer_norm: gates = LN(x W_ih^T) a_ih + LN(h W_hh^T) a_hh + b_ih + b_hh, each LN over all 4H of a token, and
+            h' = sigmoid(o) tanh(LN(c') a_c + b_c); eps 1e-5 (Ba, Kiros and Hinton, 2016).
+        zoneout: probability with which an element of h' (of c') stays what it was, one number or two (h, c), when
+            `training`; otherwise both are blended, h' = zoneout h + (1 - zoneout) h' (Krueger et al., 2017).
+        recurrent_dropout: probability of zeroing an element of W_hh for the whole call, the others times
+            1 / (1 - p), when `training` (DropConnect: Wan et al., 2013; Merity, Keskar and Socher, 2018).
+        recompute: keep only the input, the output and the initial states for backward, which makes gates and c again.
+            Same results; the reference, which autograd differentiates, ignores it.
+        seed: an int or one-element int64 tensor that fixes the masks; None draws one from torch's generator.
         backend: see `pykernels.explain`.
 
     Returns:
@@ -58,25 +78,29 @@ def lstm(
         (torch refuses it). Under autocast everything is first cast to its lower precision.
 
     Raises:
-        TypeError: an argument is not a Tensor; a `seed` of another type.
+        TypeError: an argument is not a Tensor; a `seed` or probability of another type.
         NotImplementedError: not floating point.
-        RuntimeError: wrong shapes or number of weights, different dtypes or devices, `dropout` outside [0, 1], `hx`
-            without two states.
-        ValueError: `batch_sizes` together with `lengths` or `batch_first`; `num_layers` below 1.
+        RuntimeError: wrong shapes or number of weights, different dtypes or devices, a probability outside [0, 1],
+            `hx` without two states, `resets` that are not bool.
+        ValueError: `batch_sizes` together with `lengths` or `batch_first`; `num_layers` below 1, `proj_size` below 0.
         IndexError: a length is outside [0, T] (read on the CPU in eager mode).
         BackendError: the named backend cannot serve the call.
     """
     if hx is not None and len(hx) != 2:
         raise RuntimeError(f"lstm(): argument 'hx' must hold two states (h_0, c_0), not {len(hx)}")
+    options: dict[str, Any] = {
+        "num_layers": num_layers, "bidirectional": bidirectional, "batch_first": batch_first, "dropout": dropout,
+        "training": training, "proj_size": proj_size, "lengths": lengths, "batch_sizes": batch_sizes,
+        "resets": resets, "peephole": peephole, "layer_norm": layer_norm, "zoneout": zoneout,
+        "recurrent_dropout": recurrent_dropout, "recompute": recompute,
+    }  # fmt: skip
     state = None if hx is None else tuple(hx)
-    options: dict[str, Any] = {"lengths": lengths, "batch_sizes": batch_sizes, "dropout": dropout, "training": training}
-    options |= {"num_layers": num_layers, "bidirectional": bidirectional, "batch_first": batch_first}
-    input, state, weights = sequence_arguments("lstm", input, state, weights, options, proj_size)
-    served = ROOM.resolve("lstm", backend, input, *_features(options, proj_size))
-    options["seed"] = dropout_seed("lstm", seed, input, options)
+    input, state, weights = sequence_arguments("lstm", input, state, weights, options)
+    served = ROOM.resolve("lstm", backend, input, *_features(options))
+    drawn = call_seed("lstm", seed, input, options)
     if served == "reference":
-        return reference.lstm(input, state, weights, proj_size=proj_size, **options)
-    output, (h_n, c_n) = _run("lstm", served, input, state, weights, **options)
+        return reference.lstm(input, state, weights, **options, seed=drawn)
+    output, (h_n, c_n) = _run("lstm", served, input, state, weights, options, drawn)
     return output, (h_n, c_n)
 
 
@@ -92,24 +116,35 @@ def gru(
     training: bool = False,
     lengths: Tensor | None = None,
     batch_sizes: Tensor | None = None,
+    resets: Tensor | None = None,
+    layer_norm: bool = False,
+    zoneout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    recompute: bool = False,
     seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A GRU over sequences: `gru_cell` at every step, in layers and directions as `torch.nn.GRU` has them.
 
-    Arguments, shapes and errors as `lstm`, with 3H for 4H, `hx` one tensor h0, and no projections.
+    Arguments, shapes and errors as `lstm`, with 3H for 4H, `hx` one tensor h0, and neither projections nor peepholes.
+    With `layer_norm` each product is normalised over all 3H of a token and multiplied by its gain, a_ih or a_hh (3H),
+    before its bias is added.
 
     Returns:
         (output, h_n): Tensor[T, B, D * H] (laid out as `input`) and Tensor[num_layers * D, B, H].
     """
-    options: dict[str, Any] = {"lengths": lengths, "batch_sizes": batch_sizes, "dropout": dropout, "training": training}
-    options |= {"num_layers": num_layers, "bidirectional": bidirectional, "batch_first": batch_first}
-    input, state, weights = sequence_arguments("gru", input, None if hx is None else (hx,), weights, options)
-    served = ROOM.resolve("gru", backend, input, *_features(options))
-    options["seed"] = dropout_seed("gru", seed, input, options)
+    options: dict[str, Any] = {
+        "num_layers": num_layers, "bidirectional": bidirectional, "batch_first": batch_first, "dropout": dropout,
+        "training": training, "lengths": lengths, "batch_sizes": batch_sizes, "resets": resets,
+        "layer_norm": layer_norm, "zoneout": zoneout, "recurrent_dropout": recurrent_dropout, "recompute": recompute,
+    }  # fmt: skip
+    everything = {**options, "proj_size": 0, "peephole": False}
+    input, state, weights = sequence_arguments("gru", input, None if hx is None else (hx,), weights, everything)
+    served = ROOM.resolve("gru", backend, input, *_features(everything))
+    drawn = call_seed("gru", seed, input, options)
     if served == "reference":
-        return reference.gru(input, None if state is None else state[0], weights, **options)
-    output, (h_n,) = _run("gru", served, input, state, weights, **options)
+        return reference.gru(input, None if state is None else state[0], weights, **options, seed=drawn)
+    output, (h_n,) = _run("gru", served, input, state, weights, everything, drawn)
     return output, h_n
 
 
@@ -126,50 +161,55 @@ def rnn(
     training: bool = False,
     lengths: Tensor | None = None,
     batch_sizes: Tensor | None = None,
+    resets: Tensor | None = None,
+    layer_norm: bool = False,
+    zoneout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    recompute: bool = False,
     seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A vanilla RNN over sequences: `rnn_tanh_cell` or `rnn_relu_cell` at every step, as `torch.nn.RNN`.
 
-    Arguments, shapes and errors as `lstm`, with H for 4H, `hx` one tensor h0, no projections, and `nonlinearity` "tanh"
-    or "relu" (ValueError otherwise).
+    Arguments, shapes and errors as `gru`, with H for 3H, and `nonlinearity` "tanh" or "relu" (ValueError otherwise).
+    `recompute` changes nothing: backward reads the output alone.
 
     Returns:
         (output, h_n): Tensor[T, B, D * H] (laid out as `input`) and Tensor[num_layers * D, B, H].
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"rnn(): argument 'nonlinearity' must be 'tanh' or 'relu', not {nonlinearity!r}")
-    options: dict[str, Any] = {"lengths": lengths, "batch_sizes": batch_sizes, "dropout": dropout, "training": training}
-    options |= {"num_layers": num_layers, "bidirectional": bidirectional, "batch_first": batch_first}
-    input, state, weights = sequence_arguments("rnn", input, None if hx is None else (hx,), weights, options)
-    served = ROOM.resolve("rnn", backend, input, *_features(options))
-    options["seed"] = dropout_seed("rnn", seed, input, options)
+    options: dict[str, Any] = {
+        "num_layers": num_layers, "bidirectional": bidirectional, "batch_first": batch_first, "dropout": dropout,
+        "training": training, "lengths": lengths, "batch_sizes": batch_sizes, "resets": resets,
+        "layer_norm": layer_norm, "zoneout": zoneout, "recurrent_dropout": recurrent_dropout, "recompute": recompute,
+    }  # fmt: skip
+    everything = {**options, "proj_size": 0, "peephole": False}
+    input, state, weights = sequence_arguments("rnn", input, None if hx is None else (hx,), weights, everything)
+    served = ROOM.resolve("rnn", backend, input, *_features(everything))
+    drawn = call_seed("rnn", seed, input, options)
     if served == "reference":
-        return reference.rnn(input, None if state is None else state[0], weights, nonlinearity=nonlinearity, **options)
-    output, (h_n,) = _run(nonlinearity, served, input, state, weights, **options)
+        state = None if state is None else state[0]
+        return reference.rnn(input, state, weights, nonlinearity=nonlinearity, **options, seed=drawn)
+    output, (h_n,) = _run(nonlinearity, served, input, state, weights, everything, drawn)
     return output, h_n
 
 
-def _features(options: dict[str, Any], proj_size: int = 0) -> tuple[str, ...]:
+def _features(options: dict[str, Any]) -> tuple[str, ...]:
     """What the call needs beyond the plain operator; backends say which of it they serve."""
-    found: tuple[str, ...] = ("proj_size",) if proj_size else ()
-    if options["lengths"] is not None and is_compiling():
-        found += ("lengths in a compiled graph",)  # the number of tokens is data there
+    found: tuple[str, ...] = ()
+    if options["proj_size"]:
+        found += ("proj_size",)
+    if options["peephole"]:
+        found += ("peephole",)
+    if options["layer_norm"]:
+        found += ("layer_norm",)
+    zoneout = options["zoneout"]
+    if any(zoneout) if isinstance(zoneout, Sequence) else zoneout:
+        found += ("zoneout",)
+    if is_compiling():  # the number of tokens, of sequences or of rows is data
+        found += tuple(f"{name} in a compiled graph" for name in ("lengths", "resets") if options[name] is not None)
     return found
-
-
-class _Order:
-    """Which tokens of a padded batch exist, sorted by time and by falling length, as the operators want them."""
-
-    def __init__(self, lengths: Tensor, steps: int) -> None:
-        batch = lengths.shape[0]
-        ordered, self.rows = torch.sort(lengths.long(), descending=True, stable=True)
-        self.inverse = torch.argsort(self.rows)
-        time = torch.arange(steps, device=lengths.device).unsqueeze(1)
-        exists = time < ordered
-        self.tokens = (time * batch + self.rows)[exists]
-        sizes = exists.sum(1)
-        self.batch_sizes = sizes[sizes > 0].cpu()
 
 
 def _run(
@@ -178,52 +218,76 @@ def _run(
     input: Tensor,
     hx: tuple[Tensor, ...] | None,
     weights: Sequence[Tensor],
-    *,
-    num_layers: int,
-    bidirectional: bool,
-    batch_first: bool,
-    dropout: float,
-    training: bool,
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
+    options: dict[str, Any],
     seed: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Layers and directions over the operators: (output, final states)."""
-    directions = 2 if bidirectional else 1
-    each = len(weights) // (num_layers * directions)
-    padded = input.transpose(0, 1) if batch_first else input
-    order = None if lengths is None else _Order(lengths, padded.shape[0])
-    if batch_sizes is not None:
-        x, batch = input, int(batch_sizes[0])
-    else:
-        x, batch = padded.reshape(padded.shape[0] * padded.shape[1], padded.shape[2]), padded.shape[1]
+    layers, directions, batch_sizes = (
+        options["num_layers"],
+        2 if options["bidirectional"] else 1,
+        options["batch_sizes"],
+    )
+    each = len(weights) // (layers * directions)
+    extra = extra_names(mode, options["proj_size"] > 0, options["peephole"], False)
+    swap = options["batch_first"]
+    given = input.transpose(0, 1) if swap else input
+    shape = given.shape[:-1]
+    x = given if batch_sizes is not None else given.reshape(shape[0] * shape[1], given.shape[2])
+    batch = shape[1] if batch_sizes is None else int(batch_sizes[0])
+    order = _order(options, given)
     if order is not None:
         x, batch_sizes = x.index_select(0, order.tokens), order.batch_sizes
-        hx = None if hx is None else tuple(s.index_select(1, order.rows) for s in hx)
     if hx is None:
-        zeros = x.new_zeros(num_layers * directions, batch, weights[1].shape[1])
-        hx = (zeros,) * (2 if mode == "lstm" else 1)
+        zeros = x.new_zeros(layers * directions, batch, weights[1].shape[1])
+        hx = (zeros,)
+        if mode == "lstm":
+            hx += (x.new_zeros(layers * directions, batch, weights[0].shape[0] // 4) if extra else zeros,)
+    connect = options["recurrent_dropout"] if options["training"] else 0.0
+    between = options["dropout"] if options["training"] else 0.0
     finals: list[tuple[Tensor, ...]] = []
-    for layer in range(num_layers):
+    for layer in range(layers):
         outputs = []
         for direction in range(directions):
             k = layer * directions + direction
-            w_ih, w_hh, *biases = weights[k * each : (k + 1) * each]
-            given = (x, w_ih, w_hh, *(biases or (None, None)), batch_sizes)
-            results = run_layer((mode, backend, direction == 1), given, tuple(s[k] for s in hx))
-            outputs.append(results[0])
-            finals.append(results[1:])
+            w = unflatten(weights[k * each : (k + 1) * each], extra)
+            if connect > 0 and seed is not None:
+                w = w._replace(w_hh=dropped(w.w_hh, seed, 1, k, connect))
+            states = tuple(s[k] for s in hx)
+            if order is not None:
+                states = tuple(order.initial(s, direction) for s in states)
+            tensors = (x, w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr, w.peephole, batch_sizes)
+            result, *final = run_layer(Mode(mode, backend, direction == 1, options["recompute"]), tensors, states)
+            outputs.append(result)
+            finals.append(tuple(final) if order is None else tuple(order.final(s, direction) for s in final))
         x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-        if seed is not None and layer < num_layers - 1:
-            tokens = padded.shape[:-1].numel()  # the mask is addressed by the element's place in the padded layout
-            keep = keep_mask(seed.to(x.device), (num_layers - 1, tokens, x.shape[1]), dropout)[layer]
-            keep = keep if order is None else keep.index_select(0, order.tokens)
-            x = torch.where(keep, x * (1 / (1 - dropout) if dropout < 1 else 0.0), 0)
-    final = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
+        if between > 0 and layer < layers - 1:
+            assert seed is not None
+            x = _dropped(x, seed, layer, between, shape.numel(), order)
+    final_states = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
     if order is not None:
-        final = tuple(s.index_select(1, order.inverse) for s in final)
-        x = x.new_zeros(padded.shape[0] * padded.shape[1], x.shape[1]).index_copy(0, order.tokens, x)
-    if batch_sizes is None or order is not None:
-        x = x.reshape(padded.shape[0], padded.shape[1], x.shape[1])
-        x = x.transpose(0, 1) if batch_first else x
-    return x, final
+        x = x.new_zeros(shape.numel(), x.shape[1]).index_copy(0, order.tokens, x)
+    x = x.reshape(*shape, x.shape[1])
+    return (x.transpose(0, 1) if swap else x), final_states
+
+
+def _order(options: dict[str, Any], input: Tensor) -> Order | None:
+    """How the tokens of an input (T, B, I) or, packed, (N, I) must be ordered; None: they are as they should be."""
+    lengths, batch_sizes, resets = options["lengths"], options["batch_sizes"], options["resets"]
+    if batch_sizes is not None:
+        return None if resets is None else Order.of_packed(batch_sizes, resets)
+    if lengths is None and resets is None:
+        return None
+    steps, batch = input.shape[0], input.shape[1]
+    if lengths is None:
+        lengths = torch.full((batch,), steps, device=input.device)
+    if resets is not None and options["batch_first"]:
+        resets = resets.transpose(0, 1)
+    return Order(lengths, steps, resets=resets)
+
+
+def _dropped(x: Tensor, seed: Tensor, layer: int, p: float, tokens: int, order: Order | None) -> Tensor:
+    """Dropout between layers; the mask is addressed by the element's place in the layout that was given."""
+    if order is None:
+        return dropped(x, seed, 0, layer, p)
+    keep = reference.recurrent.keep(seed, 0, layer, (tokens, x.shape[1]), p, x.device).index_select(0, order.tokens)
+    return torch.where(keep, x * (1 / (1 - p) if p < 1 else 0.0), 0)

@@ -155,8 +155,8 @@ _BENCH = ((64, 32, 256), (64, 32, 512), (100, 128, 64))
 
 def _cell(name: str, mode: str) -> OpSpec:
     bench = (_cell_case("B32-H256", mode, 32, 256, 256), _cell_case("B128-H512", mode, 128, 512, 512))
-    peer, kernels = _of_named_tensors(getattr(torch, name)), () if mode == "rnn" else KERNELS
-    return OpSpec(name, "recurrent", _cell_cases(mode), bench, peer, kernels, long_sums=_LONG, wrap=_of_named_tensors)
+    peer = _of_named_tensors(getattr(torch, name))
+    return OpSpec(name, "recurrent", _cell_cases(mode), bench, peer, KERNELS, long_sums=_LONG, wrap=_of_named_tensors)
 
 
 def _projected() -> OpSpec:

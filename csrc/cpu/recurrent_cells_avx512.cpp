@@ -1,2 +1,0 @@
-// Compiled with the AVX-512 (F, BW, VL, DQ) flags setup.py gives to *_avx512.cpp.
-#include "recurrent_cells.inc"
