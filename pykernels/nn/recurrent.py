@@ -13,8 +13,15 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..ops import _autocast
 from ..ops import recurrent as ops
+from ..ops.recurrent import extra_names
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+
+
+def _check_class(kind: type[nn.Module], module: Any) -> None:
+    if not isinstance(module, kind):
+        given = type(module).__name__
+        raise TypeError(f"from_torch(): argument 'module' must be torch.nn.{kind.__name__}, not {given}")
 
 
 def _adopt(new: nn.Module, module: nn.Module) -> None:
@@ -67,7 +74,8 @@ class RNNCell(nn.RNNCell):
 
     @classmethod
     def from_torch(cls, module: nn.RNNCell, *, backend: str | None = None) -> RNNCell:
-        """An RNNCell with the options and the very parameters of a `torch.nn.RNNCell`."""
+        """An RNNCell with the options and the very parameters of a `torch.nn.RNNCell` (TypeError for another)."""
+        _check_class(nn.RNNCell, module)
         size = module.input_size, module.hidden_size
         new = cls(*size, module.bias, module.nonlinearity, device="meta", backend=backend)
         _adopt(new, module)
@@ -91,7 +99,8 @@ class LSTMCell(nn.LSTMCell):
 
     @classmethod
     def from_torch(cls, module: nn.LSTMCell, *, backend: str | None = None) -> LSTMCell:
-        """An LSTMCell with the options and the very parameters of a `torch.nn.LSTMCell`."""
+        """An LSTMCell with the options and the very parameters of a `torch.nn.LSTMCell` (TypeError for another)."""
+        _check_class(nn.LSTMCell, module)
         new = cls(module.input_size, module.hidden_size, module.bias, device="meta", backend=backend)
         _adopt(new, module)
         return new
@@ -112,20 +121,76 @@ class GRUCell(nn.GRUCell):
 
     @classmethod
     def from_torch(cls, module: nn.GRUCell, *, backend: str | None = None) -> GRUCell:
-        """A GRUCell with the options and the very parameters of a `torch.nn.GRUCell`."""
+        """A GRUCell with the options and the very parameters of a `torch.nn.GRUCell` (TypeError for another)."""
+        _check_class(nn.GRUCell, module)
         new = cls(module.input_size, module.hidden_size, module.bias, device="meta", backend=backend)
         _adopt(new, module)
         return new
 
 
+# The options that torch.nn has not, with what switches them off.
+_OPTIONS: dict[str, Any] = {
+    "layer_norm": False,
+    "zoneout": 0.0,
+    "recurrent_dropout": 0.0,
+    "peephole": False,
+    "recompute": False,
+}
+_EXTRA_NAMES = {
+    "peephole": "weight_peephole",
+    "norm_ih": "weight_norm_ih",
+    "norm_hh": "weight_norm_hh",
+    "norm_c": "weight_norm_c",
+    "norm_c_bias": "bias_norm_c",
+}
+
+
 class _Sequence(nn.RNNBase):
-    """What RNN, LSTM and GRU share: layouts in, layouts out. `states` is how many tensors the state has."""
+    """What RNN, LSTM and GRU share: layouts in, layouts out. `states` is how many tensors the state has, `twin` torch's
+    module of the same name."""
 
     states = 1
+    gates = 1
+    twin: type[nn.RNNBase] = nn.RNN
 
     def __init__(self, mode: str, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+        chosen = {name: kwargs.pop(name, off) for name, off in _OPTIONS.items()}
         super().__init__(mode, *args, **kwargs)
         self.backend = backend
+        for name, value in chosen.items():
+            setattr(self, name, value)
+        if self.peephole and mode != "LSTM":
+            raise ValueError("peephole argument is only supported for LSTM, not RNN or GRU")
+        self._names = self._add_parameters()
+
+    def _add_parameters(self) -> list[str]:
+        """Adds what the options need; returns the names of all parameters in the order of the flat weights."""
+        like, hidden = getattr(self, self._flat_weights_names[0]), self.hidden_size
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        each, names = len(self._flat_weights_names) // rows, []
+        sizes = {"peephole": 3 * hidden, "norm_c": hidden, "norm_c_bias": hidden}
+        extra = extra_names(self.mode.lower(), False, self.peephole, self.layer_norm)
+        for k in range(rows):
+            names += self._flat_weights_names[k * each : (k + 1) * each]
+            suffix = names[-1][names[-1].index("_l") :]
+            for key in extra:
+                name = _EXTRA_NAMES[key] + suffix
+                self.register_parameter(name, nn.Parameter(like.new_empty(sizes.get(key, self.gates * hidden))))
+                names.append(name)
+        if extra:
+            self.reset_parameters()
+        return names
+
+    def reset_parameters(self) -> None:
+        """As torch.nn's; gains of layer normalisation are 1, its offset 0."""
+        super().reset_parameters()
+        for name, parameter in self.named_parameters():
+            if "_norm_" in name:
+                nn.init.constant_(parameter, float(name.startswith("weight")))
+
+    def extra_repr(self) -> str:
+        changed = [f", {name}={getattr(self, name)}" for name, off in _OPTIONS.items() if getattr(self, name) != off]
+        return super().extra_repr() + "".join(changed)
 
     def _call(self, input: Tensor, hx: Any, **options: Any) -> tuple[Any, Any]:
         raise NotImplementedError
@@ -136,12 +201,16 @@ class _Sequence(nn.RNNBase):
             "bidirectional": self.bidirectional,
             "dropout": self.dropout,
             "training": self.training,
+            "layer_norm": self.layer_norm,
+            "zoneout": self.zoneout,
+            "recurrent_dropout": self.recurrent_dropout,
+            "recompute": self.recompute,
             "backend": self.backend,
         }
 
     def _flat(self) -> list[Tensor]:
         # Read from the module and not from torch's cached list: right under functional_call and parametrisation.
-        return [getattr(self, name) for name in self._flat_weights_names]
+        return [getattr(self, name) for name in self._names]
 
     def _check_input(self, input: Tensor) -> None:
         dtype = getattr(self, self._flat_weights_names[0]).dtype
@@ -163,15 +232,18 @@ class _Sequence(nn.RNNBase):
     def _map(self, state: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return function(state) if self.states == 1 else tuple(function(s) for s in state)
 
-    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None) -> tuple[Any, Any]:
+    def forward(
+        self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, resets: Tensor | None = None
+    ) -> tuple[Any, Any]:
         """Runs the sequences.
 
         Args:
             input: Tensor[T, B, I] (Tensor[B, T, I] with batch_first), Tensor[T, I], or a PackedSequence.
             hx: the initial state, zeros by default: Tensor[num_layers * directions, B, H], without B for unbatched
                 input; for LSTM a pair (h_0, c_0), h_0 of the projections' size if there are any.
-            lengths: Tensor[B] of the sequences' lengths, in any order; padded input only. See
-                `pykernels.functional.lstm`.
+            lengths: Tensor[B] of the sequences' lengths, in any order; padded input only.
+            resets: bool, of the input's shape without its last dimension (of a PackedSequence: of its data's), True
+                where the sequence is cut before the step. For both see `pykernels.functional.lstm`.
 
         Returns:
             (output, final state), laid out as `input` and `hx`.
@@ -179,32 +251,48 @@ class _Sequence(nn.RNNBase):
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError(f"{type(self).__name__}: lengths must be None with a PackedSequence")
-            return self._packed(input, hx)
+            return self._packed(input, hx, resets)
         if input.dim() not in (2, 3):
             raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
         self._check_input(input)
         if input.dim() == 3:
-            return self._call(input, hx, lengths=lengths, batch_first=self.batch_first, **self._options())
+            given = self._options()
+            return self._call(input, hx, lengths=lengths, resets=resets, batch_first=self.batch_first, **given)
         hx = None if hx is None else self._unbatched_state(hx)
-        if lengths is not None:
-            lengths = lengths.reshape(1)
-        output, state = self._call(input.unsqueeze(1), hx, lengths=lengths, **self._options())
+        lengths, resets = (
+            None if lengths is None else lengths.reshape(1),
+            None if resets is None else resets.unsqueeze(1),
+        )
+        output, state = self._call(input.unsqueeze(1), hx, lengths=lengths, resets=resets, **self._options())
         return output.squeeze(1), self._map(state, lambda s: s.squeeze(1))
 
-    def _packed(self, input: PackedSequence, hx: Any) -> tuple[Any, Any]:
+    def _packed(self, input: PackedSequence, hx: Any, resets: Tensor | None) -> tuple[Any, Any]:
         data, batch_sizes, order, back = input
         self._check_input(data)
         if hx is not None and order is not None:
             hx = self._map(hx, lambda s: s.index_select(1, order))
-        output, state = self._call(data, hx, batch_sizes=batch_sizes, **self._options())
+        output, state = self._call(data, hx, batch_sizes=batch_sizes, resets=resets, **self._options())
         if back is not None:
             state = self._map(state, lambda s: s.index_select(1, back))
         return PackedSequence(output, batch_sizes, order, back), state
 
     @classmethod
-    def from_torch(cls, module: Any, *, backend: str | None = None) -> Any:
-        """A module with the options and the very parameters of torch.nn's module of the same name."""
+    def from_torch(
+        cls,
+        module: Any,
+        *,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        recompute: bool = False,
+        backend: str | None = None,
+    ) -> Any:
+        """A module with the options and the very parameters of torch.nn's module of the same name.
+
+        The other arguments are those that need no parameters. TypeError for another module.
+        """
+        _check_class(cls.twin, module)
         options = {name: getattr(module, name) for name in ("bias", "batch_first", "dropout", "bidirectional")}
+        options |= {"zoneout": zoneout, "recurrent_dropout": recurrent_dropout, "recompute": recompute}
         if module.proj_size:
             options["proj_size"] = module.proj_size
         if hasattr(module, "nonlinearity"):
@@ -216,7 +304,10 @@ class _Sequence(nn.RNNBase):
 
 
 class RNN(_Sequence):
-    """Vanilla RNN; `torch.nn.RNN` with its constructor, plus keyword-only `backend`. See `forward` for shapes.
+    """Vanilla RNN; `torch.nn.RNN` with its constructor. See `forward` for shapes.
+
+    Keyword-only beside it: `layer_norm`, `zoneout`, `recurrent_dropout`, `recompute` and `backend`, as
+    `pykernels.functional.rnn` has them; parameters of layer normalisation are `weight_norm_ih_l0`, `weight_norm_hh_l0`.
 
     Errors as `pykernels.functional.rnn`; ValueError for an unknown `nonlinearity` or a wrong input dtype.
     """
@@ -242,25 +333,34 @@ class RNN(_Sequence):
 
 
 class LSTM(_Sequence):
-    """LSTM; `torch.nn.LSTM` with its constructor, plus keyword-only `backend`. See `forward` for shapes.
+    """LSTM; `torch.nn.LSTM` with its constructor. See `forward` for shapes.
+
+    Keyword-only beside it: `layer_norm`, `zoneout`, `recurrent_dropout`, `peephole`, `recompute` and `backend`, as
+    `pykernels.functional.lstm` has them. They add the parameters `weight_peephole_l0`, and `weight_norm_ih_l0`,
+    `weight_norm_hh_l0`, `weight_norm_c_l0`, `bias_norm_c_l0`.
 
     Errors as `pykernels.functional.lstm`; ValueError for a wrong input dtype.
     """
 
     states = 2
+    gates = 4
+    twin = nn.LSTM
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
     def _call(self, input: Tensor, hx: Any, **options: Any) -> tuple[Any, Any]:
-        return ops.lstm(input, hx, self._flat(), proj_size=self.proj_size, **options)
+        return ops.lstm(input, hx, self._flat(), proj_size=self.proj_size, peephole=self.peephole, **options)
 
 
 class GRU(_Sequence):
-    """GRU; `torch.nn.GRU` with its constructor, plus keyword-only `backend`. See `forward` for shapes.
+    """GRU; `torch.nn.GRU` with its constructor. See `forward` for shapes. Options as `RNN`.
 
     Errors as `pykernels.functional.gru`; ValueError for a wrong input dtype.
     """
+
+    gates = 3
+    twin = nn.GRU
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:

@@ -88,7 +88,7 @@ def sequence_arguments(
     for key in ("dropout", "recurrent_dropout"):
         probability(function, key, options[key])
     zoneout = options["zoneout"]
-    if function == "lstm" and isinstance(zoneout, Sequence):
+    if function == "lstm" and isinstance(zoneout, (tuple, list)):
         if len(zoneout) != 2:
             raise RuntimeError(f"lstm(): argument 'zoneout' must be one number or two (h, c), not {len(zoneout)}")
         for value in zoneout:
@@ -178,5 +178,5 @@ def call_seed(function: str, seed: int | Tensor | None, input: Tensor, options: 
         return None
     zoneout = options["zoneout"]
     active = (options["dropout"] > 0 and options["num_layers"] > 1) or options["recurrent_dropout"] > 0
-    active = active or (any(zoneout) if isinstance(zoneout, Sequence) else zoneout > 0)
+    active = active or (any(zoneout) if isinstance(zoneout, (tuple, list)) else zoneout > 0)
     return as_seed(seed, input, function) if active else None

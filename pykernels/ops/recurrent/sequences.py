@@ -205,7 +205,7 @@ def _features(options: dict[str, Any]) -> tuple[str, ...]:
     if options["layer_norm"]:
         found += ("layer_norm",)
     zoneout = options["zoneout"]
-    if any(zoneout) if isinstance(zoneout, Sequence) else zoneout:
+    if any(zoneout) if isinstance(zoneout, (tuple, list)) else zoneout:
         found += ("zoneout",)
     if is_compiling():  # the number of tokens, of sequences or of rows is data
         found += tuple(f"{name} in a compiled graph" for name in ("lengths", "resets") if options[name] is not None)

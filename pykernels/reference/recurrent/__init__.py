@@ -45,7 +45,7 @@ class Options:
 
     def zones(self, states: int) -> tuple[float, ...]:
         """The zoneout probability of each state."""
-        return tuple(self.zoneout) if isinstance(self.zoneout, Sequence) else (self.zoneout,) * states
+        return tuple(self.zoneout) if isinstance(self.zoneout, (tuple, list)) else (self.zoneout,) * states
 
 
 def rnn_tanh_cell(

@@ -17,6 +17,7 @@ Step = Callable[[Tensor, State], State]  # (gates from the input, state before) 
 
 GATES = {"lstm": 4, "gru": 3}  # a vanilla RNN has one
 EPS = 1e-5  # of layer normalisation
+_SHIFTS = tuple((use * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63 for use in range(4))  # as int64
 
 
 class Weights(NamedTuple):
@@ -66,7 +67,7 @@ def keep(seed: Tensor, use: int, index: int, shape: Sequence[int], p: float, dev
     """
     count = math.prod(shape)
     offsets = torch.arange(index * count, (index + 1) * count, device=device)
-    words = philox_words(seed.to(device) + use * -0x61C8864680B583EB, offsets)  # the same constant as an int64; wraps
+    words = philox_words(seed.to(device) + _SHIFTS[use], offsets)
     return (words >= round(p * 2.0**32)).reshape(tuple(shape))
 
 
