@@ -1,4 +1,4 @@
-"""What torch.nn's recurrent layers have not: resets, peepholes, layer normalisation, zoneout, DropConnect, recompute."""
+"""What torch.nn's layers have not: resets, peepholes, layer normalisation, zoneout, DropConnect, recompute."""
 
 from __future__ import annotations
 

@@ -167,6 +167,8 @@ def _recomputed(mode: Mode, layer: Tensors, states: Tensors, output: Tensor) -> 
     if mode.kind == "lstm":
         found: Tensors = lstm_recompute[mode.backend](layer[0], *states, *layer[1:], output, mode.reverse)
         return found
+    if mode.kind != "gru":
+        return ()
     weights = (*layer[1:5], layer[_SIZES])
     return (gru_recompute[mode.backend](layer[0], *states, *weights, output, mode.reverse),)
 
@@ -182,6 +184,8 @@ def _backward(
 ) -> Tensors:
     """Gradients of (input, w_ih, w_hh, b_ih, b_hh, w_hr, peephole, *states), zero-size where the mask is False."""
     kind, backend, reverse, _ = mode
+    if mode.recompute:
+        kept = _recomputed(mode, layer, states, output)
     input, w_ih, w_hh, _, _, w_hr, peephole, sizes = layer
     of_input, of_w_ih, of_w_hh, of_b_ih, of_b_hh, of_w_hr, of_peephole, *of_states = mask
     order = (of_input, *of_states, of_w_ih, of_w_hh, of_b_ih or of_b_hh)
@@ -266,8 +270,6 @@ class Layer(Function):
         mask = (*needed[1 : 1 + _SIZES], *needed[1 + _LAYER :])
         if dy is None:  # rows of stride 0: no memory for the zeros
             dy = output.new_zeros(1, output.shape[1]).expand(output.shape)
-        if mode.recompute and mode.kind in ("lstm", "gru"):
-            kept = _recomputed(mode, layer, states, output)
         if torch.is_grad_enabled():
             grads = LayerGrad.apply(mode, mask, len(states), len(kept), dy, *dfinal, *layer, *states, output, *kept)
         else:

@@ -45,7 +45,7 @@ class Options:
 
     def zones(self, states: int) -> tuple[float, ...]:
         """The zoneout probability of each state."""
-        return tuple(self.zoneout) if isinstance(self.zoneout, (tuple, list)) else (self.zoneout,) * states
+        return (self.zoneout,) * states if isinstance(self.zoneout, (int, float)) else tuple(self.zoneout)
 
 
 def rnn_tanh_cell(
