@@ -40,7 +40,8 @@ struct BagArgs {
   int64_t table_stride{}, cols{};  // elements
   const void* scale{};             // one a position, of the table's dtype; or null
   void* out{};
-  int32_t* maxima{};  // (bags, cols): place in the bag of the first maximum, -1 for a bag without ids; or null
+  int64_t out_stride{};  // elements, of maxima too
+  int32_t* maxima{};     // (bags, cols): place in the bag of the first maximum, -1 for a bag without ids; or null
 };
 
 // dscale[p] = dy[bag of p] . table[id of p], divided by the size of the bag with `mean`.
@@ -88,6 +89,21 @@ struct SegmentArgs {
   bool dense{};  // row of a run: its id; otherwise its number
 };
 
+// An optimizer's step on the row of each run; pykernels/ops/embedding/update.py has the formulas.
+enum class RowRule { kSgd, kAdagrad, kRowwiseAdagrad, kAdam };
+
+struct UpdateArgs {
+  RowRule rule{};
+  void* table{};
+  int64_t table_stride{};  // elements
+  void* state{};           // (rows, cols), of kRowwiseAdagrad (rows); float (double for double)
+  void* second_state{};    // (rows, cols)
+  double lr{}, weight_decay{}, eps{}, beta1{}, beta2{};
+  double step_size{}, root_correction{};  // of Adam: lr / (1 - beta1^step), sqrt(1 - beta2^step)
+  bool stochastic{};                      // round to bfloat16 by Philox words
+  uint64_t seed{};
+};
+
 struct EmbeddingKernels {
   void (*gather)(const GatherArgs&, int64_t begin, int64_t end);               // positions
   void (*bag)(const BagArgs&, int64_t begin, int64_t end);                     // bags
@@ -98,5 +114,10 @@ struct EmbeddingKernels {
 
 const EmbeddingKernels* embedding_kernels_avx2();
 const EmbeddingKernels* embedding_kernels_avx512();
+
+// Sums the runs [begin, end) and steps their rows; `row` holds cols sums (float; double for double).
+using UpdateKernel = void (*)(const SegmentArgs&, const UpdateArgs&, void* row, int64_t begin, int64_t end);
+UpdateKernel embedding_update_avx2();
+UpdateKernel embedding_update_avx512();
 
 }  // namespace pk

@@ -53,7 +53,7 @@ TableDtype table_dtype(const at::Tensor& table, const char* function) {
   }
 }
 
-void check_ids(const at::Tensor& ids, int64_t rows, const char* function) {
+void check_ids(const at::Tensor& ids, int64_t rows, const char* function, const std::string& argument) {
   const bool narrow = ids.scalar_type() == at::kInt;
   const int64_t count = ids.numel();
   if (count == 0 || (narrow ? all_within(ids.const_data_ptr<int32_t>(), count, rows)
@@ -73,15 +73,16 @@ void check_ids(const at::Tensor& ids, int64_t rows, const char* function) {
     rest %= inner;
   }
   if (ids.dim()) where << "]";
-  TORCH_CHECK_INDEX(false, function, "(): argument 'input': input", where.str(), " is ", value(first),
+  TORCH_CHECK_INDEX(false, function, "(): argument '", argument, "': ", argument, where.str(), " is ", value(first),
                     ", which is not in [0, ", rows, ")");
 }
 
-HeldIds::HeldIds(const at::Tensor& given, int64_t rows, const char* function) : tensor(given.contiguous()) {
+HeldIds::HeldIds(const at::Tensor& given, int64_t rows, const char* function, const std::string& argument)
+    : tensor(given.contiguous()) {
   TORCH_CHECK(given.device().is_cpu() && (given.scalar_type() == at::kInt || given.scalar_type() == at::kLong),
-              function, "(): argument 'input' must be int32 or int64 on the CPU, not ", given.scalar_type(), " on ",
-              given.device());
-  check_ids(tensor, rows, function);
+              function, "(): argument '", argument, "' must be int32 or int64 on the CPU, not ", given.scalar_type(),
+              " on ", given.device());
+  check_ids(tensor, rows, function, argument);
   ids = {tensor.const_data_ptr(), tensor.scalar_type() == at::kInt, tensor.numel()};
 }
 
@@ -89,14 +90,15 @@ at::Tensor with_rows(const at::Tensor& matrix) {
   return matrix.stride(1) == 1 || matrix.size(1) <= 1 ? matrix : matrix.contiguous();
 }
 
-HeldBags::HeldBags(const at::Tensor& ids, const std::optional<at::Tensor>& given, bool include_last_offset) {
+HeldBags::HeldBags(const at::Tensor& ids, const std::optional<at::Tensor>& given, bool include_last_offset,
+                   const char* function) {
   if (!given) {
-    TORCH_CHECK(ids.dim() == 2, "embedding_bag(): argument 'input' must be 2-D without offsets, not ", ids.dim(), "-D");
+    TORCH_CHECK(ids.dim() == 2, function, "(): the ids must be 2-D without offsets, not ", ids.dim(), "-D");
     bags = {nullptr, ids.size(1), ids.size(0)};
     limit = ids.numel();
     return;
   }
-  constexpr auto name = "embedding_bag(): argument 'offsets'";
+  const std::string name = std::string(function) + "(): argument 'offsets'";
   TORCH_CHECK(given->dim() == 1 && given->device().is_cpu() && !at::isFloatingType(given->scalar_type()), name,
               " must be 1-D, int32 or int64, on the CPU");
   const at::Tensor wide = given->to(at::kLong).contiguous();
@@ -108,7 +110,7 @@ HeldBags::HeldBags(const at::Tensor& ids, const std::optional<at::Tensor>& given
       TORCH_CHECK_VALUE(p[i] <= p[i + 1], name, " must not decrease, but offsets[", i, "] is ", p[i], " and offsets[",
                         i + 1, "] is ", p[i + 1]);
     }
-    TORCH_CHECK(p[size - 1] <= count, name, " must not exceed the length ", count, " of input, but offsets[-1] is ",
+    TORCH_CHECK(p[size - 1] <= count, name, " must not exceed the length ", count, " of the ids, but offsets[-1] is ",
                 p[size - 1]);
   }
   offsets.assign(p, p + size);
