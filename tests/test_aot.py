@@ -130,6 +130,7 @@ def test_drift_of_more_than_a_tenth(change, fault):
         ({"local_in_loop": 2}, rules.Rules(spill_bytes=64), "2 local-memory accesses in the hot loop"),
         ({"spill_bytes": 64}, rules.Rules(spill_bytes=64), None),
         ({"warnings": ["Potential Performance Loss: wgmma"]}, rules.Rules(), "Potential Performance Loss: wgmma"),
+        ({"barriers": 1}, rules.Rules(barriers=0), "1 barriers, allowed 0"),
         ({"occupancy": 0.4}, rules.Rules(occupancy=0.5), "occupancy 0.40"),
         ({"mma_efficiency": 0.5}, rules.Rules(mma_efficiency=0.95), "0.50 of the matrix work"),
     ],

@@ -27,6 +27,7 @@ class Rules:
     mma_efficiency: float = 0.0  #: useful over issued flops of the hot loop (`Entry.loop_flops`), sm_90
     occupancy: float = 0.0  #: share of a multiprocessor's warps
     blocks: int = 1  #: blocks on one multiprocessor
+    barriers: int | None = None  #: most barriers of a block
 
 
 #: A streaming kernel: wide accesses, enough warps to hide memory latency, and fewer instructions than a third of the
@@ -78,6 +79,7 @@ class Row:
     stores_128: int = 0
     narrow: int = 0  #: 8- and 16-bit accesses on the path of a full tile
     mma: int = 0
+    barriers: int = 0
     instructions_per_byte: float | None = None
     issue_share: float | None = None  #: of the instructions the chip can issue while these bytes move
     roofline: float | None = None  #: tensor-core share of the hot loop without any overlap, sm_90
@@ -116,6 +118,8 @@ def check(row: Row, rules: Rules) -> list[str]:
             row.narrow <= rules.narrow,
             f"{row.narrow} accesses of 8 or 16 bits on the path of a full tile, allowed {rules.narrow}",
         )
+    if rules.barriers is not None:
+        require(row.barriers <= rules.barriers, f"{row.barriers} barriers, allowed {rules.barriers}")
     if rules.tensor_cores:
         require(row.mma > 0, f"no {MMA_FOR_TARGET[row.target]} instructions: the tensor cores are not used")
     limit, found = rules.instructions_per_byte, row.instructions_per_byte

@@ -100,7 +100,7 @@ def _saved(case: Case, dtype: torch.dtype) -> int:
 
 
 _LONG = frozenset(("weight", "per_sample_weights"))
-_KERNELS = ("cpu",)
+_KERNELS = ("cpu", "triton")
 _BENCH = (_lookup("100kx128-64k", (65536,), 100_000, 128),)
 
 

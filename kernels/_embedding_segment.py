@@ -1,0 +1,262 @@
+"""Sums of rows by id, without atomics: positions sorted by id, each row of the gradient the sum of one run of them.
+
+The sorted positions are cut into chunks of a fixed length that depends on their number only, one program to a chunk
+(and some columns), so the work of a program does not depend on how often an id occurs. A run that lies in one chunk is
+finished there. Of one that crosses chunks, each chunk leaves one partial sum in float32: a *tail* where the run begins,
+a *head* in every chunk that it began before. `segment_join_kernel` adds tail and heads in order. So the bits depend on
+the ids and on nothing else, and nothing is asked of the device: sizes follow from the number of positions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _lib
+from ._embedding_forward import Bags, bag_of, id_at
+
+HEADS = 32  #: partial sums that a program of `segment_join_kernel` adds at once
+
+
+@triton.jit
+def segment_keys_kernel(
+    ids_ptr, offsets_ptr, keys_ptr, bags, n, rows, padding, LIMITED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """What positions are sorted by: the id, or `rows` for those that add to no row."""
+    position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    limit = n
+    if LIMITED:
+        limit = tl.minimum(tl.load(offsets_ptr + bags).to(tl.int64), n)
+    id, counted = id_at(ids_ptr, position, position < limit, rows, padding)
+    tl.store(keys_ptr + position, tl.where(counted, id, rows).to(keys_ptr.dtype.element_ty), mask=position < n)
+
+
+@triton.jit
+def segment_entries_kernel(
+    order_ptr, offsets_ptr, sizes_ptr, scale_ptr, source_ptr, factor_ptr, place_ptr, bags, length, n,
+    STEPS: tl.constexpr, OFFSETS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """For each sorted entry: its row of dy, what that row is multiplied by, and its place within its bag."""
+    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = entry < n
+    position = tl.load(order_ptr + entry, mask=live, other=0)
+    bag = bag_of(position, offsets_ptr, bags, length, STEPS, OFFSETS)
+    tl.store(source_ptr + entry, bag, mask=live)
+    if factor_ptr is not None:
+        factor = tl.full((BLOCK,), 1.0, tl.float32)
+        if scale_ptr is not None:
+            factor = tl.load(scale_ptr + position, mask=live, other=0.0).to(tl.float32)
+        if sizes_ptr is not None:
+            factor = factor / tl.load(sizes_ptr + bag, mask=live, other=1.0)
+        tl.store(factor_ptr + entry, factor, mask=live)
+    if place_ptr is not None:
+        if OFFSETS:
+            begin = tl.load(offsets_ptr + bag, mask=live, other=0).to(tl.int64)
+        else:
+            begin = bag * length
+        tl.store(place_ptr + entry, (position - begin).to(tl.int32), mask=live)
+
+
+@triton.jit
+def entry_row(entry, end, filler, keys_ptr, gradient, rows, cols, col):
+    """The key of an entry, and what it adds to that row. Past `end`: the filler, and nothing."""
+    source_ptr, factor_ptr, place_ptr, maxima_ptr, dy_ptr, dy_row, dy_col = gradient
+    live = entry < end
+    key = tl.where(live, tl.load(keys_ptr + entry, mask=live, other=0).to(tl.int64), filler)
+    source = tl.load(source_ptr + entry, mask=live, other=0)
+    mask = (col < cols) & (live & (key < rows))
+    row = tl.load(dy_ptr + source * dy_row + col * dy_col, mask=mask, other=0.0).to(tl.float32)
+    if factor_ptr is not None:
+        row = row * tl.load(factor_ptr + entry, mask=live, other=0.0)
+    if maxima_ptr is not None:  # a column's gradient belongs to the entry that held its maximum
+        place = tl.load(place_ptr + entry, mask=live, other=0)
+        row = tl.where(tl.load(maxima_ptr + source * cols + col, mask=mask, other=-1) == place, row, 0.0)
+    return key, row
+
+
+@triton.jit
+def finish(total, key, target, count, out_ptr, rows, cols, col, BY_FREQUENCY: tl.constexpr):
+    """The sum of one run, rounded once."""
+    if BY_FREQUENCY:
+        total = total / count.to(tl.float32)
+    tl.store(out_ptr + target * cols + col, total.to(out_ptr.dtype.element_ty), mask=(col < cols) & (key < rows))
+
+
+@triton.jit
+def segment_kernel(
+    keys_ptr, ranks_ptr, source_ptr, factor_ptr, place_ptr, maxima_ptr, dy_ptr, out_ptr, partial_ptr,
+    n, rows, cols, dy_row, dy_col, chunk_length,
+    SPARSE: tl.constexpr, BY_FREQUENCY: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """One chunk of the sorted entries, four rows in flight. partial: (chunks, 2, cols), a head and a tail for each."""
+    chunk = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)
+    begin = chunk * chunk_length
+    end = tl.minimum(begin + chunk_length, n)
+    current = tl.load(keys_ptr + begin).to(tl.int64)
+    if current >= rows:  # sorted last: nothing more adds to a row
+        return
+    filler = tl.load(keys_ptr + end - 1).to(tl.int64)
+    head = tl.load(keys_ptr + begin - 1, mask=begin > 0, other=-1).to(tl.int64) == current
+    target = tl.load(ranks_ptr + begin).to(tl.int64) if SPARSE else current
+    gradient = source_ptr, factor_ptr, place_ptr, maxima_ptr, dy_ptr, dy_row, dy_col
+    head_ptr = partial_ptr + chunk * 2 * cols + col
+    first = begin
+    total = tl.zeros((COLS,), tl.float32)
+    for i in range(begin, end, 4):
+        entries = ()
+        for u in tl.static_range(4):  # all loads come before a store: the compiler moves none across
+            entries += (entry_row(i + u, end, filler, keys_ptr, gradient, rows, cols, col),)
+        for u in tl.static_range(4):
+            key, row = entries[u]
+            if key != current:
+                if head:
+                    tl.store(head_ptr, total, mask=col < cols)
+                else:
+                    finish(total, current, target, i + u - first, out_ptr, rows, cols, col, BY_FREQUENCY)
+                total = tl.zeros((COLS,), tl.float32)
+                head = key == current
+                target = target + 1 if SPARSE else key
+                first = i + u
+                current = key
+            total += row
+    goes_on = tl.load(keys_ptr + end, mask=end < n, other=-1).to(tl.int64) == current
+    if head:
+        tl.store(head_ptr, total, mask=col < cols)
+    elif goes_on:
+        tl.store(head_ptr + cols, total, mask=(col < cols) & (current < rows))
+    else:
+        finish(total, current, target, end - first, out_ptr, rows, cols, col, BY_FREQUENCY)
+
+
+@triton.jit
+def first_not_below(keys_ptr, low, count, key, stride):
+    """The first i of `count` from low on with keys[i * stride] >= key, or low + count."""
+    high = low + count
+    while low < high:
+        middle = (low + high) // 2
+        below = tl.load(keys_ptr + middle * stride).to(tl.int64) < key
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
+@triton.jit
+def segment_join_kernel(
+    keys_ptr, ranks_ptr, out_ptr, partial_ptr, n, rows, cols, chunk_length,
+    SPARSE: tl.constexpr, BY_FREQUENCY: tl.constexpr, HEADS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """The run that crosses the end of a chunk, if it begins in that chunk: its tail and its heads, in order."""
+    chunk = tl.program_id(0).to(tl.int64)
+    end = (chunk + 1) * chunk_length  # not the last chunk: this many entries exist
+    key = tl.load(keys_ptr + end - 1).to(tl.int64)
+    if key >= rows:
+        return
+    if tl.load(keys_ptr + end).to(tl.int64) != key:
+        return
+    first = first_not_below(keys_ptr, end - chunk_length, chunk_length, key, 1)
+    before = tl.load(keys_ptr + first - 1, mask=first > 0, other=-1).to(tl.int64)
+    if before == key:  # then first is where the chunk begins, and the run began in an earlier one
+        return
+    past = first_not_below(keys_ptr, chunk + 1, tl.cdiv(n, chunk_length) - chunk - 1, key + 1, chunk_length)
+    col = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)
+    total = tl.load(partial_ptr + (chunk * 2 + 1) * cols + col, mask=col < cols, other=0.0)
+    heads = tl.zeros((HEADS, COLS), tl.float32)
+    for i in range(chunk + 1, past, HEADS):
+        index = i + tl.arange(0, HEADS)[:, None]
+        heads += tl.load(
+            partial_ptr + index * 2 * cols + col[None, :], mask=(index < past) & (col < cols)[None, :], other=0.0
+        )
+    last = (past - 1) * chunk_length
+    count = first_not_below(keys_ptr, last, tl.minimum(chunk_length, n - last), key + 1, 1) - first
+    target = tl.load(ranks_ptr + first).to(tl.int64) if SPARSE else key
+    finish(total + tl.sum(heads, 0), key, target, count, out_ptr, rows, cols, col, BY_FREQUENCY)
+
+
+def chunk_length(n: int) -> int:
+    """Entries of a chunk: some 2000 chunks to fill a GPU, and of the longest run so few partial sums to add.
+
+    It must not depend on the device: the sums are grouped by it.
+    """
+    return min(max(triton.next_power_of_2(triton.cdiv(n, 2048)), 32), 1024)
+
+
+class Segments(NamedTuple):
+    """Positions sorted by id.
+
+    Attributes:
+        keys: the ids, ascending; `rows` for entries that add to no row.
+        ranks: how many different ids come before each entry's, where the rows are to be adjacent.
+        source: the row of dy of each entry; factor: what it is multiplied by; place: its place in its bag.
+    """
+
+    rows: int
+    keys: Tensor
+    source: Tensor
+    factor: Tensor | None = None
+    place: Tensor | None = None
+    ranks: Tensor | None = None
+
+
+def sort(bags: Bags, rows: int, padding: int, mode: str = "lookup", scale: Tensor | None = None) -> Segments:
+    """The positions of a call, sorted stably by id."""
+    n, device = bags.n if bags.count else 0, bags.ids.device
+    dtype = torch.int32 if rows < 2**31 else torch.int64  # half the passes of the sort
+    keys = torch.empty(n, dtype=dtype, device=device)
+    if n == 0:
+        return Segments(rows, keys, keys)
+    blocks, block = (triton.cdiv(n, 1024),), min(1024, triton.next_power_of_2(n))
+    limited = bags.constants["LAST"] and bags.constants["OFFSETS"]
+    _lib.launch(
+        segment_keys_kernel, blocks, keys, bags.ids, bags.offsets, keys, bags.count, n, rows, padding,
+        LIMITED=limited, BLOCK=block,
+    )  # fmt: skip
+    keys, order = torch.sort(keys, stable=True)
+    if mode == "lookup":
+        return Segments(rows, keys, order)
+    sizes = bags.sizes(mode, rows, padding)
+    source = torch.empty_like(order)
+    factor = torch.empty(n, device=device) if scale is not None or sizes is not None else None
+    place = torch.empty(n, dtype=torch.int32, device=device) if mode == "max" else None
+    _lib.launch(
+        segment_entries_kernel, blocks, keys, order, bags.offsets, sizes, scale, source, factor, place,
+        bags.count, bags.length, n, STEPS=bags.steps, OFFSETS=bags.constants["OFFSETS"], BLOCK=block,
+    )  # fmt: skip
+    return Segments(rows, keys, source, factor, place)
+
+
+def adjacent(segments: Segments) -> tuple[Segments, Tensor]:
+    """With ranks, and the different ids, ascending. Their number is the shape of the result, so it is read here."""
+    keys = segments.keys
+    begins = torch.ones_like(keys, dtype=torch.bool)
+    torch.ne(keys[1:], keys[:-1], out=begins[1:])
+    ranks = begins.cumsum(0, dtype=torch.int32).sub_(1)
+    unique = keys[begins & (keys < segments.rows)]
+    return segments._replace(ranks=ranks), unique.long()
+
+
+def sum_rows(dy: Tensor, segments: Segments, out: Tensor, maxima: Tensor | None, by_frequency: bool) -> None:
+    """out[id], or with ranks out[rank of id], = the sum of the rows of that id. Other rows are left alone."""
+    n, cols = segments.keys.numel(), dy.shape[1]
+    if n == 0 or cols == 0:
+        return
+    length = chunk_length(n)
+    chunks = triton.cdiv(n, length)
+    partial = torch.empty((chunks, 2, cols) if chunks > 1 else (1, 1, 1), dtype=torch.float32, device=dy.device)
+    width = min(128 if dy.dtype == torch.float32 else 256, max(32, triton.next_power_of_2(cols)))
+    options = {"SPARSE": segments.ranks is not None, "BY_FREQUENCY": by_frequency}
+    sizes = n, segments.rows, cols
+    _lib.launch(
+        segment_kernel, (chunks, triton.cdiv(cols, width)), dy, segments.keys, segments.ranks, segments.source,
+        segments.factor, segments.place, maxima, dy, out, partial, *sizes, dy.stride(0), dy.stride(1), length,
+        **options, COLS=width, num_warps=1,
+    )  # fmt: skip
+    if chunks > 1:
+        _lib.launch(
+            segment_join_kernel, (chunks - 1, triton.cdiv(cols, 128)), dy, segments.keys, segments.ranks, out, partial,
+            *sizes, length, **options, HEADS=HEADS, COLS=min(128, triton.next_power_of_2(cols)),
+        )  # fmt: skip

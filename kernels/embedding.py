@@ -1,0 +1,134 @@
+"""Lookup, bags and their gradients on Triton.
+
+Ids outside the table are skipped: they read as rows of zeros and add to no gradient. Sums are taken in float32 and
+rounded once. Every result is the same bits on every run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _embedding_forward as forward
+from . import _embedding_segment as segment
+from . import _lib
+from ._embedding_forward import Bags
+
+__all__ = [
+    "embedding_backward", "embedding_backward_sparse", "embedding_bag_backward", "embedding_bag_backward_sparse",
+    "embedding_bag_backward_weights", "embedding_bag_forward", "embedding_forward", "unsupported",
+]  # fmt: skip
+
+
+def unsupported(x: Tensor, *features: str) -> str | None:
+    """Why these kernels cannot serve tables of this device and dtype, or a call with these features, or None."""
+    if features:
+        return f"the Triton kernels of embedding do not serve {' and '.join(features)}"
+    return _lib.unsupported_tensor(x)
+
+
+def _lookup(ids: Tensor) -> Bags:
+    """A lookup as bags of one id."""
+    return Bags(ids.reshape(-1, 1), None, False)
+
+
+def embedding_forward(ids: Tensor, weight: Tensor, what: int = 0) -> Tensor:
+    out = weight.new_empty((*ids.shape, weight.shape[1]))
+    forward.forward(_lookup(ids), weight, None, out, None, "lookup", -1)
+    return out
+
+
+def embedding_bag_forward(
+    ids: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    mode: str,
+    include_last_offset: bool,
+    padding_idx: int,
+    with_maxima: bool,
+    what: int = 0,
+) -> tuple[Tensor, Tensor]:
+    bags = Bags(ids, offsets, include_last_offset)
+    out = weight.new_empty((bags.count, weight.shape[1]))
+    wanted = mode == "max" and with_maxima
+    maxima = weight.new_empty(out.shape if wanted else (0,), dtype=torch.int32)
+    scale = None if per_sample_weights is None else per_sample_weights.reshape(-1).contiguous()
+    forward.forward(bags, weight, scale, out, maxima if wanted else None, mode, padding_idx)
+    return out, maxima
+
+
+def embedding_backward(dy: Tensor, ids: Tensor, rows: int, padding_idx: int, by_frequency: bool) -> Tensor:
+    return _dense(
+        dy.reshape(ids.numel(), dy.shape[-1]), segment.sort(_lookup(ids), rows, padding_idx), None, by_frequency
+    )
+
+
+def embedding_backward_sparse(
+    dy: Tensor, ids: Tensor, rows: int, padding_idx: int, by_frequency: bool
+) -> tuple[Tensor, Tensor]:
+    segments = segment.sort(_lookup(ids), rows, padding_idx)
+    return _sparse(dy.reshape(ids.numel(), dy.shape[-1]), segments, by_frequency)
+
+
+def embedding_bag_backward(
+    dy: Tensor,
+    ids: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    maxima: Tensor | None,
+    rows: int,
+    mode: str,
+    include_last_offset: bool,
+    padding_idx: int,
+    by_frequency: bool,
+) -> Tensor:
+    bags = Bags(ids, offsets, include_last_offset)
+    maxima = maxima.contiguous() if mode == "max" and maxima is not None else None
+    return _dense(dy, _sort_bags(bags, rows, padding_idx, mode, per_sample_weights), maxima, by_frequency)
+
+
+def embedding_bag_backward_sparse(
+    dy: Tensor,
+    ids: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    _, rows, mode, include_last_offset, padding_idx, by_frequency = rest if len(rest) == 6 else (None, *rest)
+    bags = Bags(ids, offsets, include_last_offset)
+    return _sparse(dy, _sort_bags(bags, rows, padding_idx, mode, per_sample_weights), by_frequency)
+
+
+def embedding_bag_backward_weights(
+    dy: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None,
+    mode: str,
+    include_last_offset: bool,
+    padding_idx: int,
+) -> Tensor:
+    out = weight.new_empty(ids.shape)
+    forward.backward_weights(dy, Bags(ids, offsets, include_last_offset), weight, out, mode, padding_idx)
+    return out
+
+
+def _sort_bags(bags: Bags, rows: int, padding: int, mode: str, scale: Tensor | None) -> segment.Segments:
+    scale = None if scale is None else scale.reshape(-1).contiguous()
+    return segment.sort(bags, rows, padding, mode, scale)
+
+
+def _dense(dy: Tensor, segments: segment.Segments, maxima: Tensor | None, by_frequency: bool) -> Tensor:
+    out = dy.new_zeros((segments.rows, dy.shape[1]))
+    segment.sum_rows(dy, segments, out, maxima, by_frequency)
+    return out
+
+
+def _sparse(dy: Tensor, segments: segment.Segments, by_frequency: bool) -> tuple[Tensor, Tensor]:
+    segments, unique = segment.adjacent(segments)
+    values = dy.new_empty((unique.numel(), dy.shape[1]))
+    segment.sum_rows(dy, segments, values, None, by_frequency)
+    return unique.unsqueeze(0), values

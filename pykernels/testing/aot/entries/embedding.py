@@ -1,0 +1,63 @@
+"""The embedding room: lookups, bags of every mode, and the passes of the backward."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ..dryrun import room
+from ..rules import Entry, Rules
+
+ROWS, IDS, BAGS = 100_000, 65536, 4096
+DTYPES = {"float32": (torch.float32, 128), "bfloat16": (torch.bfloat16, 256)}
+
+#: Rows move 128 bits at a time. Four of them in flight in every thread: 24 warps are 48 KiB, where memory latency times
+#: bandwidth asks for 15 KiB a multiprocessor on an H100.
+GATHER = Rules(vector=True, occupancy=0.375)
+
+#: A factor for each row, the same for all of its columns: one narrow load in half precision.
+WEIGHTED = dataclasses.replace(GATHER, narrow=5)
+
+#: One warp to a block, nothing to wait for, four rows in flight: 16 warps are 32 KiB.
+SEGMENT = Rules(vector=True, occupancy=0.25, barriers=0)
+
+#: The other passes move a few bytes for each id, or run for the few ids that cross a chunk.
+PASSES = {"segment_kernel": SEGMENT, "": Rules()}
+
+
+def call(operator: str, *args: Any) -> Callable[[], Any]:
+    return lambda: getattr(room("embedding"), operator)(*args)
+
+
+def entries(name: str) -> Iterator[Entry]:
+    dtype, cols = DTYPES[name]
+    weight, ids = torch.empty(ROWS, cols, dtype=dtype), torch.zeros(IDS, dtype=torch.int64)
+    many, offsets = torch.zeros(BAGS * 20, dtype=torch.int64), torch.arange(0, BAGS * 20, 20)
+    scale, dy = torch.empty(BAGS * 20, dtype=dtype), torch.empty(BAGS, cols, dtype=dtype)
+    maxima = torch.zeros(BAGS, cols, dtype=torch.int32)
+    targets = (80, 90) if name == "bfloat16" else (90,)
+
+    def entry(label: str, rules: Any, launch: Callable[[], Any]) -> Entry:
+        return Entry(f"{label} {name}", launch, rules, targets)
+
+    yield entry("embedding lookup", GATHER, call("embedding_forward", ids, weight))
+    yield entry(
+        "embedding backward",
+        PASSES,
+        call("embedding_backward", torch.empty(IDS, cols, dtype=dtype), ids, ROWS, -1, False),
+    )
+    for mode, factors in (("sum", None), ("mean", None), ("max", None), ("sum weighted", scale)):
+        args = mode.split()[0], False, -1
+        more = (maxima,) if mode == "max" else (None,)
+        forward = call("embedding_bag_forward", many, weight, offsets, factors, *args, mode == "max")
+        yield entry(f"embedding bag {mode}", GATHER if factors is None else WEIGHTED, forward)
+        backward = call("embedding_bag_backward", dy, many, offsets, factors, *more, ROWS, *args, False)
+        yield entry(f"embedding bag {mode} backward", PASSES, backward)
+    weights = call("embedding_bag_backward_weights", dy, many, weight, offsets, "sum", False, -1)
+    yield entry("embedding bag weights backward", Rules(occupancy=0.5), weights)
+
+
+ENTRIES = [entry for name in DTYPES for entry in entries(name)]
