@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import _errors
 from . import _lib
 
 
@@ -20,6 +21,38 @@ def id_at(ids_ptr, position, mask, rows, padding):
     """The id at each position, and whether it takes part: a row of the table, and not the padding."""
     id = tl.load(ids_ptr + position, mask=mask, other=-1).to(tl.int64)
     return id, (id >= 0) & (id < rows) & (id != padding)
+
+
+@triton.jit
+def report(record_ptr, what, position, value, bound, table):
+    """Tells the host of an invalid value, unless another one was told before; see pykernels/_errors.py."""
+    taken = tl.atomic_cas(record_ptr, tl.full((), 0, tl.int64), tl.full((), 1, tl.int64), scope="sys")
+    if taken == 0:
+        tl.store(record_ptr + 1, what)
+        tl.store(record_ptr + 2, position)
+        tl.store(record_ptr + 3, value)
+        tl.store(record_ptr + 4, bound)
+        tl.store(record_ptr + 5, table)
+
+
+@triton.jit
+def report_id(record_ptr, what, ids_ptr, first_bad, n, rows, table):
+    """Reports the id at the lowest of these positions; n where there is nothing to report."""
+    position = tl.min(first_bad, 0)
+    if position < n:
+        report(record_ptr, what, position, tl.load(ids_ptr + position).to(tl.int64), rows, table)
+
+
+@triton.jit
+def check_offsets_kernel(offsets_ptr, record_ptr, what, count, n, table, BLOCK: tl.constexpr):
+    """Offsets begin with 0, do not decrease, and do not exceed n; what: the code of the ids."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(offsets_ptr + index, mask=index < count, other=0).to(tl.int64)
+    before = tl.load(offsets_ptr + index - 1, mask=(index > 0) & (index < count), other=0).to(tl.int64)
+    wrong = (index < count) & ((value < before) | (value > n) | ((index == 0) & (value != 0)))
+    position = tl.min(tl.where(wrong, index, count), 0)
+    if position < count:
+        report(record_ptr, what + 1, position, tl.load(offsets_ptr + position).to(tl.int64), n, table)
 
 
 @triton.jit
@@ -36,9 +69,10 @@ def bag_ends(bag, mask, offsets_ptr, bags, length, n, OFFSETS: tl.constexpr, LAS
 
 @triton.jit
 def bag_fwd_kernel(
-    ids_ptr, weight_ptr, offsets_ptr, scale_ptr, out_ptr, maxima_ptr,
-    bags, length, n, rows, cols, padding, weight_row, weight_col,
+    ids_ptr, weight_ptr, offsets_ptr, scale_ptr, out_ptr, maxima_ptr, record_ptr,
+    what, bags, length, n, rows, cols, padding, weight_row, weight_col,
     MODE: tl.constexpr, OFFSETS: tl.constexpr, LAST: tl.constexpr, BAGS: tl.constexpr, COLS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     bag = tl.program_id(0).to(tl.int64) * BAGS + tl.arange(0, BAGS)
     col = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)[None, :]
@@ -49,13 +83,16 @@ def bag_fwd_kernel(
         only, valid = id_at(ids_ptr, bag, live, rows, padding)
         found = tl.load(table + only[:, None] * weight_row, mask=valid[:, None] & used, other=0.0)
         tl.store(out, found, mask=live[:, None] & used)
+        if record_ptr is not None:
+            report_id(record_ptr, what, ids_ptr, tl.where(live & (valid == 0), bag, n), n, rows, 0)
         return
     begin, end = bag_ends(bag, live, offsets_ptr, bags, length, n, OFFSETS, LAST)
     longest = tl.max(tl.where(live, end - begin, 0), 0).to(tl.int32)
     total = tl.full((BAGS, COLS), -float("inf") if MODE == "max" else 0.0, tl.float32)
     place = tl.full((BAGS, COLS), -1, tl.int32)
     count = tl.zeros((BAGS,), tl.int32)
-    for i in tl.range(0, longest, loop_unroll_factor=4):
+    bad = tl.full((BAGS,), -1, tl.int32)
+    for i in tl.range(0, longest, loop_unroll_factor=UNROLL):
         position = begin + i
         inside = live & (position < end)
         id, counted = id_at(ids_ptr, position, inside, rows, padding)
@@ -71,12 +108,16 @@ def bag_fwd_kernel(
                 row = row * factor[:, None]
             total += row
             count += counted.to(tl.int32)
+        if record_ptr is not None:
+            bad = tl.where(inside & ((id < 0) | (id >= rows)) & (bad < 0), i, bad)
     if MODE == "max":
         total = tl.where(place < 0, 0.0, total)
         if maxima_ptr is not None:
             tl.store(maxima_ptr + bag[:, None] * cols + col, place, mask=live[:, None] & used)
     if MODE == "mean":
         total = total / tl.maximum(count, 1).to(tl.float32)[:, None]
+    if record_ptr is not None:
+        report_id(record_ptr, what, ids_ptr, tl.where(bad < 0, n, begin + bad), n, rows, 0)
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=live[:, None] & used)
 
 
@@ -167,6 +208,19 @@ class Bags:
         """Turns of a binary search over the bags."""
         return 0 if self.offsets is None else max(self.count - 1, 0).bit_length()
 
+    def record(self, what: int) -> Tensor | None:
+        """Where kernels report invalid ids; offsets are looked at here. what: 0 for no reports."""
+        if what == 0:
+            return None
+        record = _errors.record(self.ids.device)
+        if self.offsets is not None and self.offsets.numel():
+            count, block = self.offsets.numel(), 256
+            _lib.launch(
+                check_offsets_kernel, (triton.cdiv(count, block),), self.ids, self.offsets, record, what, count,
+                self.n, 0, BLOCK=block,
+            )  # fmt: skip
+        return record
+
     def sizes(self, mode: str, rows: int, padding: int) -> Tensor | None:
         """What the sums of each bag are divided by, None for 1."""
         if mode != "mean":
@@ -181,17 +235,25 @@ class Bags:
 
 
 def forward(
-    bags: Bags, weight: Tensor, scale: Tensor | None, out: Tensor, maxima: Tensor | None, mode: str, padding: int
+    bags: Bags,
+    weight: Tensor,
+    scale: Tensor | None,
+    out: Tensor,
+    maxima: Tensor | None,
+    mode: str,
+    padding: int,
+    what: int,
 ) -> None:
     rows, cols = weight.shape
+    record = bags.record(what)
     if bags.count == 0 or cols == 0:
         return
     # 16 to 32 KiB in flight on each multiprocessor's share of blocks: a lookup has one turn only, so its tiles are big
     grid, height, width = tile(bags.count, cols, 4096 if mode == "lookup" else 1024)
     _lib.launch(
-        bag_fwd_kernel, grid, weight, bags.ids, weight, bags.offsets, scale, out, maxima,
-        bags.count, bags.length, bags.n, rows, cols, padding, weight.stride(0), weight.stride(1),
-        MODE=mode, **bags.constants, BAGS=height, COLS=width,
+        bag_fwd_kernel, grid, weight, bags.ids, weight, bags.offsets, scale, out, maxima, record,
+        what, bags.count, bags.length, bags.n, rows, cols, padding, weight.stride(0), weight.stride(1),
+        MODE=mode, **bags.constants, BAGS=height, COLS=width, UNROLL=2 if mode == "max" else 4,
     )  # fmt: skip
 
 

@@ -244,6 +244,7 @@ def sum_rows(dy: Tensor, segments: Segments, out: Tensor, maxima: Tensor | None,
     n, cols = segments.keys.numel(), dy.shape[1]
     if n == 0 or cols == 0:
         return
+    maxima = None if segments.place is None or maxima is None else maxima.contiguous()
     length = chunk_length(n)
     chunks = triton.cdiv(n, length)
     partial = torch.empty((chunks, 2, cols) if chunks > 1 else (1, 1, 1), dtype=torch.float32, device=dy.device)

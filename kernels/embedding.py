@@ -6,8 +6,6 @@ rounded once. Every result is the same bits on every run.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -34,9 +32,9 @@ def _lookup(ids: Tensor) -> Bags:
     return Bags(ids.reshape(-1, 1), None, False)
 
 
-def embedding_forward(ids: Tensor, weight: Tensor, what: int = 0) -> Tensor:
+def embedding_forward(ids: Tensor, weight: Tensor, what: int) -> Tensor:
     out = weight.new_empty((*ids.shape, weight.shape[1]))
-    forward.forward(_lookup(ids), weight, None, out, None, "lookup", -1)
+    forward.forward(_lookup(ids), weight, None, out, None, "lookup", -1, what)
     return out
 
 
@@ -49,14 +47,14 @@ def embedding_bag_forward(
     include_last_offset: bool,
     padding_idx: int,
     with_maxima: bool,
-    what: int = 0,
+    what: int,
 ) -> tuple[Tensor, Tensor]:
     bags = Bags(ids, offsets, include_last_offset)
     out = weight.new_empty((bags.count, weight.shape[1]))
     wanted = mode == "max" and with_maxima
     maxima = weight.new_empty(out.shape if wanted else (0,), dtype=torch.int32)
     scale = None if per_sample_weights is None else per_sample_weights.reshape(-1).contiguous()
-    forward.forward(bags, weight, scale, out, maxima if wanted else None, mode, padding_idx)
+    forward.forward(bags, weight, scale, out, maxima if wanted else None, mode, padding_idx, what)
     return out, maxima
 
 
@@ -70,7 +68,7 @@ def embedding_backward_sparse(
     dy: Tensor, ids: Tensor, rows: int, padding_idx: int, by_frequency: bool
 ) -> tuple[Tensor, Tensor]:
     segments = segment.sort(_lookup(ids), rows, padding_idx)
-    return _sparse(dy.reshape(ids.numel(), dy.shape[-1]), segments, by_frequency)
+    return _sparse(dy.reshape(ids.numel(), dy.shape[-1]), segments, None, by_frequency)
 
 
 def embedding_bag_backward(
@@ -86,7 +84,6 @@ def embedding_bag_backward(
     by_frequency: bool,
 ) -> Tensor:
     bags = Bags(ids, offsets, include_last_offset)
-    maxima = maxima.contiguous() if mode == "max" and maxima is not None else None
     return _dense(dy, _sort_bags(bags, rows, padding_idx, mode, per_sample_weights), maxima, by_frequency)
 
 
@@ -95,11 +92,15 @@ def embedding_bag_backward_sparse(
     ids: Tensor,
     offsets: Tensor | None,
     per_sample_weights: Tensor | None,
-    *rest: Any,
+    maxima: Tensor | None,
+    rows: int,
+    mode: str,
+    include_last_offset: bool,
+    padding_idx: int,
+    by_frequency: bool,
 ) -> tuple[Tensor, Tensor]:
-    _, rows, mode, include_last_offset, padding_idx, by_frequency = rest if len(rest) == 6 else (None, *rest)
     bags = Bags(ids, offsets, include_last_offset)
-    return _sparse(dy, _sort_bags(bags, rows, padding_idx, mode, per_sample_weights), by_frequency)
+    return _sparse(dy, _sort_bags(bags, rows, padding_idx, mode, per_sample_weights), maxima, by_frequency)
 
 
 def embedding_bag_backward_weights(
@@ -127,8 +128,8 @@ def _dense(dy: Tensor, segments: segment.Segments, maxima: Tensor | None, by_fre
     return out
 
 
-def _sparse(dy: Tensor, segments: segment.Segments, by_frequency: bool) -> tuple[Tensor, Tensor]:
+def _sparse(dy: Tensor, segments: segment.Segments, maxima: Tensor | None, by_frequency: bool) -> tuple[Tensor, Tensor]:
     segments, unique = segment.adjacent(segments)
     values = dy.new_empty((unique.numel(), dy.shape[1]))
-    segment.sum_rows(dy, segments, values, None, by_frequency)
+    segment.sum_rows(dy, segments, values, maxima, by_frequency)
     return unique.unsqueeze(0), values

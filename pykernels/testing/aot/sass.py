@@ -63,8 +63,8 @@ class Instruction:
 
     @property
     def target(self) -> str | None:
-        """The label a branch goes to."""
-        if self.base not in ("BRA", "JMP"):
+        """The label a branch goes to. A conditional call within the kernel is one: that is how ptxas leaves some loops."""
+        if self.base not in ("BRA", "JMP") and not (self.base == "CALL" and self.conditional):
             return None
         match = re.search(r"`\((\.L\w*)\)", self.operands)
         return match.group(1) if match else None
@@ -122,7 +122,8 @@ class Function:
 
     def _best_path(self, worth: Callable[[Instruction], int]) -> list[Instruction]:
         code = self.instructions
-        starts = sorted({0, *self.labels.values(), *(i + 1 for i, x in enumerate(code) if x.base in _ENDS)})
+        ends_block = [x.base in _ENDS or x.target is not None for x in code]
+        starts = sorted({0, *self.labels.values(), *(i + 1 for i, ends in enumerate(ends_block) if ends)})
         starts = [s for s in starts if s < len(code)]
         ends = dict(zip(starts, [*starts[1:], len(code)], strict=True))
         best: dict[int, tuple[int, int]] = {}

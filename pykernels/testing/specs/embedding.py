@@ -26,7 +26,7 @@ def _lookup_cases() -> tuple[Case, ...]:
         _lookup("none", (0, 3), 7, 5),
         _lookup("no-columns", (4,), 7, 0),
         _lookup("int32", (2, 3, 4), 50, 33, id_dtype=torch.int32),
-        _lookup("repeated", (5000,), 3, 7),
+        _lookup("repeated", (1500,), 3, 7),
         _lookup("padding", (40,), 6, 17, padding_idx=2),
         _lookup("padding-from-the-end", (40,), 6, 17, padding_idx=-1),
         _lookup("by-frequency", (60,), 6, 17, scale_grad_by_freq=True),
@@ -68,7 +68,7 @@ def _bag_cases(mode: str) -> tuple[Case, ...]:
         _bag("last-offset", (20,), 30, 17, mode=mode, offsets=_OFFSETS, include_last_offset=True),
         _bag("padding", (20,), 4, 17, mode=mode, offsets=_OFFSETS, padding_idx=1),
         _bag("all-padding", (2, 6), 1, 3, mode=mode, padding_idx=0),
-        _bag("repeated", (4, 500), 3, 7, mode=mode),
+        _bag("repeated", (4, 150), 3, 7, mode=mode),
         _bag("dy-expanded", (6, 5), 20, 9, mode=mode, dy="expanded"),
     ]
     if mode == "sum":

@@ -43,7 +43,7 @@ def entries(name: str) -> Iterator[Entry]:
     def entry(label: str, rules: Any, launch: Callable[[], Any]) -> Entry:
         return Entry(f"{label} {name}", launch, rules, targets)
 
-    yield entry("embedding lookup", GATHER, call("embedding_forward", ids, weight))
+    yield entry("embedding lookup", GATHER, call("embedding_forward", ids, weight, 1))
     yield entry(
         "embedding backward",
         PASSES,
@@ -52,8 +52,9 @@ def entries(name: str) -> Iterator[Entry]:
     for mode, factors in (("sum", None), ("mean", None), ("max", None), ("sum weighted", scale)):
         args = mode.split()[0], False, -1
         more = (maxima,) if mode == "max" else (None,)
-        forward = call("embedding_bag_forward", many, weight, offsets, factors, *args, mode == "max")
-        yield entry(f"embedding bag {mode}", GATHER if factors is None else WEIGHTED, forward)
+        forward = call("embedding_bag_forward", many, weight, offsets, factors, *args, mode == "max", 1)
+        rows = GATHER if factors is None else WEIGHTED
+        yield entry(f"embedding bag {mode}", {"bag_fwd_kernel": rows, "": Rules()}, forward)
         backward = call("embedding_bag_backward", dy, many, offsets, factors, *more, ROWS, *args, False)
         yield entry(f"embedding bag {mode} backward", PASSES, backward)
     weights = call("embedding_bag_backward_weights", dy, many, weight, offsets, "sum", False, -1)

@@ -1,0 +1,113 @@
+"""Embedding kernels on Triton and CUDA: chunks of the sorted ids, reports of invalid ids, 64-bit addresses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICE
+from torch import Tensor
+
+import pykernels as pk
+from pykernels import _errors
+from pykernels._triton import embedding as triton_floor
+from pykernels.testing import interpreter
+
+KERNELS = ("triton",)
+
+
+def ops(backend: str) -> Any:
+    """The op functions of a floor, without the registry: what is tested here is the floor itself."""
+    return triton_floor
+
+
+def spread(kind: str, count: int, rows: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    ids = {
+        "all-equal": lambda: torch.full((count,), rows - 1),
+        "all-unique": lambda: torch.randperm(rows, generator=generator)[:count],
+        "zipf": lambda: (torch.rand(count, generator=generator) ** 4 * rows).long(),
+        "two": lambda: torch.arange(count) % 2 * (rows - 1),
+        "blocks": lambda: torch.arange(count) // 32 % rows,  # runs that end where chunks do
+    }[kind]()
+    return ids.to(DEVICE)
+
+
+@pytest.mark.parametrize("kind", ("all-equal", "all-unique", "zipf", "two", "blocks"))
+@pytest.mark.parametrize("backend", KERNELS)
+def test_runs_and_chunks(backend: str, kind: str) -> None:
+    """Runs inside a chunk, across several, ending with one: exact sums of integers, dense and sparse, no row twice."""
+    for count in (31, 32, 33, 100):
+        ids = spread(kind, count, 101)
+        dy = torch.randint(-8, 8, (count, 5), device=DEVICE).float()
+        expected = torch.zeros(101, 5, device=DEVICE).index_add_(0, ids, dy)
+        assert torch.equal(ops(backend).embedding_backward(dy, ids, 101, -1, False), expected)
+        found, values = ops(backend).embedding_backward_sparse(dy, ids, 101, -1, False)
+        assert torch.equal(found[0], ids.unique())
+        assert torch.equal(values, expected[found[0]])
+        counts = ids.bincount(minlength=101).clamp(min=1).unsqueeze(1)
+        by_frequency = ops(backend).embedding_backward(dy, ids, 101, -1, True)
+        torch.testing.assert_close(by_frequency, expected / counts, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("id_dtype", (torch.int32, torch.int64))
+@pytest.mark.parametrize("backend", KERNELS)
+def test_invalid_ids_are_skipped_and_reported(backend: str, id_dtype: torch.dtype) -> None:
+    """What a GPU does, where nobody looks before the kernel runs: zeros, no gradient, an error afterwards."""
+    kernels = ops(backend)
+    what = _errors.code("lookup")
+    weight = torch.randn(11, 5, device=DEVICE)
+    ids = torch.tensor([3, 0, 11, 3, -1, 10], dtype=id_dtype, device=DEVICE)
+    good = (ids >= 0) & (ids < 11)
+    rows = torch.where(good[:, None], weight[ids.clamp(0, 10).long()], 0)
+    for run in (
+        lambda code: kernels.embedding_forward(ids, weight, code),
+        lambda code: kernels.embedding_bag_forward(
+            ids, weight, torch.tensor([0, 2, 3], device=DEVICE), None, "sum", False, -1, False, code
+        )[0],
+    ):
+        out = run(what)
+        expected = rows if len(out) == 6 else torch.stack([rows[:2].sum(0), rows[2], rows[3:].sum(0)])
+        torch.testing.assert_close(out, expected)
+        with pytest.raises(IndexError, match=r"input\[[24]\] \(counted flat\) is (11|-1), which is not in \[0, 11\)"):
+            pk.check_errors()
+        pk.check_errors()
+        run(0)
+        pk.check_errors()
+    dy = torch.randint(-8, 8, (6, 5), device=DEVICE).float()
+    expected = torch.zeros_like(weight).index_add_(0, ids[good].long(), dy[good])
+    assert torch.equal(kernels.embedding_backward(dy, ids, 11, -1, False), expected)
+    found, values = kernels.embedding_backward_sparse(dy, ids, 11, -1, False)
+    assert found.tolist() == [[0, 3, 10]] and torch.equal(values, expected[found[0]])
+
+
+@pytest.mark.parametrize(
+    ("offsets", "position"), (([1, 2, 6], 0), ([0, 4, 2], 2), ([0, 2, 7], 2), ([0, -3, 1], 1)), ids=str
+)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_wrong_offsets_are_reported(backend: str, offsets: list[int], position: int) -> None:
+    kernels = ops(backend)
+    ids, weight = torch.tensor([1, 2, 3, 4, 5, 6], device=DEVICE), torch.randn(11, 5, device=DEVICE)
+    starts = torch.tensor(offsets, device=DEVICE)
+    for last in (False, True):
+        kernels.embedding_bag_forward(ids, weight, starts, None, "sum", last, -1, False, _errors.code("bag"))
+        with pytest.raises(ValueError, match=rf"offsets\[{position}\] \(counted flat\) is {offsets[position]}; .* 6,"):
+            pk.check_errors()
+        kernels.embedding_bag_backward(weight[: 3 - last], ids, starts, None, None, 11, "mean", last, -1, False)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_rows_more_than_2_31_elements_apart(backend: str) -> None:
+    """The table is one page of memory mapped over and over, the gradient's address is checked through dy."""
+    kernels = ops(backend)
+    weight = torch.arange(4.0, device=DEVICE).expand(2**30 + 1, 4).as_strided((2**30 + 1, 4), (0, 1))
+    far = torch.empty(2**31 + 70, dtype=torch.bfloat16, device=DEVICE).as_strided((2, 70), (2**31, 1))
+    far.copy_(torch.randn(2, 70))
+    ids = torch.tensor([1, 0], device=DEVICE)
+    assert torch.equal(
+        kernels.embedding_forward(ids + 2**30 - 1, weight, 0), torch.arange(4.0, device=DEVICE).expand(2, 4)
+    )
+    with interpreter.checks(races=False):  # its record of writers is as large as the extent
+        assert torch.equal(kernels.embedding_forward(ids, far, 0), far[ids])
+        assert torch.equal(kernels.embedding_backward(far, ids, 3, -1, False)[:2], far[ids])
