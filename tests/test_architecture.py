@@ -52,8 +52,14 @@ def room_of(module: str) -> str | None:
 FLOORS = {
     # floor: what of pykernels it may import (prefixes), beside its own package's helpers
     "pykernels.reference": ("pykernels.reference",),
-    "pykernels._triton": ("pykernels._triton", "pykernels._errors"),
-    "pykernels._cuda": ("pykernels._cuda", "pykernels._cuda_ext", "pykernels._emulator_ext", "pykernels._errors"),
+    "pykernels._triton": ("pykernels._triton", "pykernels._errors", "pykernels._packed"),
+    "pykernels._cuda": (
+        "pykernels._cuda",
+        "pykernels._cuda_ext",
+        "pykernels._emulator_ext",
+        "pykernels._errors",
+        "pykernels._packed",
+    ),
     "pykernels._cpu": ("pykernels._cpu", "pykernels._cpu_ext"),
     "pykernels.ops": (
         "pykernels.ops",

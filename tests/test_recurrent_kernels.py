@@ -1,0 +1,176 @@
+"""The recurrent room's GPU kernels where they are hard: every way to run the time loop, ragged batches over several
+tiles, rows that come and go in either direction, hidden sizes that fill no tile."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import BACKENDS, DEVICE
+from torch import Tensor
+
+from pykernels import _packed
+from pykernels import reference as ref
+from pykernels._triton import recurrent as triton_floor
+from pykernels.reference import recurrent as reference
+from pykernels.testing.compare import assert_equal
+
+KINDS = ("lstm", "gru", "tanh", "relu")
+GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+RAGGED = torch.tensor([18, 17, 17, 3, 1])
+
+
+def floor_of(backend: str) -> Any:
+    """The operators' implementations, without the registry: what is tested here is the floor itself."""
+    return triton_floor
+
+
+# Each way of running the loop, and how a floor is brought to take it for small tensors.
+PATHS = {"triton": ("loop", "step")}
+WAYS = [(b, way) for b in BACKENDS if b in PATHS for way in PATHS[b]]
+
+
+@pytest.fixture
+def take(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def taking(backend: str, way: str) -> Any:
+        if backend == "triton":
+            largest = 64 if way == "loop" else 0
+            monkeypatch.setattr(triton_floor, "RESIDENT", dict.fromkeys(DTYPES, largest))
+        return floor_of(backend)
+
+    return taking
+
+
+def layer(kind: str, sizes: Tensor | None, batch: int, hidden: int, dtype: torch.dtype, steps: int = 4) -> Any:
+    """Tensors of one layer; rows of the batch beyond sizes[0] have no steps."""
+    generator = torch.Generator().manual_seed(11)
+    tokens, gated, size = steps * batch if sizes is None else int(sizes.sum()), GATES[kind] * hidden, 5
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(DEVICE, dtype)
+
+    states = [draw(batch, hidden) for _ in range(2 if kind == "lstm" else 1)]
+    weights = [draw(gated, size, scale=0.5), draw(gated, hidden, scale=hidden**-0.5), draw(gated), draw(gated)]
+    cotangents = [draw(tokens, hidden), *(draw(batch, hidden) for _ in states)]
+    return SimpleNamespace(
+        kind=kind, input=draw(tokens, size), states=states, weights=weights, sizes=sizes, cotangents=cotangents
+    )
+
+
+def truth(given: Any, reverse: bool, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The reference and its gradients, in float64 or in the tensors' own dtype (what `compare` calibrates on)."""
+    leaves = [t.to(dtype or t.dtype).detach().requires_grad_() for t in (given.input, *given.states, *given.weights)]
+    x, states, weights = leaves[0], leaves[1 : 1 + len(given.states)], leaves[1 + len(given.states) :]
+    found = reference.layer(given.kind, x, tuple(states), ref.recurrent.Weights(*weights), given.sizes, reverse)
+    grads = torch.autograd.grad(found, leaves, [c.to(y.dtype) for c, y in zip(given.cotangents, found, strict=True)])
+    return named(given, [y.detach() for y in found], grads[0], grads[1 : 1 + len(states)], grads[1 + len(states) :])
+
+
+def named(given: Any, results: Any, dx: Tensor, dstates: Any, dweights: Any) -> dict[str, Tensor]:
+    found = dict(zip(("output", "h_n", "c_n"), results, strict=False)) | {"dx": dx}
+    found |= dict(zip(("dh0", "dc0"), dstates, strict=False))
+    return found | dict(zip(("dw_ih", "dw_hh", "db_ih", "db_hh"), dweights, strict=True))
+
+
+def run(floor: Any, given: Any, reverse: bool, recompute: bool = False) -> dict[str, Tensor]:
+    """Forward and backward through the floor's operators."""
+    kind, x, sizes = given.kind, given.input, given.sizes
+    w_ih, w_hh, *_ = given.weights
+    if kind == "lstm":
+        layer = (x, *given.states, *given.weights, None, None, sizes)
+        y, h, c, *kept = floor.lstm_forward(*layer, reverse, not recompute)
+        kept = floor.lstm_recompute(*layer, y, reverse) if recompute else kept
+        dx, dh, dc, dw_ih, dw_hh, db, *_ = floor.lstm_backward(
+            *given.cotangents,
+            x,
+            *given.states,
+            w_ih,
+            w_hh,
+            None,
+            None,
+            sizes,
+            y,
+            *kept,
+            reverse,
+            (True,) * 6 + (False,) * 2,
+        )
+        return named(given, (y, h, c), dx, (dh, dc), (dw_ih, dw_hh, db, db))
+    layer = (x, *given.states, *given.weights, sizes)
+    if kind == "gru":
+        y, h, kept = floor.gru_forward(*layer, reverse, not recompute)
+        kept = floor.gru_recompute(*layer, y, reverse) if recompute else kept
+        dx, dh, *dweights = floor.gru_backward(
+            *given.cotangents, x, *given.states, w_ih, w_hh, sizes, y, kept, reverse, (True,) * 5
+        )
+        return named(given, (y, h), dx, (dh,), dweights)
+    y, h = floor.rnn_forward(*layer, kind, reverse)
+    dx, dh, dw_ih, dw_hh, db = floor.rnn_backward(
+        *given.cotangents, x, *given.states, w_ih, w_hh, sizes, y, kind, reverse, (True,) * 5
+    )
+    return named(given, (y, h), dx, (dh,), (dw_ih, dw_hh, db, db))
+
+
+def check(floor: Any, given: Any, reverse: bool = False, recompute: bool = False) -> None:
+    found = run(floor, given, reverse, recompute)
+    exact, own = truth(given, reverse, torch.float64), truth(given, reverse, None)
+    assert found.keys() == exact.keys()
+    for name, value in found.items():
+        assert_equal(name, value, exact[name], own[name], long_sum=name[0] == "d")
+
+
+@pytest.mark.parametrize(("backend", "way"), WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reverse", (False, True), ids=("forward", "reverse"))
+def test_ragged_over_tiles(take: Any, backend: str, way: str, kind: str, reverse: bool, poisoned: None) -> None:
+    """Two tiles of rows, of which the second empties; one row without any step; hidden units that fill no tile."""
+    check(take(backend, way), layer(kind, RAGGED, 19, 35, torch.float32), reverse)
+
+
+@pytest.mark.parametrize(("backend", "way"), WAYS)
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
+@pytest.mark.parametrize("kind", ("lstm", "gru", "tanh"))
+def test_sixteen_bits(take: Any, backend: str, way: str, kind: str, dtype: torch.dtype, poisoned: None) -> None:
+    check(take(backend, way), layer(kind, RAGGED, 19, 35, dtype), dtype == torch.float16)
+    check(take(backend, way), layer(kind, None, 17, 40, dtype), dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize(("backend", "way"), WAYS)
+@pytest.mark.parametrize("kind", ("lstm", "gru"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+def test_recompute(take: Any, backend: str, way: str, kind: str, dtype: torch.dtype, poisoned: None) -> None:
+    """What is made again from the output alone: the same bound as what was kept; hidden units over two tiles."""
+    check(take(backend, way), layer(kind, RAGGED, 19, 70, dtype), dtype == torch.float32, recompute=True)
+
+
+@pytest.mark.parametrize("reverse", (False, True), ids=("forward", "reverse"))
+@pytest.mark.parametrize("sizes", (None, torch.tensor([4, 4, 2, 1])), ids=("uniform", "ragged"))
+def test_steps(sizes: Tensor | None, reverse: bool) -> None:
+    """The bookkeeping of packed tokens, against a walk over rows."""
+    batch = 3 if sizes is None else 5
+    steps = _packed.Steps(12 if sizes is None else 11, batch, sizes, reverse)
+    counts = [3] * 4 if sizes is None else sizes.tolist()
+    starts = [sum(counts[:t]) for t in range(len(counts))]
+    h0, output = torch.arange(100.0, 100 + batch)[:, None], torch.arange(float(sum(counts)))[:, None]
+    before, first = torch.full_like(output, -1), {}
+    for row in range(batch):
+        times = [t for t, n in enumerate(counts) if n > row]
+        state = h0[row]
+        for t in reversed(times) if reverse else times:
+            token = starts[t] + row
+            before[token], state = state, output[token]
+            first.setdefault(row, token)
+    assert torch.equal(steps.before(output, h0), before)
+    assert steps.first(output)[:, 0].tolist() == [float(first[row]) for row in sorted(first)]
+    assert steps.tile_steps(2, output.device).tolist() == [sum(n > r for n in counts) for r in range(0, batch, 2)]
+    assert steps.offsets_on(output.device).tolist() == [*starts, sum(counts)]
+
+
+@pytest.mark.parametrize("sizes", ([3, 3], [2, 2, 1], [1, 2, 3], [2, 2, 2, 0], [6]))
+def test_steps_refuse_what_would_read_outside(sizes: list[int]) -> None:
+    with pytest.raises(RuntimeError, match="batch_sizes"):
+        _packed.Steps(6, 2, torch.tensor(sizes), False)
+    with pytest.raises(RuntimeError, match="multiple"):
+        _packed.Steps(7, 2, None, False)
