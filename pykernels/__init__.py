@@ -8,8 +8,18 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from . import functional, nn, reference
+from . import functional, nn, optim, reference
 from ._backends import BackendError, Explanation, explain
 from ._errors import check_errors
 
-__all__ = ["BackendError", "Explanation", "__version__", "check_errors", "explain", "functional", "nn", "reference"]
+__all__ = [
+    "BackendError",
+    "Explanation",
+    "__version__",
+    "check_errors",
+    "explain",
+    "functional",
+    "nn",
+    "optim",
+    "reference",
+]

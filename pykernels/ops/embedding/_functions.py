@@ -19,6 +19,7 @@ from torch.autograd import Function
 from ... import _backends, reference
 from .._function import second_derivative
 from .._library import define
+from ._pending import Positions, note
 
 ROOM = _backends.Room("embedding")
 
@@ -127,9 +128,9 @@ class Lookup(Function):
     """Rows of a table, on every backend; keeps the ids."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, options: LookupOptions) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, options: LookupOptions, table: Any) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.options, ctx.rows = options, weight.shape[0]
+        ctx.options, ctx.rows, ctx.table = options, weight.shape[0], table
         y: Tensor = embedding_forward[options[0]](ids, weight, options[4])
         return y
 
@@ -139,11 +140,14 @@ class Lookup(Function):
         backend, padding, by_frequency, sparse, _ = ctx.options
         if torch.is_grad_enabled():
             dweight = LookupGrad.apply(dy, ids, ctx.rows, ctx.options)
-            return dweight.to_sparse(1) if sparse else dweight, None, None
+            return dweight.to_sparse(1) if sparse else dweight, None, None, None
+        skipped = padding if padding >= 0 else None
+        if note(ctx.table, lambda: Positions(ids, dy, padding_idx=skipped, by_frequency=by_frequency)):
+            return None, None, None, None
         if sparse:
             found = embedding_backward_sparse[backend](dy, ids, ctx.rows, padding, by_frequency)
-            return _coalesced(found, ctx.rows), None, None
-        return embedding_backward[backend](dy, ids, ctx.rows, padding, by_frequency), None, None
+            return _coalesced(found, ctx.rows), None, None, None
+        return embedding_backward[backend](dy, ids, ctx.rows, padding, by_frequency), None, None, None
 
 
 # backend, mode, include_last_offset, padding (-1: none), scale by frequency, sparse, what
@@ -175,6 +179,13 @@ def bag_gradients(
     if mask[1]:
         dscale = embedding_bag_backward_weights[backend](dy, ids, weight, offsets, mode, last, padding)
     return dweight, dscale
+
+
+def bag_positions(
+    dy: Tensor, scale: Tensor | None, ids: Tensor, offsets: Tensor | None, maxima: Tensor | None, options: BagOptions
+) -> Positions:
+    _, mode, last, padding, by_frequency, _, _ = options
+    return Positions(ids, dy, offsets, scale, maxima, mode, last, padding if padding >= 0 else None, by_frequency)
 
 
 class BagGrad(Function):
@@ -231,7 +242,13 @@ class Bag(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, scale: Tensor | None, ids: Tensor, offsets: Tensor | None, options: BagOptions
+        ctx: Any,
+        weight: Tensor,
+        scale: Tensor | None,
+        ids: Tensor,
+        offsets: Tensor | None,
+        options: BagOptions,
+        table: Any,
     ) -> Tensor:
         backend, mode, last, padding, _, _, what = options
         needs = ctx.needs_input_grad
@@ -239,7 +256,7 @@ class Bag(Function):
             ids, weight, offsets, scale, mode, last, padding, mode == "max" and needs[0], what
         )
         ctx.save_for_backward(weight if needs[1] else None, scale, ids, offsets, maxima if mode == "max" else None)
-        ctx.rows, ctx.options = weight.shape[0], options
+        ctx.rows, ctx.options, ctx.table = weight.shape[0], options, table
         return out  # type: ignore[no-any-return]
 
     @staticmethod
@@ -247,9 +264,11 @@ class Bag(Function):
         weight, scale, ids, offsets, maxima = ctx.saved_tensors
         mask, options = ctx.needs_input_grad[:2], ctx.options
         if not torch.is_grad_enabled():
+            if mask[0] and note(ctx.table, lambda: bag_positions(dy, scale, ids, offsets, maxima, options)):
+                mask = (False, mask[1])
             grads = bag_gradients(dy, weight, scale, ids, offsets, maxima, ctx.rows, mask, options)
-            return *grads, None, None, None
+            return *grads, None, None, None, None
         sparse = options[5]
         dense = (*options[:5], False, options[6])
         dweight, dscale = BagGrad.apply(dy, weight, scale, ids, offsets, maxima, ctx.rows, mask, dense)
-        return dweight.to_sparse(1) if sparse and mask[0] else dweight, dscale, None, None, None
+        return dweight.to_sparse(1) if sparse and mask[0] else dweight, dscale, None, None, None, None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import reference
+from ..._backends import is_compiling
 from ...reference.embedding.lookup import renormalise_
 from .. import _check, _ids
 from ._checks import (
@@ -20,6 +21,7 @@ from ._checks import (
     report_code,
 )
 from ._functions import ROOM, Bag, Lookup, embedding_bag_forward, embedding_forward
+from ._pending import any_registered, outside_graphs, table_of
 
 __all__ = ["embedding", "embedding_bag"]
 
@@ -68,6 +70,9 @@ def embedding(
             as `bounds_check` says; by the reference backend there, torch's device-side assertion.
         BackendError: the named backend cannot serve the call.
     """
+    if is_compiling() and any_registered():
+        options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+        return outside_graphs(embedding, input, weight, *options, bounds_check=bounds_check, backend=backend)
     check_table("embedding", input, weight, max_norm, scale_grad_by_freq)
     if padding_idx is not None:
         check_padding("embedding", padding_idx, weight.shape[0])
@@ -81,7 +86,8 @@ def embedding(
         renormalise_(weight.detach(), input.reshape(-1), max_norm, norm_type)
     if torch.is_grad_enabled() and weight.requires_grad:
         padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
-        result: Tensor = Lookup.apply(weight, input, (backend, padding, scale_grad_by_freq, sparse, what))
+        frozen = (backend, padding, scale_grad_by_freq, sparse, what)
+        result: Tensor = Lookup.apply(weight, input, frozen, table_of(weight))
     else:
         result = embedding_forward[backend](input, weight, what)
     after(bounds_check)
@@ -141,6 +147,12 @@ def embedding_bag(
         BackendError: the named backend cannot serve the call.
     """
     name = "embedding_bag"
+    if is_compiling() and any_registered():
+        options = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
+        more = {"include_last_offset": include_last_offset, "padding_idx": padding_idx}
+        return outside_graphs(
+            embedding_bag, input, weight, *options, **more, bounds_check=bounds_check, backend=backend
+        )
     check_table(name, input, weight, max_norm, scale_grad_by_freq)
     _check.floating(name, "weight", weight)
     check_bags(name, input, offsets, include_last_offset)
@@ -172,8 +184,8 @@ def embedding_bag(
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
     learned = weight.requires_grad or (per_sample_weights is not None and per_sample_weights.requires_grad)
     if torch.is_grad_enabled() and learned:
-        options = (backend, mode, include_last_offset, padding, scale_grad_by_freq, sparse, what)
-        result: Tensor = Bag.apply(weight, per_sample_weights, input, offsets, options)
+        frozen = (backend, mode, include_last_offset, padding, scale_grad_by_freq, sparse, what)
+        result: Tensor = Bag.apply(weight, per_sample_weights, input, offsets, frozen, table_of(weight))
     else:
         result = embedding_bag_forward[backend](
             input, weight, offsets, per_sample_weights, mode, include_last_offset, padding, False, what

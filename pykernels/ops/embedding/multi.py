@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ... import reference
+from ..._backends import is_compiling
 from .. import _check, _ids
 from ._checks import (
     after,
@@ -21,7 +23,8 @@ from ._checks import (
     check_table,
     report_code,
 )
-from ._functions import ROOM, BagGrad, bag_gradients, define
+from ._functions import ROOM, BagGrad, bag_gradients, bag_positions, define
+from ._pending import any_registered, note, outside_graphs, table_of
 
 __all__ = ["embedding_bag_multi"]
 
@@ -58,17 +61,23 @@ class Bags(Function):
     """One bag of each table side by side, on every backend; its gradient is that of each table's bag."""
 
     @staticmethod
-    def forward(ctx: Any, options: tuple[str, str, bool, int], offsets: Any, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        options: tuple[str, str, bool, int],
+        offsets: tuple[Tensor | None, ...],
+        noted: list[Any],
+        *tensors: Tensor,
+    ) -> Tensor:
         """tensors: T tables, T ids, T or no weights of the ids; options: backend, mode, include_last_offset, what."""
         backend, mode, last, what = options
         count = len(offsets)
         weights, ids, scales = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         keep = mode == "max" and any(ctx.needs_input_grad)
         out, maxima = embedding_bag_multi_forward[backend](ids, offsets, weights, scales, mode, last, keep, what)
-        learned = [bool(scales) and ctx.needs_input_grad[2 + 2 * count + table] for table in range(count)]
+        learned = [bool(scales) and ctx.needs_input_grad[3 + 2 * count + table] for table in range(count)]
         tables = [weight if learned[table] else None for table, weight in enumerate(weights)]
         ctx.save_for_backward(*tables, *ids, *scales, *offsets, maxima if keep else None)
-        ctx.shapes, ctx.options = [weight.shape for weight in weights], options
+        ctx.shapes, ctx.options, ctx.noted = [weight.shape for weight in weights], options, noted
         return out  # type: ignore[no-any-return]
 
     @staticmethod
@@ -77,7 +86,7 @@ class Bags(Function):
         count, saved = len(ctx.shapes), ctx.saved_tensors
         weights, ids, offsets, maxima = saved[:count], saved[count : 2 * count], saved[-1 - count : -1], saved[-1]
         scales = saved[2 * count : -1 - count] or (None,) * count
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         dweights: list[Tensor | None] = []
         dscales: list[Tensor | None] = []
         column = 0
@@ -88,12 +97,16 @@ class Bags(Function):
             dweight = dscale = None
             if any(mask):
                 places = None if maxima is None else maxima[:, columns].contiguous()
-                fixed = (ids[table], offsets[table], places, rows, mask, (backend, mode, last, -1, False, False, 0))
+                options = (backend, mode, last, -1, False, False, 0)
+                found = (dy[:, columns], scales[table], ids[table], offsets[table], places, options)
+                if mask[0] and note(ctx.noted[table], partial(bag_positions, *found)):
+                    mask = (False, mask[1])
                 gradients = BagGrad.apply if torch.is_grad_enabled() else bag_gradients
-                dweight, dscale = gradients(dy[:, columns], weights[table], scales[table], *fixed)
+                fixed = (ids[table], offsets[table], places, rows, mask, options)
+                dweight, dscale = gradients(found[0], weights[table], scales[table], *fixed)
             dweights.append(dweight)
             dscales.append(dscale)
-        return None, None, *dweights, *(None,) * count, *(dscales if len(needs) > 2 * count else ())
+        return None, None, None, *dweights, *(None,) * count, *(dscales if len(needs) > 2 * count else ())
 
 
 def embedding_bag_multi(
@@ -132,6 +145,18 @@ def embedding_bag_multi(
             number of the table is named with the position.
     """
     name = "embedding_bag_multi"
+    if is_compiling() and any_registered():
+        return outside_graphs(
+            embedding_bag_multi,
+            indices,
+            offsets,
+            weights,
+            mode=mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=include_last_offset,
+            bounds_check=bounds_check,
+            backend=backend,
+        )
     starts = _check_lists(indices, offsets, weights, per_sample_weights, mode, include_last_offset)
     backend = ROOM.resolve(name, backend, weights[0])
     what = before(name, bounds_check, _CODE)
@@ -152,7 +177,8 @@ def embedding_bag_multi(
     learned = any(tensor.requires_grad for tensor in (*weights, *scales))
     if torch.is_grad_enabled() and learned:
         options = (backend, mode, include_last_offset, what)
-        result: Tensor = Bags.apply(options, starts, *weights, *indices, *scales)
+        noted = [table_of(weight) for weight in weights]
+        result: Tensor = Bags.apply(options, starts, noted, *weights, *indices, *scales)
     else:
         result = embedding_bag_multi_forward[backend](
             indices, starts, weights, scales, mode, include_last_offset, False, what

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ... import reference
 from ..._backends import is_compiling
+from ...reference.embedding.update import row_gradients
 from .. import _check, _ids
 from .._library import as_seed
 from ._checks import (
@@ -23,7 +23,14 @@ from ._checks import (
     check_table,
     report_code,
 )
-from ._functions import ROOM, define, embedding_bag_forward
+from ._functions import (
+    ROOM,
+    define,
+    embedding_backward_sparse,
+    embedding_bag_backward_sparse,
+    embedding_bag_forward,
+)
+from ._pending import Positions, Rule
 
 __all__ = ["embedding_adagrad_", "embedding_adam_", "embedding_rowwise_adagrad_", "embedding_sgd_"]
 
@@ -56,33 +63,6 @@ embedding_update = define(
 _CODES = {name: report_code(f"embedding_{name}_", "indices") for name in ("sgd", "adagrad", "rowwise_adagrad", "adam")}
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What happens to a row: "sgd", "adagrad", "rowwise_adagrad" or "adam", and its numbers."""
-
-    name: str
-    lr: float
-    weight_decay: float = 0.0
-    eps: float = 0.0
-    betas: tuple[float, float] = (0.0, 0.0)
-    step: int = 1
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Which rows a lookup touched, and the gradient of its output: what backward knows."""
-
-    ids: Tensor
-    dy: Tensor
-    offsets: Tensor | None = None
-    per_sample_weights: Tensor | None = None
-    maxima: Tensor | None = None
-    mode: str | None = None
-    include_last_offset: bool = False
-    padding_idx: int | None = None
-    by_frequency: bool = False
-
-
 def _update(
     function: str,
     weight: Tensor,
@@ -97,9 +77,7 @@ def _update(
     for name, state in states:
         _check_state(function, name, state, weight, rule)
     _check_numbers(function, rule)
-    apart = weight.shape[1] > 1 and weight.stride(1) != 1
-    features = ("a table whose columns are apart in memory",) if apart else ()
-    backend = ROOM.resolve(function, backend, weight, *features)
+    backend = ROOM.resolve(function, backend, weight, *_features(weight))
     what = before(function, bounds_check, _CODES[rule.name])
     if what and backend != "cpu":  # the native kernels look for themselves before they write
         check_offsets(function, at.ids, at.offsets)
@@ -111,13 +89,60 @@ def _update(
     return weight
 
 
-def apply_rule(weight: Tensor, states: tuple[Tensor, ...], at: Positions, rule: Rule, seed: Tensor | None) -> None:
-    """The step of an optimizer: arguments that are known to be good, the backend of `auto`."""
+def apply_rule(
+    weight: Tensor, states: tuple[Tensor, ...], noted: list[Positions], rule: Rule, seed: Tensor | None
+) -> None:
+    """An optimizer's step on what the backward of all lookups of a table noted, on the backend of `auto`.
+
+    One lookup is consumed as it is. Several touch some rows together, which must be stepped once by the sum of their
+    gradients: each is reduced to the rows that it touches (as a sparse gradient is), and these are consumed.
+    """
     function = f"embedding_{rule.name}_"
+    backend = ROOM.resolve(function, None, weight, *_features(weight))
+    what = before(function, "error", _CODES[rule.name])
+    at = noted[0]
+    if len(noted) > 1:
+        rows = [_touched_rows(backend, weight, one) for one in noted]
+        at = Positions(torch.cat([ids for ids, _ in rows]), torch.cat([values for _, values in rows]))
+    _dispatch(backend, weight, states, at, rule, seed, what)
+
+
+def _features(weight: Tensor) -> tuple[str, ...]:
     apart = weight.shape[1] > 1 and weight.stride(1) != 1
-    features = ("a table whose columns are apart in memory",) if apart else ()
-    backend = ROOM.resolve(function, None, weight, *features)
-    _dispatch(backend, weight, states, at, rule, seed, before(function, "error", _CODES[rule.name]))
+    return ("a table whose columns are apart in memory",) if apart else ()
+
+
+def _touched_rows(backend: str, weight: Tensor, at: Positions) -> tuple[Tensor, Tensor]:
+    if backend == "reference":
+        ids, values = row_gradients(
+            weight,
+            at.ids,
+            at.dy,
+            offsets=at.offsets,
+            mode=at.mode,
+            per_sample_weights=at.per_sample_weights,
+            include_last_offset=at.include_last_offset,
+            padding_idx=at.padding_idx,
+            scale_grad_by_freq=at.by_frequency,
+        )
+        return ids.long(), values.to(weight.dtype)
+    rows, padding = weight.shape[0], -1 if at.padding_idx is None else at.padding_idx % weight.shape[0]
+    if at.mode is None:
+        found = embedding_backward_sparse[backend](at.dy, at.ids, rows, padding, at.by_frequency)
+    else:
+        found = embedding_bag_backward_sparse[backend](
+            at.dy,
+            at.ids,
+            at.offsets,
+            at.per_sample_weights,
+            at.maxima,
+            rows,
+            at.mode,
+            at.include_last_offset,
+            padding,
+            at.by_frequency,
+        )
+    return found[0][0], found[1]
 
 
 def _dispatch(
