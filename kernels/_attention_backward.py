@@ -9,14 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import _attention_place as places
 from . import _attention_tiles as tiles_of
-from . import _lib
 
 
 @triton.jit
 def attention_rows_kernel(
-    dout_ptr, out_ptr, lse_ptr, lse_low_ptr, dlse_ptr, base_ptr, delta_ptr, rows, heads, length,
-    dout_b, dout_h, dout_l, out_b, out_h, out_l, dlse_b, dlse_h, dlse_l, lse_b, lse_h, lse_l,
+    dout, out, lse, lse_low_ptr, dlse, base_ptr, delta_ptr, rows, heads, length,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """For every query delta = <dout, out> - dlse, and the lse in powers of two: +inf where no key is seen, so that
@@ -28,239 +27,131 @@ def attention_rows_kernel(
     b = row // length // heads
     column = tl.arange(0, BLOCK_DV)
     inside = exists[:, None] & (column < DV)[None, :]
-    dout = tl.load(
-        dout_ptr + (b * dout_b + h * dout_h + i * dout_l)[:, None] + column[None, :], mask=inside, other=0.0
-    ).to(tl.float32)
-    out = tl.load(out_ptr + (b * out_b + h * out_h + i * out_l)[:, None] + column[None, :], mask=inside, other=0.0).to(
-        tl.float32
-    )
-    dlse = tl.load(dlse_ptr + b * dlse_b + h * dlse_h + i * dlse_l, mask=exists, other=0.0)
-    at = b * lse_b + h * lse_h + i * lse_l
-    lse = tl.load(lse_ptr + at, mask=exists, other=0.0)
+    dout_ptrs = dout.ptr + (b * dout.b + h * dout.h + i * dout.l)[:, None] + column[None, :]
+    out_ptrs = out.ptr + (b * out.b + h * out.h + i * out.l)[:, None] + column[None, :]
+    product = tl.load(dout_ptrs, mask=inside, other=0.0).to(tl.float32)
+    product *= tl.load(out_ptrs, mask=inside, other=0.0).to(tl.float32)
+    moved = tl.load(dlse.ptr + b * dlse.b + h * dlse.h + i * dlse.l, mask=exists, other=0.0)
+    at = b * lse.b + h * lse.h + i * lse.l
+    high = tl.load(lse.ptr + at, mask=exists, other=0.0)
     low = tl.load(lse_low_ptr + at, mask=exists, other=0.0)
-    base = ((lse.to(tl.float64) + low.to(tl.float64)) * 1.4426950408889634).to(tl.float32)
-    tl.store(delta_ptr + at, tl.sum(dout * out, 1) - dlse, mask=exists)
-    tl.store(base_ptr + at, tl.where(lse == -float("inf"), float("inf"), base), mask=exists)
+    base = ((high.to(tl.float64) + low.to(tl.float64)) * 1.4426950408889634).to(tl.float32)
+    tl.store(delta_ptr + at, tl.sum(product, 1) - moved, mask=exists)
+    tl.store(base_ptr + at, tl.where(high == -float("inf"), float("inf"), base), mask=exists)
 
 
 @triton.jit
 def attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, base_ptr, delta_ptr, dq_ptr,
-    dout_b, dout_h, dout_l, lse_b, lse_h, lse_l, dq_b, dq_h, dq_l, dq_scale,
-    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
-    bias_ptr, bias_b, bias_h, bias_i, bias_j, mask_ptr, mask_b, mask_h, mask_i, mask_j,
-    seen_ptr, seen_b, seen_h, seen_j, span_ptr, span_b, span_h, prefix_ptr, slopes_ptr, slopes_b,
-    cu_q_ptr, cu_k_ptr, seed_ptr, tiles, heads, group, batch, lq, lk, max_q, max_k,
-    left, right, scale, softcap, threshold, keep_scale,
+    q, k, v, dout, q_desc, k_desc, v_desc, dout_desc, base, delta_ptr, dq, dq_scale, tiles, size, masks, numbers,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    TOP_LEFT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PREFIX: tl.constexpr, ALIBI: tl.constexpr,
-    BIAS: tl.constexpr, MASK: tl.constexpr, SEEN: tl.constexpr, LOWEST: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, SEQUENCES: tl.constexpr,
+    TOP_LEFT: tl.constexpr, LOWEST: tl.constexpr, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
     """dq = scale * sum_j ds_ij k_j, ds = p * (dropout(<dout, v>) - delta), times the slope of the cap."""
-    PRECISE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
-    tile, b, h = tiles_of.locate(
-        tl.program_id(0), tiles, heads, batch, lq, lk, max_q, max_k, cu_q_ptr, cu_k_ptr,
-        False, RIGHT or PREFIX, BLOCK_Q, SEQUENCES,
-    )  # fmt: skip
-    lq, lk, q_first, k_first, counter = tiles_of.sequence(
-        b, h, heads, batch, lq, lk, max_q, max_k, cu_q_ptr, cu_k_ptr, SEQUENCES
+    PRECISE: tl.constexpr = q.ptr.dtype.element_ty == tl.float32
+    tile, b, h = places.locate(
+        tiles, size, False, masks.right is not None or masks.prefix is not None, BLOCK_Q, SEQUENCES
     )
-    b = tl.minimum(b, batch - 1)
-    shift, prefix, seen_begin, seen_end = tiles_of.limits(
-        b, h, lq, lk, left, right, prefix_ptr, span_ptr, span_b, span_h, TOP_LEFT, LEFT, RIGHT, PREFIX, SEEN
-    )
-    q_ptr += b * q_b + h * q_h + q_first * q_l
-    k_ptr += b * k_b + h // group * k_h + k_first * k_l
-    v_ptr += b * v_b + h // group * v_h + k_first * v_l
-    dout_ptr += b * dout_b + h * dout_h + q_first * dout_l
-    slope = 0.0
-    seed = 0
-    if ALIBI:
-        slope = tl.load(slopes_ptr + b * slopes_b + h) * _lib.LOG2E
-    if BIAS:
-        bias_ptr += b * bias_b + h * bias_h
-    if MASK:
-        mask_ptr += b * mask_b + h * mask_h
-    if SEEN:
-        seen_ptr += b * seen_b + h * seen_h
-    if DROPOUT:
-        seed = tl.load(seed_ptr)
-        threshold = tl.cast(threshold, tl.uint32)
+    place = places.here(b, h, size, masks, numbers, TOP_LEFT, SEQUENCES)
+    q = places.at(q, place.b, place.h, place.q_first)
+    k = places.at(k, place.b, place.h // size.group, place.k_first)
+    v = places.at(v, place.b, place.h // size.group, place.k_first)
+    dout = places.at(dout, place.b, place.h, place.q_first)
+    dq = places.at(dq, place.b, place.h, place.q_first)
 
     i0 = tile * BLOCK_Q
-    in_tile = tl.arange(0, BLOCK_Q)
+    i = i0 + tl.arange(0, BLOCK_Q)
     columns = tl.arange(0, BLOCK_K)
-    i = i0 + in_tile
-    exists = i < lq
-    at = b * lse_b + h * lse_h + (q_first + i) * lse_l
-    q = tiles_of.rows(q_ptr, i0, q_l, in_tile, 0, lq, None, 0, D, BLOCK_D, True, False)
-    dout = tiles_of.rows(dout_ptr, i0, dout_l, in_tile, 0, lq, None, 0, DV, BLOCK_DV, True, False)
-    base = tl.load(base_ptr + at, mask=exists, other=float("inf"))
-    delta = tl.load(delta_ptr + at, mask=exists, other=0.0)
-    dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    edge = (BIAS or MASK) and i0 + BLOCK_Q > lq
+    q_tile = tiles_of.queries(q, q_desc, place, i0, D, BLOCK_Q, BLOCK_D, True)
+    dout_tile = tiles_of.queries(dout, dout_desc, place, i0, DV, BLOCK_Q, BLOCK_DV, True)
+    at = place.b * base.b + place.h * base.h + (place.q_first + i) * base.l
+    base_row = tl.load(base.ptr + at, mask=i < place.lq, other=float("inf"))[:, None]
+    delta_row = tl.load(delta_ptr + at, mask=i < place.lq, other=0.0)[:, None]
+    acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    edge = (masks.bias is not None or masks.mask is not None) and i0 + BLOCK_Q > place.lq
     begin, full_begin, full_end, first, masked = tiles_of.key_tiles(
-        i0, tl.minimum(i0 + BLOCK_Q, lq), seen_begin, seen_end, shift, left, right, prefix, edge,
-        BLOCK_K, LEFT, RIGHT, PREFIX,
-    )  # fmt: skip
+        i0, tl.minimum(i0 + BLOCK_Q, place.lq), place, masks, edge, BLOCK_K
+    )
     for MASKED in tl.static_range(2):
-        if MASKED:
-            count = masked
-        else:
-            count = (full_end - full_begin) // BLOCK_K
-        for t in tl.range(0, count):
-            if MASKED:
-                n = tiles_of.masked_tile(t, begin, full_end, first, BLOCK_K)
-            else:
-                n = full_begin + t * BLOCK_K
-            n = tl.multiple_of(n, BLOCK_K)
+        for t in tl.range(0, masked if MASKED else (full_end - full_begin) // BLOCK_K):
+            n = tiles_of.tile_start(t, begin, full_begin, full_end, first, BLOCK_K, MASKED)
             j = n + columns
-            k = tiles_of.rows(k_ptr, n, k_l, columns, seen_begin, seen_end, seen_ptr, seen_j, D, BLOCK_D, MASKED, SEEN)
-            v = tiles_of.rows(
-                v_ptr, n, v_l, columns, seen_begin, seen_end, seen_ptr, seen_j, DV, BLOCK_DV, MASKED, SEEN
-            )
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            if SOFTCAP:
-                u = _lib.tanh(s, PRECISE)
-                s = softcap * u
-            s = tiles_of.add_and_mask(
-                s, i[:, None], j[None, :], lq, lk, seen_begin, seen_end, shift, left, right, prefix, slope,
-                bias_ptr, bias_i, bias_j, mask_ptr, mask_i, mask_j, seen_ptr, seen_j,
-                MASKED, LEFT, RIGHT, PREFIX, ALIBI, BIAS, MASK, SEEN, LOWEST,
-            )  # fmt: skip
-            p = tl.exp2(s - base[:, None])
-            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-            if DROPOUT:
-                keep = tiles_of.kept(seed, threshold, counter, i[:, None], j[None, :], lk)
-                dp = tl.where(keep, dp * keep_scale, 0.0)
-            ds = p * (dp - delta[:, None])
-            if SOFTCAP:
-                ds = ds * (1.0 - u * u)
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-
-    column = tl.arange(0, BLOCK_D)
-    dq_ptrs = dq_ptr + b * dq_b + h * dq_h + ((q_first + i) * dq_l)[:, None] + column[None, :]
-    dq = (dq * dq_scale).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptrs, dq, mask=exists[:, None] & (column < D)[None, :])
+            k_tile = tiles_of.keys(k, k_desc, place, masks, size.group, n, D, BLOCK_K, BLOCK_D, MASKED)
+            v_tile = tiles_of.keys(v, v_desc, place, masks, size.group, n, DV, BLOCK_K, BLOCK_DV, MASKED)
+            s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+            s, u = tiles_of.scaled(s, numbers, PRECISE)
+            s = tiles_of.add_and_mask(s, i[:, None], j[None, :], place, masks, MASKED, LOWEST)
+            p = tl.exp2(s - base_row)
+            dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
+            if numbers.seed is not None:
+                keep = tiles_of.kept(i[:, None], j[None, :], place, numbers)
+                dp = tl.where(keep, dp * numbers.keep_scale, 0.0)
+            ds = tiles_of.score_gradient(p, dp, delta_row, u, numbers)
+            acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+    tiles_of.write(dq, acc * dq_scale, i, i < place.lq, D, BLOCK_D)
 
 
 @triton.jit
 def attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, base_ptr, delta_ptr, dk_ptr, dv_ptr,
-    dout_b, dout_h, dout_l, lse_b, lse_h, lse_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l, dk_scale,
-    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
-    bias_ptr, bias_b, bias_h, bias_i, bias_j, mask_ptr, mask_b, mask_h, mask_i, mask_j,
-    seen_ptr, seen_b, seen_h, seen_j, span_ptr, span_b, span_h, prefix_ptr, slopes_ptr, slopes_b,
-    cu_q_ptr, cu_k_ptr, seed_ptr, tiles, heads, group, batch, lq, lk, max_q, max_k,
-    left, right, scale, softcap, threshold, keep_scale,
+    q, k, v, dout, q_desc, k_desc, v_desc, dout_desc, base, delta_ptr, dk, dv, dk_scale, tiles, size, masks, numbers,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    TOP_LEFT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PREFIX: tl.constexpr, ALIBI: tl.constexpr,
-    BIAS: tl.constexpr, MASK: tl.constexpr, SEEN: tl.constexpr, LOWEST: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, SEQUENCES: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
+    TOP_LEFT: tl.constexpr, LOWEST: tl.constexpr, SEQUENCES: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
 ):  # fmt: skip
     """dv = sum_i dropout(p_ij) dout_i and dk = scale * sum_i ds_ij q_i of one query head, on transposed tiles: keys are
     rows, so that both sums are accumulated in place. NEED_K, NEED_V: one of them can be made alone."""
-    PRECISE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
-    tile, b, h = tiles_of.locate(
-        tl.program_id(0), tiles, heads, batch, lq, lk, max_q, max_k, cu_q_ptr, cu_k_ptr,
-        True, False, BLOCK_K, SEQUENCES,
-    )  # fmt: skip
-    lq, lk, q_first, k_first, counter = tiles_of.sequence(
-        b, h, heads, batch, lq, lk, max_q, max_k, cu_q_ptr, cu_k_ptr, SEQUENCES
-    )
-    b = tl.minimum(b, batch - 1)
-    shift, prefix, seen_begin, seen_end = tiles_of.limits(
-        b, h, lq, lk, left, right, prefix_ptr, span_ptr, span_b, span_h, TOP_LEFT, LEFT, RIGHT, PREFIX, SEEN
-    )
-    q_ptr += b * q_b + h * q_h + q_first * q_l
-    k_ptr += b * k_b + h // group * k_h + k_first * k_l
-    v_ptr += b * v_b + h // group * v_h + k_first * v_l
-    dout_ptr += b * dout_b + h * dout_h + q_first * dout_l
-    base_ptr += b * lse_b + h * lse_h + q_first * lse_l
-    delta_ptr += b * lse_b + h * lse_h + q_first * lse_l
-    slope = 0.0
-    seed = 0
-    if ALIBI:
-        slope = tl.load(slopes_ptr + b * slopes_b + h) * _lib.LOG2E
-    if BIAS:
-        bias_ptr += b * bias_b + h * bias_h
-    if MASK:
-        mask_ptr += b * mask_b + h * mask_h
-    if SEEN:
-        seen_ptr += b * seen_b + h * seen_h
-    if DROPOUT:
-        seed = tl.load(seed_ptr)
-        threshold = tl.cast(threshold, tl.uint32)
+    PRECISE: tl.constexpr = q.ptr.dtype.element_ty == tl.float32
+    tile, b, h = places.locate(tiles, size, True, False, BLOCK_K, SEQUENCES)
+    place = places.here(b, h, size, masks, numbers, TOP_LEFT, SEQUENCES)
+    q = places.at(q, place.b, place.h, place.q_first)
+    k = places.at(k, place.b, place.h // size.group, place.k_first)
+    v = places.at(v, place.b, place.h // size.group, place.k_first)
+    dout = places.at(dout, place.b, place.h, place.q_first)
+    rows = place.b * base.b + place.h * base.h + place.q_first * base.l
 
     j0 = tile * BLOCK_K
-    in_tile = tl.arange(0, BLOCK_K)
+    j = j0 + tl.arange(0, BLOCK_K)
     in_step = tl.arange(0, BLOCK_Q)
-    j = j0 + in_tile
-    k = tiles_of.rows(k_ptr, j0, k_l, in_tile, seen_begin, seen_end, seen_ptr, seen_j, D, BLOCK_D, True, SEEN)
-    v = tiles_of.rows(v_ptr, j0, v_l, in_tile, seen_begin, seen_end, seen_ptr, seen_j, DV, BLOCK_DV, True, SEEN)
-    dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_K, BLOCK_DV), tl.float32)
-    edge = (BIAS or MASK or SEEN) and j0 + BLOCK_K > lk
+    k_tile = tiles_of.keys(k, k_desc, place, masks, size.group, j0, D, BLOCK_K, BLOCK_D, True)
+    v_tile = tiles_of.keys(v, v_desc, place, masks, size.group, j0, DV, BLOCK_K, BLOCK_DV, True)
+    dk_tile = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    dv_tile = tl.zeros((BLOCK_K, BLOCK_DV), tl.float32)
+    tensors: tl.constexpr = masks.bias is not None or masks.mask is not None or masks.seen is not None
     begin, full_begin, full_end, first, masked = tiles_of.query_tiles(
-        j0, tl.minimum(j0 + BLOCK_K, lk), lq, seen_begin, seen_end, shift, left, right, prefix, edge,
-        BLOCK_Q, LEFT, RIGHT, PREFIX,
-    )  # fmt: skip
+        j0, tl.minimum(j0 + BLOCK_K, place.lk), place, masks, tensors and j0 + BLOCK_K > place.lk, BLOCK_Q
+    )
     for MASKED in tl.static_range(2):
-        if MASKED:
-            count = masked
-        else:
-            count = (full_end - full_begin) // BLOCK_Q
-        for t in tl.range(0, count):
-            if MASKED:
-                n = tiles_of.masked_tile(t, begin, full_end, first, BLOCK_Q)
-            else:
-                n = full_begin + t * BLOCK_Q
-            n = tl.multiple_of(n, BLOCK_Q)
+        for t in tl.range(0, masked if MASKED else (full_end - full_begin) // BLOCK_Q):
+            n = tiles_of.tile_start(t, begin, full_begin, full_end, first, BLOCK_Q, MASKED)
             i = n + in_step
-            q = tiles_of.rows(q_ptr, n, q_l, in_step, 0, lq, None, 0, D, BLOCK_D, MASKED, False)
-            dout = tiles_of.rows(dout_ptr, n, dout_l, in_step, 0, lq, None, 0, DV, BLOCK_DV, MASKED, False)
+            q_tile = tiles_of.queries(q, q_desc, place, n, D, BLOCK_Q, BLOCK_D, MASKED)
+            dout_tile = tiles_of.queries(dout, dout_desc, place, n, DV, BLOCK_Q, BLOCK_DV, MASKED)
+            at = rows + i.to(tl.int64) * base.l
             if MASKED:
-                base = tl.load(base_ptr + i.to(tl.int64) * lse_l, mask=i < lq, other=float("inf"))
-                delta = tl.load(delta_ptr + i.to(tl.int64) * lse_l, mask=i < lq, other=0.0)
+                base_row = tl.load(base.ptr + at, mask=i < place.lq, other=float("inf"))[None, :]
+                delta_row = tl.load(delta_ptr + at, mask=i < place.lq, other=0.0)[None, :]
             else:
-                base = tl.load(base_ptr + i.to(tl.int64) * lse_l)
-                delta = tl.load(delta_ptr + i.to(tl.int64) * lse_l)
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
-            if SOFTCAP:
-                u = _lib.tanh(s, PRECISE)
-                s = softcap * u
-            s = tiles_of.add_and_mask(
-                s, i[None, :], j[:, None], lq, lk, seen_begin, seen_end, shift, left, right, prefix, slope,
-                bias_ptr, bias_i, bias_j, mask_ptr, mask_i, mask_j, seen_ptr, seen_j,
-                MASKED, LEFT, RIGHT, PREFIX, ALIBI, BIAS, MASK, SEEN, LOWEST,
-            )  # fmt: skip
-            p = tl.exp2(s - base[None, :])
-            if DROPOUT:
-                keep = tiles_of.kept(seed, threshold, counter, i[None, :], j[:, None], lk)
+                base_row = tl.load(base.ptr + at)[None, :]
+                delta_row = tl.load(delta_ptr + at)[None, :]
+            s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+            s, u = tiles_of.scaled(s, numbers, PRECISE)
+            s = tiles_of.add_and_mask(s, i[None, :], j[:, None], place, masks, MASKED, LOWEST)
+            p = tl.exp2(s - base_row)
+            weights = p
+            if numbers.seed is not None:
+                keep = tiles_of.kept(i[None, :], j[:, None], place, numbers)
+                weights = tl.where(keep, p * numbers.keep_scale, 0.0)
             if NEED_V:
-                if DROPOUT:
-                    dropped = tl.where(keep, p * keep_scale, 0.0)
-                else:
-                    dropped = p
-                dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
+                dv_tile = tl.dot(weights.to(dout_tile.dtype), dout_tile, dv_tile, input_precision=PRECISION)
             if NEED_K:
-                dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-                if DROPOUT:
-                    dp = tl.where(keep, dp * keep_scale, 0.0)
-                ds = p * (dp - delta[None, :])
-                if SOFTCAP:
-                    ds = ds * (1.0 - u * u)
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-
-    exists = (j < lk)[:, None]
+                dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=PRECISION)
+                if numbers.seed is not None:
+                    dp = tl.where(keep, dp * numbers.keep_scale, 0.0)
+                ds = tiles_of.score_gradient(p, dp, delta_row, u, numbers)
+                dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
     if NEED_K:
-        column = tl.arange(0, BLOCK_D)
-        dk_ptrs = dk_ptr + b * dk_b + h * dk_h + ((k_first + j) * dk_l)[:, None] + column[None, :]
-        tl.store(dk_ptrs, (dk * dk_scale).to(dk_ptr.dtype.element_ty), mask=exists & (column < D)[None, :])
+        dk = places.at(dk, place.b, place.h, place.k_first)
+        tiles_of.write(dk, dk_tile * dk_scale, j, j < place.lk, D, BLOCK_D)
     if NEED_V:
-        column = tl.arange(0, BLOCK_DV)
-        dv_ptrs = dv_ptr + b * dv_b + h * dv_h + ((k_first + j) * dv_l)[:, None] + column[None, :]
-        tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=exists & (column < DV)[None, :])
+        dv = places.at(dv, place.b, place.h, place.k_first)
+        tiles_of.write(dv, dv_tile, j, j < place.lk, DV, BLOCK_DV)

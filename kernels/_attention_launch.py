@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _lib
+from ._attention_place import Masks, Numbers, Plane, Rows, Sizes
 
 LOG2E = 1.4426950408889634
 
@@ -23,6 +25,7 @@ class Tiles(NamedTuple):
     apart: dk and dv in a launch each; a fifth product, but the sums of wide heads do not fit in registers together.
     registers: a limit for each thread, kept where no mask but the causal one takes some: then two blocks share a
     multiprocessor.
+    copied: tiles are fetched by the tensor copy engine (capability 90 on).
     """
 
     queries: int
@@ -31,6 +34,7 @@ class Tiles(NamedTuple):
     stages: int
     apart: bool = False
     registers: int = 0
+    copied: bool = False
 
     def constants(self) -> dict[str, int]:
         return {
@@ -77,14 +81,12 @@ TABLE: dict[tuple[str, bool], tuple[tuple[int, int, Tiles], ...]] = {
 }
 
 
-#: What makes a kernel need more registers than its products do.
-_EXTRAS = ("BIAS", "MASK", "SEEN", "ALIBI", "SOFTCAP", "DROPOUT", "LEFT", "PREFIX", "SEQUENCES")
-
-
 def register_limit(tiles: Tiles, shared: dict[str, Any]) -> dict[str, int]:
     """The launch option for `Tiles.registers`, where the limit costs no spills; it is one of NVIDIA's."""
     ragged = (shared["D"], shared["DV"]) != (shared["BLOCK_D"], shared["BLOCK_DV"])
-    if not tiles.registers or ragged or torch.version.hip is not None or any(shared[name] for name in _EXTRAS):
+    masks, numbers = shared["masks"]._replace(right=None), shared["numbers"]
+    extras = [x for x in (*masks, numbers.softcap, numbers.seed, shared["size"].cu_q) if x is not None]
+    if not tiles.registers or ragged or extras or torch.version.hip is not None:
         return {}
     return {"maxnreg": tiles.registers}
 
@@ -131,48 +133,46 @@ def rows_like(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = Non
     return x.new_empty(shape, dtype=dtype)
 
 
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """(batch, head, position) of a (B, H, L, D) tensor, or of a packed (total, H, D) one."""
-    return (0, x.stride(1), x.stride(0)) if x.dim() == 3 else x.stride()[:3]  # type: ignore[return-value]
+def rows(x: Tensor) -> Rows:
+    """For the kernels: a (B, H, L, D) tensor, or a packed (total, H, D) one."""
+    return Rows(x, 0, x.stride(1), x.stride(0)) if x.dim() == 3 else Rows(x, *x.stride()[:3])
 
 
-def row_strides(x: Tensor) -> tuple[int, int, int]:
-    """`strides` for a tensor without head size."""
-    return (0, x.stride(1), x.stride(0)) if x.dim() == 2 else x.stride()  # type: ignore[return-value]
+def lines(x: Tensor) -> Rows:
+    """`rows` for a tensor without head size."""
+    return Rows(x, 0, x.stride(1), x.stride(0)) if x.dim() == 2 else Rows(x, *x.stride())
 
 
-class Sizes(NamedTuple):
-    """lq and lk: lengths, packed: totals. limit_q, limit_k: bounds on one sequence's lengths."""
-
-    batch: int
-    heads: int
-    lq: int
-    lk: int
-    limit_q: int
-    limit_k: int
-
-    def programs(self, tile: int, of_keys: bool, packed: bool) -> tuple[int, int]:
-        """(tiles a head, programs)."""
-        length = self.lk if of_keys else self.lq
-        tiles = triton.cdiv(length, tile) + (self.batch if packed else 0)
-        return tiles, tiles * self.heads * (1 if packed else self.batch)
-
-
-def sizes(query: Tensor, key: Tensor, cu_seqlens_q: Tensor | None, *masks: Tensor | None) -> Sizes:
+def sizes(
+    query: Tensor, key: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, *masks: Tensor | None
+) -> Sizes:
+    """masks: tensors over queries and keys, which bound the lengths of packed sequences."""
+    heads, kv_heads = query.shape[1], key.shape[1]
+    group = heads // kv_heads if kv_heads else 1
     if cu_seqlens_q is None:
-        batch, heads, lq, _ = query.shape
-        return Sizes(batch, heads, lq, key.shape[2], lq, key.shape[2])
-    lq, heads, _ = query.shape
-    lk = key.shape[0]
+        batch, _, lq, _ = query.shape
+        return Sizes(batch, heads, group, lq, key.shape[2], lq, key.shape[2], None, None)
+    lq, lk = query.shape[0], key.shape[0]
     given = [x for x in masks if x is not None]
-    limit_q = min((x.shape[-2] for x in given if x.dim() == 4 and x.shape[-2] > 1), default=lq)
-    limit_k = min((x.shape[-1] for x in given if x.shape[-1] > 1), default=lk)
-    return Sizes(cu_seqlens_q.shape[0] - 1, heads, lq, lk, limit_q, limit_k)
+    max_q = min((x.shape[-2] for x in given if x.dim() == 4 and x.shape[-2] > 1), default=lq)
+    max_k = min((x.shape[-1] for x in given if x.shape[-1] > 1), default=lk)
+    return Sizes(cu_seqlens_q.shape[0] - 1, heads, group, lq, lk, max_q, max_k, cu_seqlens_q, cu_seqlens_k)
+
+
+def programs(size: Sizes, tile: int, of_keys: bool = False) -> tuple[int, int]:
+    """(tiles a head, programs); with packed sequences a bound on both."""
+    packed = size.cu_q is not None
+    tiles = triton.cdiv(size.lk if of_keys else size.lq, tile) + (size.batch if packed else 0)
+    return tiles, tiles * size.heads * (1 if packed else size.batch)
 
 
 def broadcast_strides(x: Tensor) -> tuple[int, ...]:
     """Strides, 0 along dimensions of size 1."""
     return tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
+
+
+def plane(x: Tensor | None) -> Plane | None:
+    return None if x is None else Plane(x, *broadcast_strides(x))
 
 
 def seen_keys(
@@ -212,58 +212,80 @@ def shared_arguments(
     size: Sizes,
 ) -> dict[str, Any]:
     """What every kernel takes, by name. query, key, value: as `in_rows` gives them."""
-    mask, key_padding_mask, prefix, slopes, cu_q, cu_k, seed = masks
+    mask, key_padding_mask, prefix, slopes, _, _, seed = masks
     causal, left, right, softcap, dropout_p, scale = options
-    seen = seen_keys(mask, key_padding_mask, bias, size.limit_k)
-    if causal != "none" and prefix is None:
+    if causal == "none":
+        prefix = None
+    elif prefix is None:
         right = 0
+    seen, span = seen_keys(mask, key_padding_mask, bias, size.max_k) or (None, None)
     longest = size.lq + size.lk  # as good as unbounded, and 32 bits hold it
-    arguments: dict[str, Any] = dict(zip(("q_b", "q_h", "q_l"), strides(query), strict=True))
-    arguments |= zip(("k_b", "k_h", "k_l"), strides(key), strict=True)
-    arguments |= zip(("v_b", "v_h", "v_l"), strides(value), strict=True)
-    for name, x in (("bias", bias), ("mask", None if mask is None else mask.view(torch.uint8))):
-        names = tuple(f"{name}_{d}" for d in "bhij")
-        arguments |= zip(names, (0,) * 4 if x is None else broadcast_strides(x), strict=True)
-        arguments[f"{name}_ptr"] = x
-    for name, x, dims in (("seen", seen and seen[0], "bhj"), ("span", seen and seen[1], "bh")):
-        steps = (0,) * len(dims) if x is None else broadcast_strides(x)[: len(dims)]
-        arguments |= zip((f"{name}_{d}" for d in dims), steps, strict=True)
-        arguments[f"{name}_ptr"] = x
-    return arguments | {
-        "prefix_ptr": prefix if causal != "none" else None,
-        "slopes_ptr": slopes if slopes is None else slopes.contiguous(),
-        "slopes_b": size.heads if slopes is not None and slopes.dim() == 2 else 0,
-        "cu_q_ptr": cu_q,
-        "cu_k_ptr": cu_k,
-        "seed_ptr": seed if dropout_p > 0 else None,
-        "heads": size.heads,
-        "group": size.heads // key.shape[1] if key.shape[1] else 1,
-        "batch": size.batch,
-        "lq": size.lq,
-        "lk": size.lk,
-        "max_q": size.limit_q,
-        "max_k": size.limit_k,
-        "left": min(left, longest),
-        "right": min(right, longest),
-        "scale": scale / softcap if softcap else scale * LOG2E,
-        "softcap": softcap * LOG2E,
-        "threshold": min(round(dropout_p * 2.0**32), 2**32 - 1),
-        "keep_scale": 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+    return {
+        "q": rows(query),
+        "k": rows(key),
+        "v": rows(value),
+        "size": size,
+        "masks": Masks(
+            left=min(left, longest) if left >= 0 else None,
+            right=min(right, longest) if right >= 0 else None,
+            prefix=prefix,
+            bias=plane(bias),
+            mask=plane(None if mask is None else mask.view(torch.uint8)),
+            seen=None if seen is None else Rows(seen, *broadcast_strides(seen)),
+            span=None if span is None else Rows(span, *broadcast_strides(span)[:2], 1),
+            slopes=None if slopes is None else Rows(slopes.contiguous(), size.heads * (slopes.dim() - 1), 1, 0),
+        ),
+        "numbers": Numbers(
+            scale=scale / softcap if softcap else scale * LOG2E,
+            softcap=softcap * LOG2E if softcap else None,
+            seed=seed if dropout_p > 0 else None,
+            threshold=min(round(dropout_p * 2.0**32), 2**32 - 1),
+            keep_scale=1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+        ),
         "D": query.shape[-1],
         "DV": value.shape[-1],
         "BLOCK_D": padded(query.shape[-1]),
         "BLOCK_DV": padded(value.shape[-1]),
         "PRECISION": precision(query, value),
         "TOP_LEFT": causal == "top_left",
-        "LEFT": left >= 0,
-        "RIGHT": right >= 0,
-        "PREFIX": causal != "none" and prefix is not None,
-        "ALIBI": slopes is not None,
-        "BIAS": bias is not None,
-        "MASK": mask is not None,
-        "SEEN": seen is not None,
         "LOWEST": torch.finfo(bias.dtype).min if bias is not None else -math.inf,
-        "SOFTCAP": softcap > 0,
-        "DROPOUT": dropout_p > 0,
-        "SEQUENCES": 0 if cu_q is None else triton.next_power_of_2(max(size.batch, 1)),
+        "SEQUENCES": 0 if size.cu_q is None else triton.next_power_of_2(max(size.batch, 1)),
     }
+
+
+def descriptors(tiles: Tiles, shared: dict[str, Any], **more: Tensor) -> dict[str, TensorDescriptor | None]:
+    """`<name>_desc` of q, k, v and of more tensors like q, for the copy engine, where `tiles` wants it and it can serve
+    them: all or none. It reads whole tensors: keys hidden from every query would not be read as 0, and packed
+    sequences would not end."""
+    tensors = {"q": shared["q"].ptr, "k": shared["k"].ptr, "v": shared["v"].ptr, **more}
+    names = [f"{name}_desc" for name in tensors]
+    if not tiles.copied or not all_keys_seen(shared) or not all(map(can_be_described, tensors.values())):
+        return dict.fromkeys(names)
+    heights = [tiles.keys if name in "kv" else tiles.queries for name in tensors]
+    widths = [shared["BLOCK_D"] if name in "qk" else shared["BLOCK_DV"] for name in tensors]
+    boxes = zip(names, tensors.values(), heights, widths, strict=True)
+    return {name: described(x, height, width) for name, x, height, width in boxes}
+
+
+def all_keys_seen(shared: dict[str, Any]) -> bool:
+    """Whether every key is seen by some query, as far as is known here (`places.here` has the same limits)."""
+    size, masks = shared["size"], shared["masks"]
+    if size.cu_q is not None or masks.seen is not None:
+        return False
+    shift = 0 if shared["TOP_LEFT"] else size.lk - size.lq
+    bounded = masks.right if masks.prefix is None else 0
+    last = size.lk if bounded is None else size.lq + shift + bounded
+    return last >= size.lk and (masks.left is None or shift <= masks.left)
+
+
+def can_be_described(x: Tensor) -> bool:
+    """What a tensor map asks for: rows at multiples of 16 bytes, nothing expanded. It is NVIDIA's."""
+    steps = [s * x.element_size() for n, s in zip(x.shape[:-1], x.stride(), strict=False) if n > 1]
+    aligned = x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0
+    return aligned and all(s > 0 and s % 16 == 0 for s in steps) and torch.version.hip is None
+
+
+def described(x: Tensor, height: int, width: int) -> TensorDescriptor:
+    """x read in tiles of height rows of one head; a width beyond the head size reads 0."""
+    steps = [x.shape[-1] * 16 if n == 1 else s for n, s in zip(x.shape[:-1], x.stride(), strict=False)]
+    return TensorDescriptor(x, list(x.shape), [*steps, 1], [1, 1, height, width])

@@ -64,9 +64,7 @@ def attention_forward(
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     lse_low = torch.empty_like(lse)
     masks = mask, key_padding_mask, prefix_length, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed
-    size = launching.sizes(query, key, cu_seqlens_q, bias, mask, key_padding_mask)
-    tiles = launching.tiles_for("forward", query, value)
-    a_head, programs = size.programs(tiles.queries, False, cu_seqlens_q is not None)
+    size = launching.sizes(query, key, cu_seqlens_q, cu_seqlens_k, bias, mask, key_padding_mask)
     if size.batch * size.heads * size.lq == 0:
         return out, lse, lse_low
     if size.lk == 0:
@@ -74,11 +72,14 @@ def attention_forward(
     query, key, value = (launching.in_rows(x) for x in (query, key, value))
     options = causal, window_left, window_right, softcap, dropout_p, scale
     shared = launching.shared_arguments(query, key, value, bias, masks, options, size)
+    tiles = launching.tiles_for("forward", query, value)
+    a_head, programs = launching.programs(size, tiles.queries)
     _lib.launch(
-        attention_fwd_kernel, (programs,), query, query, key, value, out, lse, lse_low, sinks,
-        *launching.strides(out), *launching.row_strides(lse), tiles=a_head,
-        PLAIN=scale > 0 and softcap == 0 and bias is None and alibi_slopes is None, SINKS=sinks is not None,
-        **shared, **tiles.constants(), **launching.register_limit(tiles, shared),
+        attention_fwd_kernel, (programs,), query,
+        out=launching.rows(out), lse=launching.lines(lse), lse_low_ptr=lse_low, sinks_ptr=sinks, tiles=a_head,
+        PLAIN=scale > 0 and softcap == 0 and bias is None and alibi_slopes is None,
+        **shared, **launching.descriptors(tiles, shared), **tiles.constants(),
+        **launching.register_limit(tiles, shared),
     )  # fmt: skip
     return out, lse, lse_low
 
@@ -114,7 +115,7 @@ def attention_backward(
     wanted = [launching.rows_like(x, tuple(x.shape)) for x in (query, key, value)]
     wanted += [query if x is None else x.new_empty(x.shape) for x in (bias, sinks)]
     dq, dk, dv, dbias, dsinks = (x if m else query.new_empty(0) for x, m in zip(wanted, output_mask, strict=True))
-    size = launching.sizes(query, key, cu_seqlens_q, bias, mask, key_padding_mask)
+    size = launching.sizes(query, key, cu_seqlens_q, cu_seqlens_k, bias, mask, key_padding_mask)
     if size.batch * size.heads * size.lq == 0 or size.lk == 0:
         for x in (dq, dk, dv, dbias):
             x.zero_()
@@ -126,23 +127,21 @@ def attention_backward(
     query, key, value, dout, out = (launching.in_rows(x) for x in (query, key, value, dout, out))
     options = causal, window_left, window_right, softcap, dropout_p, scale
     base, delta = _row_sums(dout, out, lse, lse_low, dlse)
-    tensors = query, key, value, dout, base, delta
-    steps = (*launching.strides(dout), *launching.row_strides(base))
     shared = launching.shared_arguments(query, key, value, bias, masks, options, size)
-    packed = cu_seqlens_q is not None
+    shared |= {"dout": launching.rows(dout), "base": launching.lines(base), "delta_ptr": delta}
     if output_mask[0]:
         tiles = launching.tiles_for("dq", query, value)
-        a_head, programs = size.programs(tiles.queries, False, packed)
+        a_head, programs = launching.programs(size, tiles.queries)
         _lib.launch(
-            attention_bwd_dq_kernel, (programs,), query, *tensors, dq, *steps, *launching.strides(dq), scale,
-            tiles=a_head, **shared, **tiles.constants(),
+            attention_bwd_dq_kernel, (programs,), query, dq=launching.rows(dq), dq_scale=scale, tiles=a_head,
+            **shared, **launching.descriptors(tiles, shared, dout=dout), **tiles.constants(),
         )  # fmt: skip
     if output_mask[1] or output_mask[2]:
-        _key_gradients(dk, dv, output_mask, tensors, steps, scale, size, shared, packed)
+        _key_gradients(dk, dv, output_mask, key, value, scale, shared)
     share = _sink_share(sinks, lse)
     if output_mask[3] and bias is not None:
         if bias.shape[-1] > 1:
-            _bias_gradient(dbias, tensors, steps, shared)
+            _bias_gradient(dbias, query, value, shared)
         else:
             _bias_gradient_of_rows(dbias, torch.where(lse == -torch.inf, 0.0, dlse + share * delta), shared)
     if output_mask[4]:
@@ -158,9 +157,8 @@ def _row_sums(dout: Tensor, out: Tensor, lse: Tensor, lse_low: Tensor, dlse: Ten
     block = max(8, 8192 // out.element_size() // block_dv)
     _lib.launch(
         attention_rows_kernel, (triton.cdiv(lse.numel(), block),), lse,
-        dout, out, lse, lse_low, dlse, base, delta, lse.numel(), heads, length,
-        *launching.strides(dout), *launching.strides(out), *launching.row_strides(dlse), *launching.row_strides(lse),
-        DV=out.shape[-1], BLOCK_DV=block_dv, BLOCK=block,
+        launching.rows(dout), launching.rows(out), launching.lines(lse), lse_low, launching.lines(dlse), base, delta,
+        lse.numel(), heads, length, DV=out.shape[-1], BLOCK_DV=block_dv, BLOCK=block,
     )  # fmt: skip
     return base, delta
 
@@ -169,36 +167,34 @@ def _key_gradients(
     dk: Tensor,
     dv: Tensor,
     output_mask: tuple[bool, ...],
-    tensors: tuple[Tensor, ...],
-    steps: tuple[int, ...],
+    key: Tensor,
+    value: Tensor,
     scale: float,
-    size: launching.Sizes,
     shared: dict[str, Any],
-    packed: bool,
 ) -> None:
     """dk and dv, each query head's by itself where several share a key head, then summed in order."""
-    query, key, value = tensors[:3]
-    group = shared["group"]
+    size, query, dout = shared["size"], shared["q"].ptr, shared["dout"].ptr
+    wanted = output_mask[1], output_mask[2]
     outputs = []
-    for found, x, want in ((dk, key, output_mask[1]), (dv, value, output_mask[2])):
-        if want and group > 1:
+    for found, x, want in zip((dk, dv), (key, value), wanted, strict=True):
+        if want and size.group > 1:
             outputs.append(x.new_empty((x.shape[0], size.heads, *x.shape[2:]), dtype=torch.float32))
         else:
             outputs.append(found if want else x)  # what is not wanted is not written
     tiles = launching.tiles_for("dkdv", query, value)
-    a_head, programs = size.programs(tiles.keys, True, packed)
-    wanted = (output_mask[1], output_mask[2])
+    a_head, programs = launching.programs(size, tiles.keys, of_keys=True)
+    described = launching.descriptors(tiles, shared, dout=dout)
     for need_k, need_v in ((wanted[0], False), (False, wanted[1])) if tiles.apart else (wanted,):
         if need_k or need_v:
             _lib.launch(
-                attention_bwd_dkdv_kernel, (programs,), query, *tensors, *outputs, *steps,
-                *launching.strides(outputs[0]), *launching.strides(outputs[1]), scale,
-                tiles=a_head, NEED_K=need_k, NEED_V=need_v, **shared, **tiles.constants(),
+                attention_bwd_dkdv_kernel, (programs,), query,
+                dk=launching.rows(outputs[0]), dv=launching.rows(outputs[1]), dk_scale=scale, tiles=a_head,
+                NEED_K=need_k, NEED_V=need_v, **shared, **described, **tiles.constants(),
             )  # fmt: skip
-    if group > 1:
-        for found, by_head, want in ((dk, outputs[0], output_mask[1]), (dv, outputs[1], output_mask[2])):
+    if size.group > 1:
+        for found, by_head, want in zip((dk, dv), outputs, wanted, strict=True):
             if want:
-                found.copy_(by_head.unflatten(1, (-1, group)).sum(2))
+                found.copy_(by_head.unflatten(1, (-1, size.group)).sum(2))
 
 
 def _sink_share(sinks: Tensor | None, lse: Tensor) -> Tensor | float:
@@ -209,14 +205,15 @@ def _sink_share(sinks: Tensor | None, lse: Tensor) -> Tensor | float:
     return torch.where(sink == -torch.inf, 0.0, torch.exp(sink - lse))
 
 
-def _bias_gradient(dbias: Tensor, tensors: tuple[Tensor, ...], steps: tuple[int, ...], shared: dict[str, Any]) -> None:
-    tiles = launching.tiles_for("dbias", tensors[0], tensors[2])
+def _bias_gradient(dbias: Tensor, query: Tensor, value: Tensor, shared: dict[str, Any]) -> None:
+    tiles = launching.tiles_for("dbias", query, value)
     batch, heads, rows, columns = dbias.shape
     across = triton.cdiv(columns, tiles.keys)
     programs = batch * heads * triton.cdiv(rows, tiles.queries) * across
     _lib.launch(
-        attention_bwd_dbias_kernel, (programs,), dbias, *tensors, dbias, *steps, *dbias.shape,
-        tiles=across, ALL_BATCH=batch == 1, ALL_HEADS=heads == 1, ALL_ROWS=rows == 1, **shared, **tiles.constants(),
+        attention_bwd_dbias_kernel, (programs,), dbias,
+        dbias_ptr=dbias, bias_heads=heads, bias_rows=rows, bias_columns=columns, tiles=across,
+        ALL_BATCH=batch == 1, ALL_HEADS=heads == 1, ALL_ROWS=rows == 1, **shared, **tiles.constants(),
     )  # fmt: skip
 
 
@@ -224,10 +221,9 @@ def _bias_gradient_of_rows(dbias: Tensor, sums: Tensor, shared: dict[str, Any]) 
     """Of a bias that is the same for all keys; sums: of ds along the keys, for each query, laid out as the lse."""
     batch, heads, rows, _ = dbias.shape
     block = 256
-    tiles = triton.cdiv(rows, block)
-    names = ("heads", "batch", "lq", "lk", "max_q", "max_k", "cu_q_ptr", "cu_k_ptr", "SEQUENCES")
     _lib.launch(
-        attention_bwd_dbias_rows_kernel, (batch * heads * tiles,), dbias,
-        sums, dbias, *launching.row_strides(sums), heads, rows, tiles=tiles, BLOCK_Q=block,
-        ALL_BATCH=batch == 1, ALL_HEADS=heads == 1, ALL_ROWS=rows == 1, **{name: shared[name] for name in names},
+        attention_bwd_dbias_rows_kernel, (batch * heads * triton.cdiv(rows, block),), dbias,
+        launching.lines(sums), dbias, heads, rows, BLOCK_Q=block,
+        ALL_BATCH=batch == 1, ALL_HEADS=heads == 1, ALL_ROWS=rows == 1,
+        **{name: shared[name] for name in ("size", "masks", "numbers", "TOP_LEFT", "SEQUENCES")},
     )  # fmt: skip

@@ -1,16 +1,17 @@
-"""Attention modules: torch.nn's constructors, parameters and state_dict, on our functions."""
+"""Attention modules on our functions: torch.nn's MultiheadAttention, and a decoder's causal self-attention."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import dropout, linear, pad
 
-from ..ops.attention import attention_and_weights, scaled_dot_product_attention
+from ..ops.attention import attention, attention_and_weights, scaled_dot_product_attention
 
-__all__ = ["MultiheadAttention"]
+__all__ = ["CausalSelfAttention", "MultiheadAttention"]
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -202,3 +203,205 @@ def _check_masks(q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mas
     if key_padding_mask is not None and key_padding_mask.shape != (batch, keys):
         shape = tuple(key_padding_mask.shape)
         raise AssertionError(f"MultiheadAttention: key_padding_mask must have the shape {(batch, keys)}, not {shape}")
+
+
+class CausalSelfAttention(nn.Module):
+    """`c_proj(attention(q, k, v, causal=True))`, (q, k, v) = slices of `c_attn(x)`: a decoder's self-attention.
+
+    Parameters are named as in GPT-2 and nanoGPT, weights laid out as in `torch.nn.Linear`: `c_attn.weight`
+    [(num_heads + 2 * num_kv_heads) * head_dim, embed_dim] with the rows of all query heads, then key heads, then value
+    heads; `c_proj.weight` [embed_dim, num_heads * head_dim]; `c_attn.bias`, `c_proj.bias`. There are no buffers. The
+    projections are not copied: kernels read the heads where `c_attn` wrote them, and no mask is stored.
+
+    Args:
+        embed_dim: size of the input and output.
+        num_heads: query heads.
+        num_kv_heads: key and value heads; divides num_heads. Default num_heads.
+        head_dim: default embed_dim / num_heads, which must then be whole.
+        dropout: probability of dropping an attention weight, in training.
+        residual_dropout: probability of dropping an element of the output, in training.
+        bias: both projections have biases.
+        window: how many keys before its own a query sees besides its own; None: all. (A "sliding window of W" that
+            counts the query's own key is `window=W - 1`.)
+        rotary_base: rotate query and key by their positions: pairs (x_t, x_{t + head_dim / 2}) by the angle
+            `position * rotary_base ** (-2 t / head_dim)`, in float32. 10000.0 is usual; None: no rotation.
+        softcap: bounds the scores, as in `attention`.
+        backend: see `pykernels.explain`.
+
+    Raises:
+        ValueError: sizes that are not positive or do not divide; an odd head_dim with rotary_base; `dropout` outside
+            [0, 1), `residual_dropout` outside [0, 1]; a negative window.
+
+    Source: Radford et al. (2019); Ainslie et al. (arXiv 2305.13245) for shared key heads; Su et al. (arXiv 2104.09864)
+    for the rotation.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        dropout: float = 0.0,
+        residual_dropout: float = 0.0,
+        bias: bool = True,
+        window: int | None = None,
+        rotary_base: float | None = None,
+        softcap: float | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_kv_heads", kv_heads)):
+            if size < 1:
+                raise ValueError(f"CausalSelfAttention: {name} must be positive, not {size}")
+        if head_dim is None and embed_dim % num_heads:
+            raise ValueError(f"CausalSelfAttention: num_heads must divide embed_dim {embed_dim}, not {num_heads}")
+        if num_heads % kv_heads:
+            raise ValueError(f"CausalSelfAttention: num_kv_heads must divide num_heads {num_heads}, not {kv_heads}")
+        size = embed_dim // num_heads if head_dim is None else head_dim
+        if size < 1 or (rotary_base is not None and size % 2):
+            raise ValueError(f"CausalSelfAttention: head_dim must be positive, and even for a rotation, not {size}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"CausalSelfAttention: dropout must be in [0, 1), not {dropout}")
+        if not 0 <= residual_dropout <= 1:
+            raise ValueError(f"CausalSelfAttention: residual_dropout must be in [0, 1], not {residual_dropout}")
+        if window is not None and window < 0:
+            raise ValueError(f"CausalSelfAttention: window must not be negative, not {window}")
+        self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = embed_dim, num_heads, kv_heads, size
+        self.dropout, self.residual_dropout = dropout, residual_dropout
+        self.window, self.rotary_base, self.softcap, self.backend = window, rotary_base, softcap, backend
+        options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        self.c_attn = nn.Linear(embed_dim, (num_heads + 2 * kv_heads) * size, **options)
+        self.c_proj = nn.Linear(num_heads * size, embed_dim, **options)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        prefix_length: int | Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Attends.
+
+        Args:
+            x: Tensor[B, L, embed_dim], or Tensor[L, embed_dim]: one sequence, or with `cu_seqlens` several, end to end.
+            key_padding_mask: bool Tensor[B, L] (Tensor[L] with one sequence); True = real token, as in `attention`.
+            prefix_length: int or int Tensor[B]; these first tokens are seen by all (prefix LM).
+            cu_seqlens: int Tensor[B + 1], ends of the packed sequences, starting with 0.
+
+        Returns:
+            Tensor shaped as x.
+
+        Raises:
+            RuntimeError: x has other dimensions or another size; otherwise as `attention`.
+        """
+        if x.dim() not in (2, 3) or x.shape[-1] != self.embed_dim or (cu_seqlens is not None and x.dim() != 2):
+            expected = f"(L, {self.embed_dim})" if cu_seqlens is not None else f"(B, L, {self.embed_dim})"
+            raise RuntimeError(f"CausalSelfAttention: x must have the shape {expected}, not {tuple(x.shape)}")
+        one = x.dim() == 2 and cu_seqlens is None
+        if one and key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        qkv = self.c_attn(x.unsqueeze(0) if one else x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split((heads, kv_heads, kv_heads), -2)
+        if self.rotary_base is not None:
+            angles = self._angles(x.shape[-2], cu_seqlens, x.device)
+            q, k = _rotated(q, angles), _rotated(k, angles)
+        if cu_seqlens is None:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = attention(
+            q,
+            k,
+            v,
+            causal=True,
+            key_padding_mask=key_padding_mask,
+            prefix_length=prefix_length,
+            window=None if self.window is None else (self.window, -1),
+            softcap=self.softcap,
+            dropout_p=self.dropout if self.training else 0.0,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            backend=self.backend,
+        )
+        out = self.c_proj((out if cu_seqlens is not None else out.transpose(1, 2)).flatten(-2))
+        out = dropout(out, self.residual_dropout, self.training)
+        return out.squeeze(0) if one else out
+
+    def _angles(self, length: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+        """Tensor[L, head_dim / 2], float32."""
+        position = torch.arange(length, device=device)
+        if cu_seqlens is not None:
+            position = position - cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=length)
+        power = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
+        return position.float().unsqueeze(-1) * self.rotary_base**-power
+
+    def load_layout(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
+        """Copies the parameters of another implementation's causal self-attention, recognised by its names.
+
+        | names | layout |
+        |---|---|
+        | `c_attn`, `c_proj` | this module's and nanoGPT's; transposed weights (GPT-2's own, `Conv1D`) are transposed |
+        | `in_proj_weight`, `in_proj_bias`, `out_proj` | `torch.nn.MultiheadAttention` |
+        | `q_proj`, `k_proj`, `v_proj`, `o_proj` or `out_proj` | one projection each |
+
+        Other entries (masks kept as buffers) are left alone. A rotation must be that of halves: weights made for
+        rotating adjacent elements have to be permuted first.
+
+        Args:
+            state_dict: of the module, or of a model together with `prefix` ("transformer.h.0.attn.").
+
+        Raises:
+            KeyError: a parameter of this module is not there.
+            RuntimeError: a shape that does not fit, or biases for a module without.
+        """
+        names = {name: state_dict[prefix + name] for name in _parameters(state_dict, prefix)}
+        found: dict[str, Tensor] = {}
+        for kind in ("weight", "bias"):
+            if f"c_attn.{kind}" in names:
+                found[f"c_attn.{kind}"] = names[f"c_attn.{kind}"]
+            elif f"in_proj_{kind}" in names:
+                found[f"c_attn.{kind}"] = names[f"in_proj_{kind}"]
+            elif f"q_proj.{kind}" in names:
+                found[f"c_attn.{kind}"] = torch.cat([names[f"{part}_proj.{kind}"] for part in "qkv"])
+            for out in ("c_proj", "out_proj", "o_proj"):
+                if f"{out}.{kind}" in names:
+                    found[f"c_proj.{kind}"] = names[f"{out}.{kind}"]
+        weight = self.c_attn.weight
+        if "c_attn.weight" in found and found["c_attn.weight"].shape == weight.shape[::-1]:
+            found |= {name: x.t() for name, x in found.items() if x.dim() == 2}
+        own = dict(self.named_parameters())
+        if set(found) - set(own):
+            raise RuntimeError(f"CausalSelfAttention: made with bias=False, but given {sorted(set(found) - set(own))}")
+        for name, parameter in own.items():
+            if name not in found:
+                raise KeyError(f"CausalSelfAttention: no {name} among {sorted(names)}")
+            if found[name].shape != parameter.shape:
+                shapes = f"{tuple(parameter.shape)}, not {tuple(found[name].shape)}"
+                raise RuntimeError(f"CausalSelfAttention: {name} must have the shape {shapes}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(found[name])
+
+    def extra_repr(self) -> str:
+        shown = ("embed_dim", "num_heads", "num_kv_heads", "head_dim", "dropout", "residual_dropout", "window")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in (*shown, "rotary_base", "softcap"))
+
+
+def _parameters(state_dict: Mapping[str, Tensor], prefix: str) -> list[str]:
+    """Names of projections' parameters below the prefix."""
+    plain = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
+    return [name for name in plain if name.endswith(("_attn.weight", "_attn.bias", "_proj.weight", "_proj.bias"))] + [
+        name for name in plain if name in ("in_proj_weight", "in_proj_bias")
+    ]
+
+
+def _rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """Tensor[..., L, H, D] with each half turned against the other by the angles of its position."""
+    cos, sin = angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
+    one, two = x.float().chunk(2, -1)
+    return torch.cat((one * cos - two * sin, two * cos + one * sin), -1).to(x.dtype)
