@@ -15,6 +15,7 @@ import torch
 from conftest import DEVICE, kernel_grid, spec_id
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from pykernels.testing.run import check_case, evaluate
 from pykernels.testing.spec import KERNEL_DTYPES, Case, Input, OpSpec, load
@@ -29,6 +30,20 @@ def over_grid(function: Callable[..., None]) -> Callable[..., None]:
 
 def over_specs(function: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.parametrize("spec", SPECS, ids=[f"{s.room}-{spec_id(s)}" for s in SPECS])(function)
+
+
+LEARNED = [(s, b) for s, b in GRID if s.differentiable]
+LEARNED_SPECS = [s for s in SPECS if s.differentiable]
+
+
+def over_learned_grid(function: Callable[..., None]) -> Callable[..., None]:
+    ids = [f"{spec_id(s)}-{b}" for s, b in LEARNED]
+    return pytest.mark.parametrize(("spec", "backend"), LEARNED, ids=ids)(function)
+
+
+def over_learned_specs(function: Callable[..., None]) -> Callable[..., None]:
+    ids = [f"{s.room}-{spec_id(s)}" for s in LEARNED_SPECS]
+    return pytest.mark.parametrize("spec", LEARNED_SPECS, ids=ids)(function)
 
 
 def sample(spec: OpSpec) -> Case:
@@ -129,6 +144,8 @@ def test_repeats_bitwise(spec: OpSpec, backend: str) -> None:
             assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert all(torch.equal(before[name], inputs[name]) for name in inputs), "an input was written to"
 
+    if not spec.differentiable:
+        return
     leaves = [x.requires_grad_() if x.is_floating_point() else x for x in case.make(torch.float32, DEVICE).values()]
     outputs = as_tuple(bound(spec, case, backend)(*leaves))
     wanted = [x for x in leaves if x.requires_grad]
@@ -138,7 +155,7 @@ def test_repeats_bitwise(spec: OpSpec, backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True)), "a saved tensor was overwritten"
 
 
-@over_grid
+@over_learned_grid
 def test_every_subset_of_gradients(spec: OpSpec, backend: str) -> None:
     case = sample(spec)
     inputs = case.make(torch.float32, DEVICE)
@@ -153,7 +170,7 @@ def test_every_subset_of_gradients(spec: OpSpec, backend: str) -> None:
             assert all(torch.equal(grads[n], full[n]) for n in grads)
 
 
-@over_specs
+@over_learned_specs
 def test_first_and_second_derivatives(spec: OpSpec) -> None:
     """gradcheck and gradgradcheck in float64, through the autograd Functions where a kernel serves float64."""
     case = sample(spec)
@@ -168,7 +185,7 @@ def test_first_and_second_derivatives(spec: OpSpec) -> None:
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
-@over_grid
+@over_learned_grid
 def test_second_derivative_in_float32(spec: OpSpec, backend: str) -> None:
     """The kernels' gradient, differentiated once more, against the reference's in float64."""
     case = sample(spec)
@@ -207,7 +224,7 @@ def test_opcheck(spec: OpSpec, backend: str) -> None:
         evaluate(spec.function, case, case.make(torch.float32, DEVICE), backend=backend)
     assert recorder.calls, "no operator of ours ran"
     for func, args, kwargs in recorder.calls.values():
-        detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+        detached = tree_map_only(Tensor, Tensor.detach, args)
         outcome = torch.library.opcheck(func, detached, kwargs)
         assert set(outcome.values()) == {"SUCCESS"}, (func, outcome)
 
@@ -227,7 +244,7 @@ def test_compiles_whole(spec: OpSpec, backend: str, dynamic: bool) -> None:
             torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=0)
 
 
-@over_specs
+@over_learned_specs
 def test_functorch_is_served_by_the_reference(spec: OpSpec) -> None:
     case = sample(spec)
     tensors = list(case.make(torch.float64, DEVICE).values())

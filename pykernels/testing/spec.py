@@ -118,6 +118,7 @@ class OpSpec:
         saved: bytes kept for backward, (case, dtype) -> n.
         long_sums: inputs whose gradients sum over a long axis.
         extra: arguments that both the function and the reference take but torch's operator does not (a seed).
+        differentiable: False for in-place updates and inference functions: no test takes gradients of them.
         wrap: for functions that take lists or nested states of tensors: makes one of the case's arguments from the
             function (and from the reference), giving one tensor or a flat tuple. `peer` takes the case's as it is.
     """
@@ -133,6 +134,7 @@ class OpSpec:
     saved: Callable[[Case, torch.dtype], int] | None = None
     long_sums: frozenset[str] = frozenset()
     extra: frozenset[str] = frozenset()
+    differentiable: bool = True
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
 
     @property

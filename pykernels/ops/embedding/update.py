@@ -44,7 +44,7 @@ __all__ = ["embedding_adagrad_", "embedding_adam_", "embedding_rowwise_adagrad_"
 #     "adam"             m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2         state m, second_state v (V, D)
 #                        w -= lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 #
-# `mode` is "none" (plain lookup; offsets and per_sample_weights None), "sum", "mean" or "max" (`maxima` as
+# `pooling` is "none" (plain lookup; offsets and per_sample_weights None), "sum", "mean" or "max" (`maxima` as
 # embedding_bag_forward gave them). padding_idx: -1 for none. A row is touched when its id is at a position that is in a
 # bag and is not the padding; no other row, nor its state, is read or written. States are contiguous, float32 (float64
 # for a float64 table); rows of `weight` have unit inner stride and any outer one. With `seed` (one int64, bfloat16
@@ -54,9 +54,9 @@ __all__ = ["embedding_adagrad_", "embedding_adam_", "embedding_rowwise_adagrad_"
 embedding_update = define(
     ROOM,
     "embedding_update(Tensor(a!) weight, Tensor(b!)? state, Tensor(c!)? second_state, Tensor ids, Tensor dy, "
-    "Tensor? offsets, Tensor? per_sample_weights, Tensor? maxima, str mode, bool include_last_offset, int padding_idx, "
-    "bool by_frequency, str rule, float lr, float weight_decay, float eps, float beta1, float beta2, SymInt step, "
-    "Tensor? seed, int what) -> ()",
+    "Tensor? offsets, Tensor? per_sample_weights, Tensor? maxima, str pooling, bool include_last_offset, "
+    "int padding_idx, bool by_frequency, str rule, float lr, float weight_decay, float eps, float beta1, float beta2, "
+    "SymInt step, Tensor? seed, int what) -> ()",
     lambda *arguments: None,
 )
 
