@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import BACKENDS, DEVICE
 from torch import Tensor
 
 import pykernels as pk
 from pykernels import _errors
+from pykernels._cuda import embedding as cuda
+from pykernels._cuda._extension import Extension
 from pykernels._triton import embedding as triton_floor
 from pykernels.testing import interpreter
 
-KERNELS = ("triton",)
+KERNELS = tuple(b for b in BACKENDS if b != "cpu")
 
 
 def ops(backend: str) -> Any:
     """The op functions of a floor, without the registry: what is tested here is the floor itself."""
-    return triton_floor
+    if backend == "triton":
+        return triton_floor
+    extension = Extension(f"_{backend}_ext")
+    assert extension.available, extension.reason
+    names = [name for name in cuda.__all__ if name != "unsupported"]
+    return SimpleNamespace(**{name: functools.partial(getattr(cuda, name), extension) for name in names})
 
 
 def spread(kind: str, count: int, rows: int) -> Tensor:

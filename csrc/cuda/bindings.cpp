@@ -14,6 +14,7 @@ namespace pk {
 const char* kernel_compiler();  // collectives.cu: the compiler that built the kernels
 void bind_activation(py::module_&);
 void bind_collectives(py::module_&);
+void bind_embedding(py::module_&);
 #if defined(PK_EMULATOR)
 void bind_emulator(py::module_&);  // csrc/emulator/emulator_bindings.cpp
 #endif
@@ -47,6 +48,7 @@ PYBIND11_MODULE(PK_MODULE, m) {
   m.def("build_info", &pk::build_info, "Which compiler built the kernels, for which architectures.");
   pk::bind_activation(m);
   pk::bind_collectives(m);
+  pk::bind_embedding(m);
 #if defined(PK_EMULATOR)
   pk::bind_emulator(m);
 #endif

@@ -21,6 +21,11 @@ RULES: dict[str, Rules] = {
     # bandwidth asks for 15 on an H100.
     r"rows_kernel<(__half|__nv_bfloat16), .*GatedBackward": Rules(vector=True, occupancy=0.375),
     r"rows_kernel<": Rules(vector=True, occupancy=0.5),
+    # Four rows in flight in every thread, of 16 bytes: 12 warps are 24 KiB, and with "max" twice that of the maxima.
+    # Narrow loads: the factor of each row, the same for all of its columns.
+    r"bag_forward_kernel<\w+, [48],": Rules(vector=True, narrow=4, occupancy=0.375),
+    r"segment_kernel<\w+, [48],": Rules(vector=True, occupancy=0.18, barriers=0),
+    r"segment_kernel<": Rules(barriers=0),
 }
 
 _THREADS = re.compile(r"\.entry\s+(\w+)\s*\((?:[^)]*)\)\s*((?:\.\w+[^\n{]*\n)*)")

@@ -63,7 +63,7 @@ class Instruction:
 
     @property
     def target(self) -> str | None:
-        """The label a branch goes to. A conditional call within the kernel is one: that is how ptxas leaves some loops."""
+        """The label a branch goes to. A conditional call is one too: that is how ptxas leaves some loops."""
         if self.base not in ("BRA", "JMP") and not (self.base == "CALL" and self.conditional):
             return None
         match = re.search(r"`\((\.L\w*)\)", self.operands)

@@ -1,0 +1,45 @@
+// Launchers of the embedding room.  Ids are int32 (`narrow`) or int64, offsets int64 or null (then every bag has
+// `length` ids).  Tables and gradients have a row and a column stride in elements.  `padding` is -1 for none.  Ids
+// outside [0, rows) are skipped, and reported to `record` where it is not null (pykernels/_errors.py).
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "dtype.h"
+
+namespace pk {
+
+// mode: lookup, sum, mean, max.  out (bags, cols), maxima the same or null; scale: one factor for each id, or null.
+void embedding_bag_forward(const void* ids, const void* weight, const int64_t* offsets, const void* scale, void* out,
+                           int32_t* maxima, int64_t* record, int64_t what, bool narrow, int64_t bags, int64_t length,
+                           int64_t n, bool last, int64_t rows, int64_t cols, int64_t padding, int64_t weight_row,
+                           int64_t weight_col, const std::string& mode, DType dtype, void* stream);
+// Offsets begin with 0, do not decrease and do not exceed n; what: the code of the ids.
+void embedding_check_offsets(const int64_t* offsets, int64_t* record, int64_t what, int64_t count, int64_t n,
+                             int64_t table, void* stream);
+// How many ids of each bag take part, at least 1.
+void embedding_bag_sizes(const void* ids, const int64_t* offsets, float* sizes, bool narrow, int64_t bags,
+                         int64_t length, int64_t n, bool last, int64_t rows, int64_t padding, void* stream);
+// out[p] = <dy[bag of p], weight[ids[p]]> / size of the bag (1 where sizes is null); 0 for ids that take no part.
+void embedding_bag_backward_weights(const void* dy, const void* ids, const void* weight, const int64_t* offsets,
+                                    const float* sizes, void* out, bool narrow, int64_t bags, int64_t length, int64_t n,
+                                    bool last, int64_t rows, int64_t cols, int64_t padding, int64_t dy_row,
+                                    int64_t dy_col, int64_t weight_row, int64_t weight_col, DType dtype, void* stream);
+
+// keys[p] = the id at position p, or `rows` where it adds to no row.
+void embedding_keys(const void* ids, const int64_t* offsets, int32_t* keys, int64_t* wide_keys, int64_t* record,
+                    int64_t what, bool narrow, int64_t bags, int64_t n, bool last, int64_t rows, int64_t padding,
+                    void* stream);
+// For each sorted position: its bag, what that row of dy is multiplied by, its place in the bag; the last two if
+// wanted.
+void embedding_entries(const int64_t* order, const int64_t* offsets, const float* sizes, const void* scale,
+                       int64_t* source, float* factor, int32_t* place, int64_t bags, int64_t length, int64_t n,
+                       DType dtype, void* stream);
+// out[key] (with ranks: out[rank]) = the sum of the rows of dy of each key.  keys ascending, the larger of the two
+// null; partial: (chunks, 2, cols).
+void embedding_sum_rows(const int32_t* keys, const int64_t* wide_keys, const int32_t* ranks, const int64_t* source,
+                        const float* factor, const int32_t* place, const int32_t* maxima, const void* dy, void* out,
+                        float* partial, int64_t n, int64_t rows, int64_t cols, int64_t dy_row, int64_t dy_col,
+                        int64_t chunk_length, bool by_frequency, DType dtype, void* stream);
+
+}  // namespace pk

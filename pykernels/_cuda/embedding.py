@@ -1,0 +1,281 @@
+"""Lookup, bags and their gradients on csrc/cuda. `ext`: the CUDA module, or its emulation on the CPU.
+
+Ids outside the table are skipped: they read as rows of zeros and add to no gradient. Tables and gradients of any
+strides are read in place, 16 bytes at a time where their rows allow it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _errors
+from ._extension import DTYPE_CODES, Extension
+
+__all__ = [
+    "embedding_backward", "embedding_backward_sparse", "embedding_bag_backward", "embedding_bag_backward_sparse",
+    "embedding_bag_backward_weights", "embedding_bag_forward", "embedding_forward", "unsupported",
+]  # fmt: skip
+
+
+def unsupported(ext: Extension, x: Tensor, *features: str) -> str | None:
+    """Why `ext` cannot serve tables of the dtype and device of x, or a call with these features, or None."""
+    if not ext.available:
+        return ext.reason
+    if x.dtype not in DTYPE_CODES:
+        return f"the CUDA kernels take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
+    device = "cpu" if ext.name == "_emulator_ext" else "cuda"
+    if x.device.type != device:
+        return f"{ext.name} serves {device} tensors, not {x.device.type} ones"
+    if features:
+        return f"the CUDA kernels of embedding do not serve {' and '.join(features)}"
+    return ext.device_reason(x.device)
+
+
+class Bags:
+    """The bags of one call: how many, and where they begin and end. A lookup is bags of one id."""
+
+    def __init__(self, ids: Tensor, offsets: Tensor | None, include_last_offset: bool) -> None:
+        self.ids = ids.reshape(-1).contiguous()
+        self.n, self.narrow = self.ids.numel(), ids.dtype == torch.int32
+        self.offsets = None if offsets is None else offsets.long().contiguous()
+        self.last = include_last_offset and offsets is not None
+        self.count = ids.shape[0] if offsets is None else offsets.shape[0] - int(include_last_offset)
+        self.length = ids.shape[1] if offsets is None else 0
+
+    def record(self, ext: Extension, what: int) -> Tensor | None:
+        """Where kernels report invalid ids; offsets are looked at here. what: 0 for no reports."""
+        if what == 0:
+            return None
+        record = _errors.record(self.ids.device)
+        if self.offsets is not None:
+            ext.call("embedding_check_offsets", self.offsets, record, what, self.offsets.numel(), self.n, 0)
+        return record
+
+    def sizes(self, ext: Extension, mode: str, rows: int, padding: int) -> Tensor | None:
+        """What the sums of each bag are divided by, None for 1."""
+        if mode != "mean":
+            return None
+        sizes = torch.empty(self.count, dtype=torch.float32, device=self.ids.device)
+        ext.call(
+            "embedding_bag_sizes", self.ids, self.offsets, sizes, self.narrow, self.count, self.length, self.n,
+            self.last, rows, padding,
+        )  # fmt: skip
+        return sizes
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape(-1).contiguous()
+
+
+def _lookup(ids: Tensor) -> Bags:
+    return Bags(ids.reshape(-1, 1), None, False)
+
+
+def _forward(
+    ext: Extension,
+    bags: Bags,
+    weight: Tensor,
+    scale: Tensor | None,
+    out: Tensor,
+    maxima: Tensor | None,
+    mode: str,
+    padding: int,
+    what: int,
+) -> None:
+    ext.call(
+        "embedding_bag_forward", bags.ids, weight, bags.offsets, scale, out, maxima, bags.record(ext, what), what,
+        bags.narrow, bags.count, bags.length, bags.n, bags.last, *weight.shape, padding, *weight.stride(), mode,
+        weight.dtype,
+    )  # fmt: skip
+
+
+def embedding_forward(ext: Extension, ids: Tensor, weight: Tensor, what: int) -> Tensor:
+    out = weight.new_empty((*ids.shape, weight.shape[1]))
+    _forward(ext, _lookup(ids), weight, None, out, None, "lookup", -1, what)
+    return out
+
+
+def embedding_bag_forward(
+    ext: Extension,
+    ids: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    mode: str,
+    include_last_offset: bool,
+    padding_idx: int,
+    with_maxima: bool,
+    what: int,
+) -> tuple[Tensor, Tensor]:
+    bags = Bags(ids, offsets, include_last_offset)
+    out = weight.new_empty((bags.count, weight.shape[1]))
+    wanted = mode == "max" and with_maxima
+    maxima = weight.new_empty(out.shape if wanted else (0,), dtype=torch.int32)
+    scale = _flat(per_sample_weights)
+    _forward(ext, bags, weight, scale, out, maxima if wanted else None, mode, padding_idx, what)
+    return out, maxima
+
+
+def embedding_bag_backward_weights(
+    ext: Extension,
+    dy: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None,
+    mode: str,
+    include_last_offset: bool,
+    padding_idx: int,
+) -> Tensor:
+    bags = Bags(ids, offsets, include_last_offset)
+    out = weight.new_empty(ids.shape)
+    if bags.count == 0:
+        return out.zero_()
+    ext.call(
+        "embedding_bag_backward_weights", dy, bags.ids, weight, bags.offsets,
+        bags.sizes(ext, mode, weight.shape[0], padding_idx), out, bags.narrow, bags.count, bags.length, bags.n,
+        bags.last, *weight.shape, padding_idx, *dy.stride(), *weight.stride(), weight.dtype,
+    )  # fmt: skip
+    return out
+
+
+class Segments(NamedTuple):
+    """Positions sorted by id.
+
+    Attributes:
+        keys: the ids, ascending; `rows` for entries that add to no row.
+        source: the row of dy of each entry; factor: what it is multiplied by; place: its place in its bag.
+        ranks: how many different ids come before each entry's, where the rows are to be adjacent.
+    """
+
+    rows: int
+    keys: Tensor
+    source: Tensor
+    factor: Tensor | None = None
+    place: Tensor | None = None
+    ranks: Tensor | None = None
+
+
+def _either(keys: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    return (keys, None) if keys.dtype == torch.int32 else (None, keys)
+
+
+def _sort(
+    ext: Extension, bags: Bags, rows: int, padding: int, mode: str, scale: Tensor | None, dtype: torch.dtype,
+    what: int = 0,
+) -> Segments:  # fmt: skip
+    n, device = bags.n if bags.count else 0, bags.ids.device
+    keys = torch.empty(n, dtype=torch.int32 if rows < 2**31 else torch.int64, device=device)  # half the sort's passes
+    ext.call(
+        "embedding_keys", bags.ids, bags.offsets, *_either(keys), bags.record(ext, what), what, bags.narrow,
+        bags.count, n, bags.last, rows, padding,
+    )  # fmt: skip
+    keys, order = torch.sort(keys, stable=True)
+    if mode == "lookup" or n == 0:
+        return Segments(rows, keys, order)
+    sizes = bags.sizes(ext, mode, rows, padding)
+    source = torch.empty_like(order)
+    factor = torch.empty(n, device=device) if scale is not None or sizes is not None else None
+    place = torch.empty(n, dtype=torch.int32, device=device) if mode == "max" else None
+    ext.call(
+        "embedding_entries", order, bags.offsets, sizes, _flat(scale), source, factor, place, bags.count, bags.length,
+        n, dtype,
+    )  # fmt: skip
+    return Segments(rows, keys, source, factor, place)
+
+
+def _chunk_length(n: int) -> int:
+    """Entries of a chunk: some 2000 chunks to fill a GPU, and of the longest run so few partial sums to add.
+
+    It must not depend on the device: the sums are grouped by it.
+    """
+    length = 32
+    while length < 1024 and length * 2048 < n:
+        length *= 2
+    return length
+
+
+def _sum_rows(
+    ext: Extension, dy: Tensor, segments: Segments, out: Tensor, maxima: Tensor | None, by_frequency: bool
+) -> None:
+    n, cols = segments.keys.numel(), dy.shape[1]
+    length = _chunk_length(n)
+    chunks = -(-n // length)
+    partial = torch.empty((chunks, 2, cols), dtype=torch.float32, device=dy.device) if chunks > 1 else None
+    maxima = None if segments.place is None or maxima is None else maxima.contiguous()
+    ext.call(
+        "embedding_sum_rows", *_either(segments.keys), segments.ranks, segments.source, segments.factor,
+        segments.place, maxima, dy, out, partial, n, segments.rows, cols, *dy.stride(), length, by_frequency, dy.dtype,
+    )  # fmt: skip
+
+
+def _dense(ext: Extension, dy: Tensor, segments: Segments, maxima: Tensor | None, by_frequency: bool) -> Tensor:
+    out = dy.new_zeros((segments.rows, dy.shape[1]))
+    _sum_rows(ext, dy, segments, out, maxima, by_frequency)
+    return out
+
+
+def _sparse(
+    ext: Extension, dy: Tensor, segments: Segments, maxima: Tensor | None, by_frequency: bool
+) -> tuple[Tensor, Tensor]:
+    """The different ids, ascending, and their rows. Their number is a shape of the result, so it is read here."""
+    keys = segments.keys
+    begins = torch.ones_like(keys, dtype=torch.bool)
+    torch.ne(keys[1:], keys[:-1], out=begins[1:])
+    unique = keys[begins & (keys < segments.rows)].long()
+    values = dy.new_empty((unique.numel(), dy.shape[1]))
+    ranks = begins.cumsum(0, dtype=torch.int32).sub_(1)
+    _sum_rows(ext, dy, segments._replace(ranks=ranks), values, maxima, by_frequency)
+    return unique.unsqueeze(0), values
+
+
+def embedding_backward(
+    ext: Extension, dy: Tensor, ids: Tensor, rows: int, padding_idx: int, by_frequency: bool
+) -> Tensor:
+    segments = _sort(ext, _lookup(ids), rows, padding_idx, "lookup", None, dy.dtype)
+    return _dense(ext, dy.reshape(ids.numel(), dy.shape[-1]), segments, None, by_frequency)
+
+
+def embedding_backward_sparse(
+    ext: Extension, dy: Tensor, ids: Tensor, rows: int, padding_idx: int, by_frequency: bool
+) -> tuple[Tensor, Tensor]:
+    segments = _sort(ext, _lookup(ids), rows, padding_idx, "lookup", None, dy.dtype)
+    return _sparse(ext, dy.reshape(ids.numel(), dy.shape[-1]), segments, None, by_frequency)
+
+
+def embedding_bag_backward(
+    ext: Extension,
+    dy: Tensor,
+    ids: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    maxima: Tensor | None,
+    rows: int,
+    mode: str,
+    include_last_offset: bool,
+    padding_idx: int,
+    by_frequency: bool,
+) -> Tensor:
+    bags = Bags(ids, offsets, include_last_offset)
+    segments = _sort(ext, bags, rows, padding_idx, mode, per_sample_weights, dy.dtype)
+    return _dense(ext, dy, segments, maxima, by_frequency)
+
+
+def embedding_bag_backward_sparse(
+    ext: Extension,
+    dy: Tensor,
+    ids: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    maxima: Tensor | None,
+    rows: int,
+    mode: str,
+    include_last_offset: bool,
+    padding_idx: int,
+    by_frequency: bool,
+) -> tuple[Tensor, Tensor]:
+    bags = Bags(ids, offsets, include_last_offset)
+    segments = _sort(ext, bags, rows, padding_idx, mode, per_sample_weights, dy.dtype)
+    return _sparse(ext, dy, segments, maxima, by_frequency)
