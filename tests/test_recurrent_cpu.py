@@ -186,9 +186,23 @@ def test_operators_refuse_what_would_read_outside() -> None:
         forward(x.double(), h, h, w_ih, w_hh, None, None, None, None, None, False, True)
 
 
-def test_projections_are_refused_by_name() -> None:
-    module = pk.nn.LSTM(3, 4, proj_size=2)
-    assert "proj_size" in pk.explain(module, torch.randn(2, 1, 3)).refused["cpu"]
-    module.backend = "cpu"
-    with pytest.raises(pk.BackendError, match="proj_size"):
-        module(torch.randn(2, 1, 3))
+@pytest.mark.parametrize(
+    "options", ({"proj_size": 20}, {"peephole": True}, {"proj_size": 70, "peephole": True}), ids=str
+)
+@pytest.mark.parametrize("batch", (3, 17))
+def test_projections_and_peepholes(options: dict[str, Any], batch: int) -> None:
+    """Ragged, both ways, sizes that fill no block, in chunks: against the reference in float64 and float32."""
+    torch.manual_seed(2)
+    module = pk.nn.LSTM(19, 100, bidirectional=True, backend="cpu", **options)
+    sizes = torch.tensor([batch] * 40 + [2] * 7 + [1])
+    x = torch.randn(int(sizes.sum()), 19)
+    rows = [torch.randn(2, batch, n) for n in (options.get("proj_size", 100), 100)]
+    found = {}
+    for kind, dtype, backend in (("k", torch.float32, "cpu"), ("own", torch.float32, "reference"),
+                                 ("o", torch.float64, "reference")):  # fmt: skip
+        m = copy.deepcopy(module).to(dtype)
+        m.backend = backend
+        leaves = [t.to(dtype).requires_grad_() for t in (x, *rows)]
+        found[kind] = run(m, PackedSequence(leaves[0], sizes), leaves)
+    for key, value in found["k"].items():
+        assert_equal(key, value, found["o"][key], found["own"][key], long_sum=key.startswith("d"))

@@ -1,30 +1,26 @@
-// The recurrent room's `.cpu` operators: one layer in one direction. Schemas are defined in Python
-// (pykernels/ops/recurrent/_functions.py); the time loops are in recurrent.inc.
+// One layer in one direction in float32 (the 16-bit dtypes are converted to it and back): what is around the time loops
+// of recurrent.inc.
 //
 // All tokens' products with W_ih, and after the loop backward those of the weights' and the input's gradients, are
-// matrix products of torch over chunks of steps: large enough for its products, small enough that gates are still in
-// cache when the loop (or the next product) reads them.
-#include "recurrent_kernels.h"
+// matrix products over chunks of steps: large enough for a product, small enough that gates are still in cache when the
+// loop (or the next product) reads them.
+#include "recurrent.h"
 
-#include <ATen/Parallel.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/library.h>
-
-#include <cstring>
-#include <vector>
 
 #include "isa.h"
-#include "recurrent.h"
+#include "scratch.h"
 
 namespace pk {
 namespace {
 
 constexpr int64_t kFusedBytes = int64_t{5} << 18;  // a second-level cache less what streams through it
-constexpr int64_t kRowsForThread = 4;  // fewer rows than this a thread, and blocks of rows are no longer full
+constexpr int64_t kRowsForThread = 4;     // fewer rows than this a thread, and blocks of rows are no longer full
+constexpr int64_t kForwardTokens = 1024;  // of a chunk
 
 const RecurrentKernels& kernels() {
   static const RecurrentKernels* const table = isa() == Isa::kAvx512 ? recurrent_kernels_avx512()
@@ -35,8 +31,10 @@ const RecurrentKernels& kernels() {
 }
 
 const float* read(const Tensor& t) { return t.const_data_ptr<float>(); }
+const float* read_or_null(const Tensor& t) { return t.defined() ? read(t) : nullptr; }
 float* write(const Tensor& t) { return t.mutable_data_ptr<float>(); }
 Tensor dense(const Tensor& t) { return t.to(at::kFloat).contiguous(); }
+Tensor dense_or_none(const Optional& t) { return t ? dense(*t) : Tensor(); }
 
 // Rows of unit stride, any distance apart (halves of a two-directional gradient, expanded gradients), without a copy.
 Tensor rows_of(const Tensor& t) {
@@ -44,148 +42,306 @@ Tensor rows_of(const Tensor& t) {
   return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous();
 }
 
-Forward forward(Cell cell, const Sequence& sequence, const Tensor& input, const Tensor& h0, const Optional& c0,
-                const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh, bool keep) {
-  constexpr int64_t kChunk = 1024;                                                   // tokens
-  const c10::impl::ExcludeDispatchKeyGuard as_given(c10::autocast_dispatch_keyset);  // float32 products stay so
+// w (depth, columns) packed for products with it from the right.
+Tensor packed_columns(const Tensor& w) {
+  const int64_t depth = w.size(0), columns = w.size(1);
+  Tensor packed = at::empty({kernels().packed_columns(depth, columns)}, at::kFloat);
+  kernels().pack_columns(depth, columns, read(w), write(packed));
+  return packed;
+}
+
+// A layer's tensors in float32, and its sizes.
+struct Wide {
+  int64_t hidden, state_size, width, depth, tokens, batch;
+  Tensor x, h, w_ih, w, w_hr, peephole;
+
+  Wide(Cell cell, const Layer& layer)
+      : hidden(layer.w_hh.size(0) / gates_of(cell)),
+        state_size(layer.w_hh.size(1)),
+        width(width_of(cell) * hidden),
+        depth(gates_of(cell) * hidden),
+        tokens(layer.input.size(0)),
+        batch(layer.h0.size(0)),
+        x(rows_of(layer.input)),
+        h(dense(layer.h0)),
+        w_ih(layer.w_ih.to(at::kFloat)),
+        w(dense(layer.w_hh)),
+        w_hr(dense_or_none(layer.w_hr)),
+        peephole(dense_or_none(layer.peephole)) {}
+};
+
+// Adds the products of h before each token to the gates from the input. The GRU's n' goes behind the input's three.
+void add_state_products(Cell cell, const Wide& wide, Tensor gates, const Tensor& previous) {
+  const int64_t hidden = wide.hidden, shared = cell == Cell::kGru ? 2 * hidden : wide.depth;
+  Tensor sums = gates.narrow(1, 0, shared);
+  sums.addmm_(previous, (cell == Cell::kGru ? wide.w.narrow(0, 0, shared) : wide.w).t());
+  if (cell != Cell::kGru) return;
+  Tensor rest = gates.narrow(1, 3 * hidden, hidden);
+  at::mm_out(rest, previous, wide.w.narrow(0, shared, hidden).t());
+}
+
+ForwardArgs forward_args(Cell cell, const Sequence& sequence, const Wide& wide, const Tensor& bias,
+                         const Tensor& bias_n) {
+  ForwardArgs args{};
+  args.cell = cell;
+  args.steps = sequence.steps();
+  args.hidden = wide.hidden;
+  args.state_size = wide.state_size;
+  args.x = read(wide.x);
+  args.x_stride = wide.x.stride(0);
+  args.inputs = wide.x.size(1);
+  args.bias = read(bias);
+  args.bias_n = read(bias_n);
+  args.h0 = read(wide.h);
+  args.peephole = read_or_null(wide.peephole);
+  return args;
+}
+
+}  // namespace
+
+Forward forward_float(Cell cell, const Sequence& sequence, const Layer& layer, bool keep) {
   const RecurrentKernels& table = kernels();
-  const int64_t hidden = w_hh.size(1), width = width_of(cell) * hidden, tokens = input.size(0);
+  const Wide wide(cell, layer);
+  const int64_t hidden = wide.hidden, width = wide.width, tokens = wide.tokens;
   const bool vanilla = width == hidden;
-  const Tensor x = rows_of(input), w_in = w_ih.to(at::kFloat).t(), w = dense(w_hh), h = dense(h0);
-  const auto [bias, bias_n] = biases(cell, hidden, b_ih, b_hh);
+  const Tensor w_in = wide.w_ih.t();
+  const auto [bias, bias_n] = biases(cell, hidden, layer.b_ih, layer.b_hh);
   const auto pack = [&](const Tensor& weight) {
     const int64_t depth = weight.size(1);
     const Tensor packed = at::empty({table.packed_forward(cell, hidden, depth)}, at::kFloat);
     table.pack_forward(cell, hidden, depth, read(weight), write(packed));
     return packed;
   };
-  const Tensor packed = pack(w);
+  // For a single step packing would cost as much as the product.
+  const bool ready = sequence.count() == 1 && !wide.w_hr.defined() && tokens == wide.batch;
+  const Tensor packed = ready ? Tensor() : pack(wide.w);
   // With both weights in cache, the loop takes the input's product along: gates are then written once and never read.
-  const bool fused = cell != Cell::kGru && x.size(1) > 0 && (w_hh.numel() + w_ih.numel()) * 4 <= kFusedBytes;
-  const Tensor packed_x = fused ? pack(dense(w_ih)) : Tensor();
+  const int64_t both = wide.w.numel() + wide.w_ih.numel();
+  const bool fused = !ready && cell != Cell::kGru && wide.x.size(1) > 0 && both * 4 <= kFusedBytes;
+  const Tensor packed_x = fused ? pack(wide.w_ih.contiguous()) : Tensor();
+  const Tensor projection = wide.w_hr.defined() ? packed_columns(wide.w_hr.t().contiguous()) : Tensor();
+  const Tensor unprojected = at::empty({projection.defined() ? wide.batch : 0, hidden}, at::kFloat);
 
   Forward out;
-  out.output = at::empty({tokens, hidden}, at::kFloat);
-  out.h_n = h.clone();
-  if (c0) out.c_n = c0->to(at::kFloat).clone(at::MemoryFormat::Contiguous);
-  out.cells = at::empty({keep && c0 ? tokens : 0, hidden}, at::kFloat);
+  out.output = at::empty({tokens, wide.state_size}, at::kFloat);
+  if (layer.c0) out.c_n = layer.c0->to(at::kFloat).clone(at::MemoryFormat::Contiguous);
+  out.cells = at::empty({keep && layer.c0 ? tokens : 0, hidden}, at::kFloat);
   // Activations overwrite the gates they come from; a vanilla RNN's are its output.
-  const int64_t held = keep ? tokens : sequence.largest_chunk(kChunk);
+  const int64_t held = keep ? tokens : sequence.largest_chunk(kForwardTokens);
   out.gates = vanilla ? out.output : at::empty({held, width}, at::kFloat);
 
-  ForwardArgs args{};
-  args.cell = cell;
-  args.steps = sequence.steps();
-  args.hidden = hidden;
-  args.weight = read(packed);
-  args.x = read(x);
-  args.x_stride = x.stride(0);
-  args.inputs = x.size(1);
-  args.x_weight = fused ? read(packed_x) : nullptr;
-  args.bias = read(bias);
-  args.bias_n = bias_n.defined() ? read(bias_n) : nullptr;
-  args.h0 = read(h);
-  args.state = c0 ? write(out.c_n) : nullptr;
+  ForwardArgs args = forward_args(cell, sequence, wide, bias, bias_n);
+  args.weight = read_or_null(packed);
+  args.x_weight = read_or_null(packed_x);
+  args.state = layer.c0 ? write(out.c_n) : nullptr;
   args.keep = keep;
-  args.cells = keep && c0 ? write(out.cells) : nullptr;
+  args.cells = keep && layer.c0 ? write(out.cells) : nullptr;
   args.output = write(out.output);
-  for (const Chunk& chunk : sequence.chunks(kChunk)) {
+  args.ready = ready;
+  args.projection = read_or_null(projection);
+  args.unprojected = projection.defined() ? write(unprojected) : nullptr;
+  for (const Chunk& chunk : sequence.chunks(kForwardTokens)) {
     const int64_t at = keep || vanilla ? chunk.token : 0;
     if (!fused) {
-      Tensor gates = out.gates.narrow(0, at, chunk.tokens).narrow(1, 0, gates_of(cell) * hidden);
-      at::mm_out(gates, x.narrow(0, chunk.token, chunk.tokens), w_in);
+      const Tensor gates = out.gates.narrow(0, at, chunk.tokens);
+      Tensor of_input = gates.narrow(1, 0, wide.depth);
+      at::mm_out(of_input, wide.x.narrow(0, chunk.token, chunk.tokens), w_in);
+      if (ready) add_state_products(cell, wide, gates, wide.h);
     }
     args.gates = write(out.gates) + (at - chunk.token) * width;
     over_rows(args.steps, chunk.first, chunk.last, kRowsForThread,
               [&](int64_t row, int64_t end) { table.forward(args, chunk.first, chunk.last, row, end); });
   }
-  sequence.for_ending([&](int64_t row, int64_t rows, int64_t token) {
-    std::memcpy(write(out.h_n) + row * hidden, read(out.output) + token * hidden, rows * hidden * sizeof(float));
-  });
+  out.h_n = ready ? out.output.clone() : wide.h.clone();
+  if (!ready) {
+    const int64_t size = wide.state_size;
+    sequence.for_ending([&](int64_t row, int64_t rows, int64_t token) {
+      std::memcpy(write(out.h_n) + row * size, read(out.output) + token * size, rows * size * sizeof(float));
+    });
+  }
   if (!keep || vanilla) out.gates = at::empty({0, width}, at::kFloat);
   return out;
 }
 
-// sum = or += a^T b, where one row of a and b is a token. Small products are made in partial sums of kPartial tokens:
-// torch adds the tokens of one up in a single chain, whose error grows with its length.
-void add_product(Tensor& sum, const Tensor& a, const Tensor& b, bool first) {
-  constexpr int64_t kPartial = 128, kSmall = int64_t{1} << 16;  // elements
-  const int64_t tokens = a.size(0), step = sum.numel() <= kSmall ? kPartial : std::max<int64_t>(tokens, 1);
-  for (int64_t t = 0; t < tokens; t += step) {
-    const int64_t n = std::min(step, tokens - t);
-    const Tensor left = a.narrow(0, t, n).t(), right = b.narrow(0, t, n);
-    first&& t == 0 ? at::mm_out(sum, left, right) : sum.addmm_(left, right);
+Forward recompute_float(Cell cell, const Sequence& sequence, const Layer& layer, const Tensor& output) {
+  const RecurrentKernels& table = kernels();
+  const Wide wide(cell, layer);
+  const Tensor y = dense(output), w_in = wide.w_ih.t();
+  const auto [bias, bias_n] = biases(cell, wide.hidden, layer.b_ih, layer.b_hh);
+  Forward out;
+  out.gates = at::empty({wide.tokens, wide.width}, at::kFloat);
+  if (layer.c0) {
+    out.c_n = layer.c0->to(at::kFloat).clone(at::MemoryFormat::Contiguous);
+    out.cells = at::empty({wide.tokens, wide.hidden}, at::kFloat);
   }
+  const Tensor before = at::empty({sequence.largest_chunk(kForwardTokens), wide.state_size}, at::kFloat);
+  ForwardArgs args = forward_args(cell, sequence, wide, bias, bias_n);
+  args.state = layer.c0 ? write(out.c_n) : nullptr;
+  args.cells = layer.c0 ? write(out.cells) : nullptr;
+  args.gates = write(out.gates);
+  args.keep = args.ready = true;
+  for (const Chunk& chunk : sequence.chunks(kForwardTokens)) {
+    const Tensor gates = out.gates.narrow(0, chunk.token, chunk.tokens);
+    Tensor of_input = gates.narrow(1, 0, wide.depth);
+    at::mm_out(of_input, wide.x.narrow(0, chunk.token, chunk.tokens), w_in);
+    gather_previous(args.steps, chunk, y, wide.h, before);
+    add_state_products(cell, wide, gates, before.narrow(0, 0, chunk.tokens));
+    over_rows(args.steps, chunk.first, chunk.last, kRowsForThread,
+              [&](int64_t row, int64_t end) { table.forward(args, chunk.first, chunk.last, row, end); });
+  }
+  return out;
 }
 
-Gradients backward(Cell cell, const Sequence& sequence, const Tensor& dy, const Optional& dhn, const Optional& dcn,
-                   const Saved& saved, Wanted wanted) {
-  const c10::impl::ExcludeDispatchKeyGuard as_given(c10::autocast_dispatch_keyset);
+namespace {
+
+// The gradient of a weight (width, columns) as a sum over chunks of tokens of d^T x. Few tokens are one product of
+// torch's; of many, our own is faster and adds up partial sums of short chains.
+class WeightGradient {
+ public:
+  WeightGradient(bool wanted, int64_t width, int64_t columns, int64_t tokens)
+      : wanted_(wanted), width_(width), columns_(columns), own_(tokens >= 4 * 64) {
+    if (!wanted_ || !own_) return;
+    const int64_t size = kernels().gradient_sums(1, width);
+    sums_ = at::zeros({std::max<int64_t>(columns, 1), size}, at::kFloat);
+  }
+
+  void add(const Tensor& d, const Tensor& x) {
+    if (!wanted_) return;
+    if (!own_) {
+      sums_ = sums_.defined() ? sums_.addmm_(d.t(), x) : at::mm(d.t(), x);
+      return;
+    }
+    const RecurrentKernels& table = kernels();
+    constexpr int64_t kColumns = 24;  // a multiple of every block's columns; fewer are not worth a thread
+    const int64_t pitch = sums_.size(1);
+    at::parallel_for(0, (columns_ + kColumns - 1) / kColumns, 4, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * kColumns, mine = std::min(end * kColumns, columns_) - first;
+      GradientArgs args{read(x) + first, read(d),    write(sums_) + first * pitch, nullptr, mine, width_,
+                        x.stride(0),     d.stride(0)};
+      args.scratch = static_cast<float*>(scratch(table.gradient_scratch(mine) * sizeof(float)));
+      table.add_gradient(args, x.size(0));
+    });
+  }
+
+  Tensor result() const {
+    if (!wanted_) return Tensor();
+    if (!own_) return sums_.defined() ? sums_ : at::zeros({width_, columns_}, at::kFloat);
+    Tensor out = at::empty({width_, columns_}, at::kFloat);
+    kernels().transpose_sums(read(sums_), columns_, width_, write(out));
+    return out;
+  }
+
+ private:
+  bool wanted_;
+  int64_t width_, columns_;
+  bool own_;
+  Tensor sums_;
+};
+
+// Sums over tokens of di c, df c (c before the token) and do c' (after it): the peepholes' gradients.
+void add_peephole_gradient(const Tensor& d, const Tensor& before, const Tensor& cells, Tensor sums) {
+  const int64_t hidden = cells.size(1);
+  const auto add = [&](int64_t part, int64_t gate, const Tensor& c) {
+    sums.narrow(0, part * hidden, hidden).add_(d.narrow(1, gate * hidden, hidden).mul(c).sum(0));
+  };
+  add(0, 0, before);
+  add(1, 1, before);
+  add(2, 3, cells);
+}
+
+}  // namespace
+
+Gradients backward_float(Cell cell, const Sequence& sequence, const Tensor& dy, const Optional& dhn,
+                         const Optional& dcn, const Layer& layer, const Saved& saved, Wanted wanted) {
   const RecurrentKernels& table = kernels();
-  const int64_t hidden = saved.w_hh.size(1), width = width_of(cell) * hidden, depth = gates_of(cell) * hidden;
-  const int64_t tokens = saved.input.size(0), batch = saved.h0.size(0), kChunk = hidden <= 128 ? 512 : 2048;
-  const bool gru = cell == Cell::kGru;
-  const Tensor x = rows_of(saved.input), w = dense(saved.w_hh), output = dense(saved.output), h = dense(saved.h0);
-  const Tensor gradient = rows_of(dy), last = dhn ? dense(*dhn) : at::zeros(h.sizes(), at::kFloat);
-  Tensor w_in = saved.w_ih.to(at::kFloat);
-  if (gru) w_in = at::cat({w_in.narrow(0, 2 * hidden, hidden), w_in.narrow(0, 0, 2 * hidden)});  // rows n, r, z
-  const Tensor packed = at::empty({table.packed_backward(cell, hidden)}, at::kFloat);
-  table.pack_backward(cell, hidden, read(w), write(packed));
+  const Wide wide(cell, layer);
+  const int64_t hidden = wide.hidden, width = wide.width, depth = wide.depth, size = wide.state_size;
+  const int64_t tokens = wide.tokens, batch = wide.batch, kChunk = hidden <= 128 ? 512 : 2048;
+  const bool gru = cell == Cell::kGru, one_step = sequence.count() == 1, projected = wide.w_hr.defined();
+  const Tensor output = dense(saved.output), gradient = rows_of(dy);
+  const Tensor last = dhn ? dense(*dhn) : at::zeros(wide.h.sizes(), at::kFloat);
+  Tensor w_in = wide.w_ih;
+  if (gru && wanted.input) {  // rows n, r, z
+    w_in = at::cat({w_in.narrow(0, 2 * hidden, hidden), w_in.narrow(0, 0, 2 * hidden)});
+  }
+  const Tensor packed = one_step && !projected ? Tensor() : packed_columns(wide.w);
+  const Tensor projection = projected ? packed_columns(wide.w_hr) : Tensor();
 
   Gradients out;
-  if (wanted.input) out.input = at::empty({tokens, x.size(1)}, at::kFloat);
-  if (wanted.w_ih) out.w_ih = at::zeros({depth, x.size(1)}, at::kFloat);
-  if (wanted.w_hh) out.w_hh = at::zeros({depth, hidden}, at::kFloat);
-  Tensor sums = at::zeros({width}, at::kFloat), began = at::zeros({batch, depth}, at::kFloat), carry;
-  if (saved.c0) carry = initial_carry(dcn, *saved.c0);
+  if (wanted.input) out.input = at::empty({tokens, wide.x.size(1)}, at::kFloat);
+  WeightGradient of_w_ih(wanted.w_ih, depth, wide.x.size(1), tokens), of_w_hh(wanted.w_hh, depth, size, tokens);
+  WeightGradient of_w_hr(wanted.w_hr, size, hidden, tokens);
+  Tensor sums = at::zeros({wanted.bias ? width : 0}, at::kFloat), carry;
+  Tensor began = at::zeros({wanted.h0 ? batch : 0, depth}, at::kFloat);
+  if (layer.c0) carry = initial_carry(dcn, *layer.c0);
   if (gru) carry = last.clone();
+  if (wanted.peephole) out.peephole = at::zeros({3 * hidden}, at::kFloat);
 
+  const std::vector<Chunk> chunks = sequence.chunks(kChunk);
   const int64_t held = sequence.largest_chunk(kChunk);
-  const Tensor dgates = at::empty({held, width}, at::kFloat), later = at::empty({batch, width}, at::kFloat);
-  const Tensor previous = at::empty({wanted.w_hh ? held : 0, hidden}, at::kFloat);
-  const Tensor gates = saved.gates ? dense(*saved.gates) : Tensor(), c0 = saved.c0 ? dense(*saved.c0) : Tensor();
+  const Tensor dgates = at::empty({held, width}, at::kFloat);
+  const Tensor later = at::empty({chunks.size() > 1 ? batch : 0, width}, at::kFloat);
+  const Tensor previous = at::empty({wanted.w_hh ? held : 0, size}, at::kFloat);
+  const Tensor before = at::empty({wanted.peephole ? held : 0, hidden}, at::kFloat);
+  const Tensor dprojected = at::empty({projected ? held : 0, size}, at::kFloat);
+  const Tensor gates = dense_or_none(saved.gates), c0 = dense_or_none(layer.c0);
 
   BackwardArgs args{};
   args.cell = cell;
   args.steps = sequence.steps();
   args.hidden = hidden;
-  args.weight = read(packed);
-  args.h0 = read(h);
-  args.c0 = saved.c0 ? read(c0) : nullptr;
-  args.gates = saved.gates ? read(gates) : nullptr;
+  args.state_size = size;
+  args.weight = read_or_null(packed);
+  args.h0 = read(wide.h);
+  args.c0 = read_or_null(c0);
+  args.gates = read_or_null(gates);
   args.cells = saved.cells ? read(*saved.cells) : nullptr;
   args.output = read(output);
   args.dy = read(gradient);
   args.dy_stride = gradient.stride(0);
   args.dhn = read(last);
   args.carry = carry.defined() ? write(carry) : nullptr;
-  const std::vector<Chunk> chunks = sequence.chunks(kChunk);
+  args.peephole = read_or_null(wide.peephole);
+  args.projection = read_or_null(projection);
   for (auto chunk = chunks.rbegin(); chunk != chunks.rend(); ++chunk) {
-    const bool first = chunk == chunks.rbegin();
     args.dgates = write(dgates) - chunk->token * width;
+    args.dprojected = write(dprojected) - chunk->token * size;
     args.later = read(later);
     over_rows(args.steps, chunk->first, chunk->last, kRowsForThread,
               [&](int64_t row, int64_t end) { table.backward(args, chunk->first, chunk->last, row, end); });
 
-    const Tensor d = dgates.narrow(0, 0, chunk->tokens), xs = x.narrow(0, chunk->token, chunk->tokens);
+    const Tensor d = dgates.narrow(0, 0, chunk->tokens), xs = wide.x.narrow(0, chunk->token, chunk->tokens);
     const Tensor d_in = d.narrow(1, 0, depth), d_state = d.narrow(1, width - depth, depth);
     if (wanted.input) {
       Tensor dx = out.input.narrow(0, chunk->token, chunk->tokens);
       at::mm_out(dx, d_in, w_in);
     }
-    if (wanted.w_ih) add_product(out.w_ih, d_in, xs, first);
+    of_w_ih.add(d_in, xs);
     if (wanted.w_hh) {
-      gather_previous(args.steps, *chunk, output, h, previous);
-      add_product(out.w_hh, d_state, previous.narrow(0, 0, chunk->tokens), first);
+      gather_previous(args.steps, *chunk, output, wide.h, previous);
+      of_w_hh.add(d_state, previous.narrow(0, 0, chunk->tokens));
+    }
+    if (wanted.w_hr) {
+      const Tensor activations = gates.narrow(0, chunk->token, chunk->tokens);
+      const Tensor cells = saved.cells->narrow(0, chunk->token, chunk->tokens);  // h before the projection: o tanh(c)
+      const Tensor h = activations.narrow(1, 3 * hidden, hidden).mul(cells.tanh());
+      of_w_hr.add(dprojected.narrow(0, 0, chunk->tokens), h);
+    }
+    if (wanted.peephole) {
+      gather_previous(args.steps, *chunk, *saved.cells, c0, before);
+      add_peephole_gradient(d, before.narrow(0, 0, chunk->tokens), saved.cells->narrow(0, chunk->token, chunk->tokens),
+                            out.peephole);
     }
     if (wanted.bias) table.add_column_sums(read(d), chunk->tokens, width, write(sums));
-    gather_first(args.steps, *chunk, d_state, began);
-    const int64_t t = args.steps.at(chunk->first);  // the next chunk's last step reads this one's gate gradients
-    std::memcpy(write(later), read(d) + (args.steps.offsets[t] - chunk->token) * width,
-                args.steps.sizes[t] * width * sizeof(float));
+    if (wanted.h0) gather_first(args.steps, *chunk, d_state, began);
+    if (chunks.size() > 1) {  // the next chunk's last step reads this one's gate gradients
+      const int64_t t = args.steps.at(chunk->first);
+      std::memcpy(write(later), read(d) + (args.steps.offsets[t] - chunk->token) * width,
+                  args.steps.sizes[t] * width * sizeof(float));
+    }
   }
   if (wanted.h0) {
-    out.h0 = at::mm(began, w);
+    out.h0 = at::mm(began, wide.w);
     if (gru) out.h0.add_(carry);
     const int64_t idle = sequence.rows();  // sequences of no steps hand the gradient through
     if (!gru && idle < batch) out.h0.narrow(0, idle, batch - idle).copy_(last.narrow(0, idle, batch - idle));
@@ -195,141 +351,13 @@ Gradients backward(Cell cell, const Sequence& sequence, const Tensor& dy, const 
     out.b_ih = gru ? at::cat({sums.narrow(0, hidden, 2 * hidden), sums.narrow(0, 0, hidden)}) : sums;
     out.b_hh = sums.narrow(0, width - depth, depth);
   }
+  out.w_ih = of_w_ih.result();
   if (gru && wanted.w_ih) {
     out.w_ih = at::cat({out.w_ih.narrow(0, hidden, 2 * hidden), out.w_ih.narrow(0, 0, hidden)});
   }
+  out.w_hh = of_w_hh.result();
+  out.w_hr = of_w_hr.result();
   return out;
-}
-
-// What leaves an operator: the input's dtype, memory of its own; zero-size where a gradient was not wanted.
-Tensor give(const Tensor& t, at::ScalarType dtype) {
-  if (!t.defined()) return at::empty({0}, dtype);
-  return t.scalar_type() == dtype ? t : t.to(dtype);
-}
-
-Cell vanilla(c10::string_view nonlinearity) {
-  TORCH_CHECK(nonlinearity == "tanh" || nonlinearity == "relu", "rnn: unknown nonlinearity '", nonlinearity, "'");
-  return nonlinearity == "tanh" ? Cell::kTanh : Cell::kRelu;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(const Tensor& input, const Tensor& h0, const Tensor& c0,
-                                                                const Tensor& w_ih, const Tensor& w_hh,
-                                                                const Optional& b_ih, const Optional& b_hh,
-                                                                const Optional& w_hr, const Optional& peephole,
-                                                                const Optional& batch_sizes, bool reverse, bool save) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!w_hr && !peephole, "lstm_forward: no projections or peepholes yet");
-  const Sequence sequence(input, h0, batch_sizes, reverse);
-  check_layer("lstm_forward", 4, input, h0, {&c0}, w_ih, w_hh, {b_ih, b_hh});
-  const auto dtype = input.scalar_type();
-  const Forward out = dtype == at::kBFloat16 && amx_usable()
-                          ? forward_bfloat16(sequence, input, h0, c0, w_ih, w_hh, b_ih, b_hh, save)
-                          : forward(Cell::kLstm, sequence, input, h0, c0, w_ih, w_hh, b_ih, b_hh, save);
-  const auto gates = dtype == at::kFloat ? at::kFloat : at::kHalf;  // bounded by 1, where half is the finer of the two
-  return {give(out.output, dtype), give(out.h_n, dtype), give(out.c_n, dtype), give(out.gates, gates), out.cells};
-}
-
-std::tuple<Tensor, Tensor> lstm_recompute(const Tensor& input, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
-                                          const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
-                                          const Optional& w_hr, const Optional& peephole, const Optional& batch_sizes,
-                                          const Tensor& output, bool reverse) {
-  (void)output;
-  auto [y, h, c, gates, cells] =
-      lstm_forward(input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, peephole, batch_sizes, reverse, true);
-  return {gates, cells};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
-    const Tensor& dy, const Optional& dhn, const Optional& dcn, const Tensor& input, const Tensor& h0, const Tensor& c0,
-    const Tensor& w_ih, const Tensor& w_hh, const Optional& w_hr, const Optional& peephole, const Optional& batch_sizes,
-    const Tensor& output, const Tensor& gates, const Tensor& cells, bool reverse, std::array<bool, 8> mask) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!w_hr && !peephole, "lstm_backward: no projections or peepholes yet");
-  const Sequence sequence(input, h0, batch_sizes, reverse);
-  check_layer("lstm_backward", 4, input, h0, {&c0}, w_ih, w_hh, {});
-  check_tokens("lstm_backward", input, w_hh, {&dy, &output}, &gates);
-  TORCH_CHECK(cells.sizes() == output.sizes() && cells.scalar_type() == at::kFloat && cells.is_contiguous(),
-              "lstm_backward: cells must be dense float32 ", output.sizes());
-  const Saved saved{input, h0, w_ih, w_hh, output, c0, gates, cells};
-  const Wanted wanted{mask[0], mask[1], mask[2], mask[3], mask[4], mask[5]};
-  const auto dtype = input.scalar_type();
-  const Gradients out = dtype == at::kBFloat16 && amx_usable()
-                            ? backward_bfloat16(sequence, dy, dhn, dcn, saved, wanted)
-                            : backward(Cell::kLstm, sequence, dy, dhn, dcn, saved, wanted);
-  return {give(out.input, dtype), give(out.h0, dtype),   give(out.c0, dtype),   give(out.w_ih, dtype),
-          give(out.w_hh, dtype),  give(out.b_ih, dtype), give(Tensor(), dtype), give(Tensor(), dtype)};
-}
-
-std::tuple<Tensor, Tensor, Tensor> gru_forward(const Tensor& input, const Tensor& h0, const Tensor& w_ih,
-                                               const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
-                                               const Optional& batch_sizes, bool reverse, bool save) {
-  const Sequence sequence(input, h0, batch_sizes, reverse);
-  check_layer("gru_forward", 3, input, h0, {}, w_ih, w_hh, {b_ih, b_hh});
-  const Forward out = forward(Cell::kGru, sequence, input, h0, std::nullopt, w_ih, w_hh, b_ih, b_hh, save);
-  const auto dtype = input.scalar_type();
-  return {give(out.output, dtype), give(out.h_n, dtype), out.gates};
-}
-
-Tensor gru_recompute(const Tensor& input, const Tensor& h0, const Tensor& w_ih, const Tensor& w_hh,
-                     const Optional& b_ih, const Optional& b_hh, const Optional& batch_sizes, const Tensor& output,
-                     bool reverse) {
-  (void)output;
-  return std::get<2>(gru_forward(input, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, true));
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(const Tensor& dy, const Optional& dhn,
-                                                                        const Tensor& input, const Tensor& h0,
-                                                                        const Tensor& w_ih, const Tensor& w_hh,
-                                                                        const Optional& batch_sizes,
-                                                                        const Tensor& output, const Tensor& gates,
-                                                                        bool reverse, std::array<bool, 5> mask) {
-  const Sequence sequence(input, h0, batch_sizes, reverse);
-  check_layer("gru_backward", 3, input, h0, {}, w_ih, w_hh, {});
-  check_tokens("gru_backward", input, w_hh, {&dy, &output}, &gates);
-  const Gradients out = backward(Cell::kGru, sequence, dy, dhn, std::nullopt,
-                                 {input, h0, w_ih, w_hh, output, std::nullopt, gates, std::nullopt},
-                                 {mask[0], mask[1], false, mask[2], mask[3], mask[4]});
-  const auto dtype = input.scalar_type();
-  const Tensor b_hh = mask[4] ? out.b_hh.to(dtype, /*non_blocking=*/false, /*copy=*/true) : Tensor();
-  return {give(out.input, dtype), give(out.h0, dtype),   give(out.w_ih, dtype),
-          give(out.w_hh, dtype),  give(out.b_ih, dtype), give(b_hh, dtype)};
-}
-
-std::tuple<Tensor, Tensor> rnn_forward(const Tensor& input, const Tensor& h0, const Tensor& w_ih, const Tensor& w_hh,
-                                       const Optional& b_ih, const Optional& b_hh, const Optional& batch_sizes,
-                                       c10::string_view nonlinearity, bool reverse) {
-  const Sequence sequence(input, h0, batch_sizes, reverse);
-  check_layer("rnn_forward", 1, input, h0, {}, w_ih, w_hh, {b_ih, b_hh});
-  const Forward out = forward(vanilla(nonlinearity), sequence, input, h0, std::nullopt, w_ih, w_hh, b_ih, b_hh, false);
-  return {give(out.output, input.scalar_type()), give(out.h_n, input.scalar_type())};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(const Tensor& dy, const Optional& dhn,
-                                                                const Tensor& input, const Tensor& h0,
-                                                                const Tensor& w_ih, const Tensor& w_hh,
-                                                                const Optional& batch_sizes, const Tensor& output,
-                                                                c10::string_view nonlinearity, bool reverse,
-                                                                std::array<bool, 5> mask) {
-  const Sequence sequence(input, h0, batch_sizes, reverse);
-  check_layer("rnn_backward", 1, input, h0, {}, w_ih, w_hh, {});
-  check_tokens("rnn_backward", input, w_hh, {&dy, &output}, nullptr);
-  const Gradients out = backward(vanilla(nonlinearity), sequence, dy, dhn, std::nullopt,
-                                 {input, h0, w_ih, w_hh, output, std::nullopt, std::nullopt, std::nullopt},
-                                 {mask[0], mask[1], false, mask[2], mask[3], mask[4]});
-  const auto dtype = input.scalar_type();
-  return {give(out.input, dtype), give(out.h0, dtype), give(out.w_ih, dtype), give(out.w_hh, dtype),
-          give(out.b_ih, dtype)};
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(pykernels, CPU, m) {
-  m.impl("lstm_forward.cpu", &lstm_forward);
-  m.impl("lstm_recompute.cpu", &lstm_recompute);
-  m.impl("lstm_backward.cpu", &lstm_backward);
-  m.impl("gru_forward.cpu", &gru_forward);
-  m.impl("gru_recompute.cpu", &gru_recompute);
-  m.impl("gru_backward.cpu", &gru_backward);
-  m.impl("rnn_forward.cpu", &rnn_forward);
-  m.impl("rnn_backward.cpu", &rnn_backward);
 }
 
 }  // namespace pk

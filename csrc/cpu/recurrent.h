@@ -1,10 +1,12 @@
-// What the recurrent operators share beside their kernels: results, gathers, threads. recurrent.cpp has float32 (and
-// the 16-bit dtypes through it), recurrent_bfloat16.cpp the LSTM on AMX.
+// What the recurrent operators share beside their kernels: results, gathers, threads. recurrent.cpp has float32
+// (and the 16-bit dtypes through it), recurrent_bfloat16.cpp the LSTM on AMX, recurrent_ops.cpp the operators.
 #pragma once
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <cstring>
+#include <initializer_list>
 
 #include "sequence.h"
 
@@ -13,40 +15,89 @@ namespace pk {
 using at::Tensor;
 using Optional = std::optional<Tensor>;
 
+// A layer's tensors, in the dtype they were given.
+struct Layer {
+  Tensor input, h0;
+  Optional c0;
+  Tensor w_ih, w_hh;
+  Optional b_ih, b_hh, w_hr, peephole;
+};
 struct Forward {
   Tensor output, h_n, c_n, gates, cells;  // float32 or, where that is how they were computed, what the operator returns
 };
-
 struct Saved {
-  Tensor input, h0, w_ih, w_hh, output;
-  Optional c0, gates, cells;
+  Tensor output;
+  Optional gates, cells;
 };
 struct Gradients {
-  Tensor input, h0, c0, w_ih, w_hh, b_ih, b_hh;  // float32; undefined: not wanted
+  Tensor input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr,
+      peephole;  // float32 (or, by AMX, bfloat16); undefined: not wanted
 };
 struct Wanted {
-  bool input, h0, c0, w_ih, w_hh, bias;
+  bool input, h0, c0, w_ih, w_hh, bias, w_hr = false, peephole = false;
 };
+
+inline void check_layer(const char* op, Cell cell, const Layer& layer) {
+  const auto dtype = layer.input.scalar_type();
+  TORCH_CHECK_NOT_IMPLEMENTED(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, op,
+                              ": expected float32, bfloat16 or float16, got ", dtype);
+  const Tensor &w_ih = layer.w_ih, &w_hh = layer.w_hh;
+  const int64_t gates = gates_of(cell), rows = w_hh.dim() == 2 ? w_hh.size(0) : 0, hidden = rows / gates;
+  const int64_t size = layer.w_hr ? w_hh.size(1) : hidden;
+  TORCH_CHECK(hidden > 0 && rows == gates * hidden && size > 0 && w_hh.size(1) == size, op, ": w_hh has shape ",
+              w_hh.sizes());
+  TORCH_CHECK(w_ih.dim() == 2 && w_ih.size(0) == rows && w_ih.size(1) == layer.input.size(1), op, ": w_ih has shape ",
+              w_ih.sizes());
+  const auto check = [&](const char* name, const Optional& t, at::IntArrayRef sizes) {
+    TORCH_CHECK(!t || (t->sizes() == sizes && t->scalar_type() == dtype && t->is_cpu()), op, ": ", name, " must be ",
+                dtype, sizes, ", not ", t ? t->scalar_type() : dtype, t ? t->sizes() : sizes);
+  };
+  const int64_t batch = layer.h0.size(0);
+  check("h0", layer.h0, {batch, size});
+  check("c0", layer.c0, {batch, hidden});
+  check("w_ih", w_ih, w_ih.sizes());
+  check("w_hh", w_hh, w_hh.sizes());
+  check("b_ih", layer.b_ih, {rows});
+  check("b_hh", layer.b_hh, {rows});
+  check("w_hr", layer.w_hr, {size, hidden});
+  check("peephole", layer.peephole, {3 * hidden});
+}
+
+// Tensors of one row a token: as wide as h in the input's dtype, and the saved gates.
+inline void check_tokens(const char* op, const Layer& layer, std::initializer_list<const Tensor*> tensors,
+                         const Tensor* gates) {
+  const auto check = [&](const Tensor& t, int64_t columns) {
+    TORCH_CHECK(t.dim() == 2 && t.size(0) == layer.input.size(0) && t.size(1) == columns && t.is_cpu(), op,
+                ": a saved tensor or gradient has shape ", t.sizes());
+  };
+  for (const Tensor* t : tensors) {
+    check(*t, layer.h0.size(1));
+    TORCH_CHECK(t->scalar_type() == layer.input.scalar_type(), op, ": dtypes differ");
+  }
+  if (gates) check(*gates, 4 * (layer.c0 ? *layer.c0 : layer.h0).size(1));
+}
+
+inline void check_final(const char* op, const Optional& gradient, const Tensor& state) {
+  TORCH_CHECK(!gradient || (gradient->sizes() == state.sizes() && gradient->is_cpu()), op,
+              ": the gradient of a final state of shape ", state.sizes(), " has another");
+}
 
 // b_ih + b_hh where both are added to the gates; the GRU's b_hn is not (it is multiplied by r), and comes separately.
 inline std::pair<Tensor, Tensor> biases(Cell cell, int64_t hidden, const Optional& b_ih, const Optional& b_hh) {
-  Tensor bias = at::zeros({gates_of(cell) * hidden}, at::kFloat), bias_n;
-  if (b_ih) bias.add_(*b_ih);
-  if (cell != Cell::kGru) {
-    if (b_hh) bias.add_(*b_hh);
-    return {bias, bias_n};
-  }
-  bias_n = at::zeros({hidden}, at::kFloat);
-  if (b_hh) {
-    bias.narrow(0, 0, 2 * hidden).add_(b_hh->narrow(0, 0, 2 * hidden));
-    bias_n.copy_(b_hh->narrow(0, 2 * hidden, hidden));
-  }
+  const int64_t gates = gates_of(cell) * hidden, shared = cell == Cell::kGru ? 2 * hidden : gates;
+  const Tensor bias = at::empty({gates}, at::kFloat), bias_n = at::empty({gates - shared}, at::kFloat);
+  const auto widened = [](const Optional& b) { return b ? b->to(at::kFloat).contiguous() : Tensor(); };
+  const Tensor of_input = widened(b_ih), of_state = widened(b_hh);
+  const float* a = b_ih ? of_input.const_data_ptr<float>() : nullptr;
+  const float* b = b_hh ? of_state.const_data_ptr<float>() : nullptr;
+  float *sum = bias.mutable_data_ptr<float>(), *rest = bias_n.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < gates; ++i) sum[i] = (a ? a[i] : 0.f) + (b && i < shared ? b[i] : 0.f);
+  for (int64_t i = shared; i < gates; ++i) rest[i - shared] = b ? b[i] : 0.f;
   return {bias, bias_n};
 }
 // The gradient of c before the last step: dcn as float32, or zeros; memory of its own.
 inline Tensor initial_carry(const Optional& dcn, const Tensor& c0) {
   if (!dcn) return at::zeros(c0.sizes(), at::kFloat);
-  TORCH_CHECK(dcn->sizes() == c0.sizes(), "lstm_backward: the gradient of c_n has shape ", dcn->sizes());
   return dcn->to(at::kFloat).clone(at::MemoryFormat::Contiguous);
 }
 
@@ -84,10 +135,17 @@ inline void gather_first(const Steps& steps, const Chunk& chunk, const Tensor& d
   }
 }
 
+// float32 and, through it, the 16-bit dtypes.
+Forward forward_float(Cell cell, const Sequence& sequence, const Layer& layer, bool keep);
+// The gates and cells that forward_float keeps, from its output.
+Forward recompute_float(Cell cell, const Sequence& sequence, const Layer& layer, const Tensor& output);
+Gradients backward_float(Cell cell, const Sequence& sequence, const Tensor& dy, const Optional& dhn,
+                         const Optional& dcn, const Layer& layer, const Saved& saved, Wanted wanted);
+
+// The LSTM without projections and peepholes in bfloat16, on AMX.
 bool amx_usable();
-Forward forward_bfloat16(const Sequence& sequence, const Tensor& input, const Tensor& h0, const Tensor& c0,
-                         const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh, bool keep);
+Forward forward_bfloat16(const Sequence& sequence, const Layer& layer, bool keep);
 Gradients backward_bfloat16(const Sequence& sequence, const Tensor& dy, const Optional& dhn, const Optional& dcn,
-                            const Saved& saved, Wanted wanted);
+                            const Layer& layer, const Saved& saved, Wanted wanted);
 
 }  // namespace pk

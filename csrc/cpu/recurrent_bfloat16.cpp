@@ -49,21 +49,19 @@ bool amx_usable() {
   return usable;
 }
 
-Forward forward_bfloat16(const Sequence& sequence, const Tensor& input, const Tensor& h0, const Tensor& c0,
-                         const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
-                         bool keep) {
+Forward forward_bfloat16(const Sequence& sequence, const Layer& layer, bool keep) {
   constexpr int64_t kChunk = 4096;  // tokens
   const AmxKernels& table = *recurrent_kernels_amx();
-  const int64_t hidden = w_hh.size(1), width = 4 * hidden, tokens = input.size(0);
-  const Tensor w = w_hh.contiguous(), h = h0.contiguous(), w_in = w_ih.t();
-  const Tensor bias = biases(Cell::kLstm, hidden, b_ih, b_hh).first;
+  const int64_t hidden = layer.w_hh.size(1), width = 4 * hidden, tokens = layer.input.size(0);
+  const Tensor w = layer.w_hh.contiguous(), h = layer.h0.contiguous(), w_in = layer.w_ih.t();
+  const Tensor bias = biases(Cell::kLstm, hidden, layer.b_ih, layer.b_hh).first;
   const Tensor packed = at::empty({table.packed_forward(hidden)}, at::kBFloat16);
   table.pack_forward(hidden, words(w), words_out(packed));
 
   Forward out;
   out.output = at::empty({tokens, hidden}, at::kBFloat16);
   out.h_n = h.clone();
-  out.c_n = c0.to(at::kFloat).clone(at::MemoryFormat::Contiguous);
+  out.c_n = layer.c0->to(at::kFloat).clone(at::MemoryFormat::Contiguous);
   out.cells = at::empty({keep ? tokens : 0, hidden}, at::kFloat);
   out.gates = at::empty({keep ? tokens : sequence.largest_chunk(kChunk), width}, at::kHalf);
 
@@ -80,7 +78,7 @@ Forward forward_bfloat16(const Sequence& sequence, const Tensor& input, const Te
   for (const Chunk& chunk : sequence.chunks(kChunk)) {
     const int64_t at = keep ? chunk.token : 0;
     Tensor gates = out.gates.narrow(0, at, chunk.tokens).view(at::kBFloat16);
-    at::mm_out(gates, input.narrow(0, chunk.token, chunk.tokens), w_in);
+    at::mm_out(gates, layer.input.narrow(0, chunk.token, chunk.tokens), w_in);
     args.gates = words_out(out.gates) + (at - chunk.token) * width;
     over_rows(args.steps, chunk.first, chunk.last, kRowsForThread, [&](int64_t row, int64_t end) {
       const Tensor scratch = at::empty({table.scratch_bytes(hidden, end - row)}, at::kByte);
@@ -95,19 +93,19 @@ Forward forward_bfloat16(const Sequence& sequence, const Tensor& input, const Te
 }
 
 Gradients backward_bfloat16(const Sequence& sequence, const Tensor& dy, const Optional& dhn, const Optional& dcn,
-                            const Saved& saved, Wanted wanted) {
+                            const Layer& layer, const Saved& saved, Wanted wanted) {
   const AmxKernels& table = *recurrent_kernels_amx();
-  const int64_t hidden = saved.w_hh.size(1), width = 4 * hidden, tokens = saved.input.size(0), batch = saved.h0.size(0);
-  const Tensor w = saved.w_hh.contiguous(), output = saved.output.contiguous(), h = saved.h0.contiguous();
+  const int64_t hidden = layer.w_hh.size(1), width = 4 * hidden, tokens = layer.input.size(0), batch = layer.h0.size(0);
+  const Tensor w = layer.w_hh.contiguous(), output = saved.output.contiguous(), h = layer.h0.contiguous();
   const Tensor gradient = rows_of(dy), last = dhn ? widened(*dhn) : at::zeros(h.sizes(), at::kFloat);
-  const Tensor gates = saved.gates->contiguous(), c0 = widened(*saved.c0);
+  const Tensor gates = saved.gates->contiguous(), c0 = widened(*layer.c0);
   TORCH_CHECK(gates.scalar_type() == at::kHalf, "lstm_backward: gates must be float16, not ", gates.scalar_type());
   const Tensor packed = at::empty({table.packed_backward(hidden)}, at::kBFloat16);
   table.pack_backward(hidden, words(w), words_out(packed));
   const Tensor dgates = at::empty({tokens, width}, at::kBFloat16);
 
   Gradients out;
-  out.c0 = initial_carry(dcn, *saved.c0);
+  out.c0 = initial_carry(dcn, *layer.c0);
   AmxBackwardArgs args{};
   args.steps = sequence.steps();
   args.hidden = hidden;
@@ -127,8 +125,8 @@ Gradients backward_bfloat16(const Sequence& sequence, const Tensor& dy, const Op
       table.backward(args, 0, all.last, row, end, scratch.mutable_data_ptr());
     });
   }
-  if (wanted.input) out.input = at::mm(dgates, saved.w_ih);
-  if (wanted.w_ih) out.w_ih = weight_gradient(dgates, saved.input);
+  if (wanted.input) out.input = at::mm(dgates, layer.w_ih);
+  if (wanted.w_ih) out.w_ih = weight_gradient(dgates, layer.input);
   if (wanted.w_hh) {
     const Tensor previous = at::empty({tokens, hidden}, at::kBFloat16);
     gather_previous(args.steps, all, output, h, previous);

@@ -43,8 +43,8 @@ struct Steps {
 struct ForwardArgs {
   Cell cell;
   Steps steps;
-  int64_t hidden;
-  const float* weight;  // W_hh as pack_forward leaves it
+  int64_t hidden, state_size;  // H, and columns of h: H or, LSTM with projections, P
+  const float* weight;         // W_hh as pack_forward leaves it
   // The input's product, where it is made in the loop (LSTM, RNN): x (tokens, inputs) with rows x_stride apart, W_ih
   // packed. Otherwise x_weight is null and `gates` hold the product.
   const float *x, *x_weight;
@@ -56,14 +56,20 @@ struct ForwardArgs {
   float* gates;         // (tokens, width): gates from the input before, activations after; RNN: this is the output
   bool keep;            // activations (and cells) are wanted
   float* cells;         // LSTM: c (tokens, H)
-  float* output;        // (tokens, H)
+  float* output;        // (tokens, state_size); null: not wanted (only if `ready`)
+  // All products are in `gates` already (the GRU's n' = h W_hn^T behind the input's three): what is left is
+  // elementwise.
+  bool ready;
+  const float* peephole;    // LSTM: p_i, p_f, p_o (3 H), or null
+  const float* projection;  // W_hr^T as pack_columns leaves it, or null
+  float* unprojected;       // scratch (B, H) where there is a projection, otherwise null
 };
 
 struct BackwardArgs {
   Cell cell;
   Steps steps;
-  int64_t hidden;
-  const float* weight;  // W_hh as pack_backward leaves it
+  int64_t hidden, state_size;
+  const float* weight;  // W_hh as pack_columns leaves it
   const float *h0, *c0;
   const float *gates, *cells, *output;  // as forward left them
   const float* dy;                      // (tokens, H), rows dy_stride apart
@@ -71,22 +77,43 @@ struct BackwardArgs {
   const float* dhn;  // (B, H)
   float* carry;      // (B, H). LSTM: gradient of c, dc_n before and dc0 after. GRU: the part of dh that skips the gates
   float* dgates;     // gate gradients (tokens, width) of the steps processed in this call
-  const float* later;  // gate gradients of the step processed just before this call, or null
+  const float* later;                  // gate gradients of the step processed just before this call, or null
+  const float *peephole, *projection;  // as forward has them, but W_hr as pack_columns leaves it
+  float* dprojected;                   // gradients of the projected h (tokens, P) of the steps processed in this call
+};
+
+// out (rows, columns) = left (rows, depth) w, rows left_stride and out_stride apart; w as pack_columns leaves it.
+struct PlainArgs {
+  const float *left, *weight;
+  float* out;
+  int64_t depth, columns, left_stride, out_stride;
+};
+
+// sums += x^T d for x (tokens, columns) and d (tokens, width), rows x_stride and d_stride apart.
+struct GradientArgs {
+  const float *x, *d;
+  float *sums, *scratch;
+  int64_t columns, width, x_stride, d_stride;
 };
 
 struct RecurrentKernels {
   // floats that pack_forward writes for a weight of (gates_of * H, depth): W_hh, or W_ih
   int64_t (*packed_forward)(Cell, int64_t hidden, int64_t depth);
-  int64_t (*packed_backward)(Cell, int64_t hidden);
+  int64_t (*packed_columns)(int64_t depth, int64_t columns);
   void (*pack_forward)(Cell, int64_t hidden, int64_t depth, const float* w, float* packed);
-  void (*pack_backward)(Cell, int64_t hidden, const float* w, float* packed);
+  void (*pack_columns)(int64_t depth, int64_t columns, const float* w, float* packed);
   // The steps processed first-th to last-th (exclusive), for the rows [row, row_end) of the batch. `gates`, `dgates`
   // point at token 0 even where only a chunk of them exists.
   void (*forward)(const ForwardArgs&, int64_t first, int64_t last, int64_t row, int64_t row_end);
   // The same steps, last to first.
   void (*backward)(const BackwardArgs&, int64_t first, int64_t last, int64_t row, int64_t row_end);
-  // sums[c] += sum over rows of a[r][c], in partial sums of 64 rows: one running sum would lose digits on long inputs.
+  void (*product)(const PlainArgs&, int64_t row, int64_t row_end);
+  // sums[c] += sum of the rows of a (rows, cols)
   void (*add_column_sums)(const float* a, int64_t rows, int64_t cols, float* sums);
+  int64_t (*gradient_scratch)(int64_t columns);              // floats
+  int64_t (*gradient_sums)(int64_t columns, int64_t width);  // floats
+  void (*add_gradient)(const GradientArgs&, int64_t tokens);
+  void (*transpose_sums)(const float* sums, int64_t columns, int64_t width, float* out);  // out (width, columns)
 };
 
 // The LSTM in bfloat16 on AMX: as above, with words of bfloat16 (dhn, carry, cells and c0 are float32) and

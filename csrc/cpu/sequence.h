@@ -1,11 +1,9 @@
-// The packed sequences of the recurrent operators: their steps, cut into chunks and among threads, and the checks of
-// what belongs to a layer. (Public functions have checked the same; kernels read raw memory, so it is checked where it
-// guards it.)
+// The packed sequences of the recurrent operators: their steps, cut into chunks and among threads. (Public functions
+// have checked the same as here; kernels read raw memory, so it is checked where it guards it.)
 #pragma once
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
-#include <initializer_list>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -110,44 +108,6 @@ inline std::vector<int64_t> split_rows(const Steps& steps, int64_t first, int64_
   }
   bounds.push_back(rows);
   return bounds;
-}
-
-inline void check_layer(const char* op, int64_t gates, const at::Tensor& input, const at::Tensor& h0,
-                        std::initializer_list<const at::Tensor*> states, const at::Tensor& w_ih, const at::Tensor& w_hh,
-                        std::initializer_list<std::optional<at::Tensor>> biases) {
-  const auto dtype = input.scalar_type();
-  TORCH_CHECK_NOT_IMPLEMENTED(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, op,
-                              ": expected float32, bfloat16 or float16, got ", dtype);
-  TORCH_CHECK(w_hh.dim() == 2 && w_hh.size(1) > 0 && w_hh.size(0) == gates * w_hh.size(1), op, ": w_hh has shape ",
-              w_hh.sizes());
-  const int64_t hidden = w_hh.size(1);
-  TORCH_CHECK(w_ih.dim() == 2 && w_ih.size(0) == gates * hidden && w_ih.size(1) == input.size(1), op,
-              ": w_ih has shape ", w_ih.sizes());
-  TORCH_CHECK(h0.size(1) == hidden, op, ": h0 has shape ", h0.sizes());
-  const auto check = [&](const at::Tensor& t, at::IntArrayRef sizes) {
-    TORCH_CHECK(t.sizes() == sizes && t.scalar_type() == dtype && t.is_cpu(), op, ": expected ", dtype, sizes, ", got ",
-                t.scalar_type(), t.sizes());
-  };
-  for (const at::Tensor* state : states) check(*state, h0.sizes());
-  for (const auto& bias : biases) {
-    if (bias) check(*bias, {gates * hidden});
-  }
-  TORCH_CHECK(h0.scalar_type() == dtype && w_ih.scalar_type() == dtype && w_hh.scalar_type() == dtype, op,
-              ": dtypes differ");
-}
-
-// Tensors of one row a token: of H columns in the input's dtype, and the saved gates.
-inline void check_tokens(const char* op, const at::Tensor& input, const at::Tensor& w_hh,
-                         std::initializer_list<const at::Tensor*> tensors, const at::Tensor* gates) {
-  const auto check = [&](const at::Tensor& t, int64_t columns) {
-    TORCH_CHECK(t.dim() == 2 && t.size(0) == input.size(0) && t.size(1) == columns && t.is_cpu(), op,
-                ": a saved tensor or gradient has shape ", t.sizes());
-  };
-  for (const at::Tensor* t : tensors) {
-    check(*t, w_hh.size(1));
-    TORCH_CHECK(t->scalar_type() == input.scalar_type(), op, ": dtypes differ");
-  }
-  if (gates) check(*gates, 4 * w_hh.size(1));
 }
 
 }  // namespace pk

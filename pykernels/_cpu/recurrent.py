@@ -1,5 +1,5 @@
 """The recurrent room on native CPU code. Importing this loads `_cpu_ext`, which adds the `.cpu` implementations of
-csrc/cpu/recurrent.cpp to the operators that pykernels/ops/recurrent defines (in either order)."""
+csrc/cpu/recurrent_ops.cpp to the operators that pykernels/ops/recurrent defines (in either order)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 _BUILD = import_module(".._cpu_ext", __package__).build_info()
 
 _REFUSAL: str = _BUILD["isa_refusal"]
+_SERVED = frozenset(("proj_size", "peephole"))
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -20,6 +21,7 @@ def unsupported(x: torch.Tensor, *features: str) -> str | None:
         return f"the native CPU kernels take CPU tensors, not {x.device.type}"
     if x.dtype not in _DTYPES:
         return f"the native CPU kernels take float32, bfloat16 and float16, not {x.dtype}"
-    if features:
-        return f"the native CPU kernels do not serve {' and '.join(features)} yet"
+    missing = [feature for feature in features if feature not in _SERVED]
+    if missing:
+        return f"the native CPU kernels do not serve {' and '.join(missing)}"
     return _REFUSAL or None

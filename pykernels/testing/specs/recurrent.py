@@ -12,6 +12,7 @@ from torch import Tensor
 from ..spec import Case, Input, OpSpec
 
 KERNELS = ("cpu", "triton")
+PROJECTED = ("cpu",)  # backends that serve projections and peepholes
 
 _GATES = {"rnn": 1, "lstm": 4, "gru": 3}
 
@@ -108,6 +109,7 @@ def _case(
         for _ in range(directions):
             shapes += [(gated, width * directions if layer else size), (gated, width)]
             shapes += [(gated,)] * 2 * bias + [(proj, hidden)] * (proj > 0)
+            shapes += [(3 * hidden,)] * options.get("peephole", False)
     inputs |= {f"w{i}": Input(s, scale=0.3) for i, s in enumerate(shapes)}
     return Case(label, inputs, options, dy)
 
@@ -160,13 +162,17 @@ def _cell(name: str, mode: str) -> OpSpec:
 
 
 def _projected() -> OpSpec:
-    """LSTMs with projections, which the kernels do not serve."""
+    """LSTMs with projections and peepholes."""
     cases = (
         _case("sample", "lstm", 3, 3, 20, 1, proj_size=1),
         _case("projected", "lstm", 5, 3, 4, 6, proj_size=3),
         _case("projected-deep", "lstm", 5, 3, 4, 6, proj_size=2, num_layers=2, bidirectional=True),
+        _case("projected-wide", "lstm", 4, 17, 20, 100, proj_size=70),
+        _case("peephole", "lstm", 5, 3, 4, 33, peephole=True, scale=3.0),
+        _case("peephole-no-bias", "lstm", 5, 3, 4, 6, bias=False, peephole=True, num_layers=2, bidirectional=True),
+        _case("projected-peephole", "lstm", 5, 3, 4, 6, proj_size=3, peephole=True, state=False),
     )
-    return OpSpec("lstm", "recurrent", cases, long_sums=_LONG, wrap=_of_named_tensors)
+    return OpSpec("lstm", "recurrent", cases, kernels=PROJECTED, long_sums=_LONG, wrap=_of_named_tensors)
 
 
 def _sequence(mode: str) -> OpSpec:
