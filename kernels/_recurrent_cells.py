@@ -13,9 +13,6 @@ from . import _lib
 
 #: `KIND` of the kernels.
 KINDS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
-#: Products with W_hh in a step, and the width of what is kept of a token and of its gradient, in hidden sizes.
-GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
-WIDTH = {"lstm": 4, "gru": 4, "tanh": 1, "relu": 1}
 
 LSTM = tl.constexpr(0)
 GRU = tl.constexpr(1)

@@ -20,7 +20,7 @@ def _weights(w_ptr, k, unit, hidden, GATE: tl.constexpr):
 @triton.jit
 def _finish(
     x_ptr, kept_ptr, cell_ptr, output_ptr, bias_ptr, token, row, unit, hidden, mask, p0, p1, p2, p3, h, c,
-    KIND: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, PRECISE: tl.constexpr,
+    KIND: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, GIVEN: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """Applies the cell, stores the output and what is kept; (h' as it is stored, c')."""
     GATES: tl.constexpr = cells.gates_of(KIND)
@@ -32,7 +32,8 @@ def _finish(
         if KIND == cells.LSTM:
             tl.store(cell_ptr + token * hidden + unit, c, mask=mask)
     h = h.to(output_ptr.dtype.element_ty)
-    tl.store(output_ptr + token * hidden + unit, h, mask=mask)
+    if not GIVEN:
+        tl.store(output_ptr + token * hidden + unit, h, mask=mask)
     return h, c
 
 
@@ -72,7 +73,7 @@ def recurrent_step_fwd_kernel(
         c = tl.load(c_ptr + row * hidden + unit, mask=mask, other=0.0)
     h, c = _finish(
         x_ptr, kept_ptr, cell_ptr, output_ptr, bias_ptr, row + offset, row, unit, hidden, mask, p0, p1, p2, p3, h, c,
-        KIND, BIAS, KEEP, PRECISE,
+        KIND, BIAS, KEEP, False, PRECISE,
     )  # fmt: skip
     if KIND == cells.LSTM:
         tl.store(c_ptr + row * hidden + unit, c, mask=mask)
@@ -136,7 +137,7 @@ def recurrent_loop_fwd_kernel(
                 p3 = tl.dot(h, w3, input_precision=PRECISION)
         new_h, new_c = _finish(
             x_ptr, kept_ptr, cell_ptr, output_ptr, bias_ptr, token, row, unit, hidden, mask, p0, p1, p2, p3,
-            h.to(tl.float32), c, KIND, BIAS, KEEP, PRECISE,
+            h.to(tl.float32), c, KIND, BIAS, KEEP, GIVEN, PRECISE,
         )  # fmt: skip
         h, c = tl.where(mask, new_h, h), tl.where(mask, new_c, c)
     tl.store(h_n_ptr + state, h, mask=inside)

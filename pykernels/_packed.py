@@ -7,6 +7,7 @@ Tokens are packed: sorted by time, step t having the first `sizes[t]` rows of th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -130,40 +131,224 @@ def biases(gates: int, hidden: int, b_ih: Tensor | None, b_hh: Tensor | None) ->
     return torch.cat((gated, zero if b_ih is None else found[0][split:], zero if b_hh is None else found[-1][split:]))
 
 
-class Gradients(NamedTuple):
-    """float32, or the gates' dtype; None where not wanted."""
-
-    input: Tensor | None
-    w_ih: Tensor | None
-    w_hh: Tensor | None
-    b_ih: Tensor | None
-    b_hh: Tensor | None
+#: Gates of a cell, and what is kept of each token and of its gradient, in hidden sizes.
+GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
+WIDTH = {"lstm": 4, "gru": 4, "tanh": 1, "relu": 1}
 
 
-def gradients(
-    steps: Steps,
-    d_input: Tensor,
-    d_state: Tensor,
-    x: Tensor,
-    h0: Tensor,
-    output: Tensor,
-    w_ih: Tensor,
-    mask: Sequence[bool],
-) -> Gradients:
-    """One product each over all tokens, from the gradients of the gates' parts that come from the input and from the
-    state; mask: input, w_ih, w_hh, biases. The bias gradient is one sum of torch's, whose order is fixed."""
-    of_input, of_w_ih, of_w_hh, of_bias = mask
-    shared = d_input is d_state
-    db = d_input.sum(0, dtype=torch.float32) if of_bias else None
-    return Gradients(
-        product(d_input, w_ih) if of_input else None,
-        product(d_input.t(), x) if of_w_ih else None,
-        product(d_state.t(), steps.before(output, h0)) if of_w_hh else None,
-        db,
-        db if shared or not of_bias else d_state.sum(0, dtype=torch.float32),
-    )
+@dataclass
+class Forward:
+    """What a loop forward is given, all dense, and what it fills: `output`, `kept`, `cells`.
+
+    h_n and c_n hold the initial states, in place of which it writes the final ones.
+    """
+
+    kind: str
+    steps: Steps
+    gates: Tensor  #: (N, G H) float32: the input's part
+    bias: Tensor | None
+    w_hh: Tensor
+    h0: Tensor
+    output: Tensor  #: (N, H)
+    h_n: Tensor
+    c_n: Tensor | None  #: float32; of an LSTM
+    kept: Tensor | None  #: (N, 4 H): gates after their activations; may be the memory of `gates`
+    cells: Tensor | None  #: (N, H) float32: c
+    products: Tensor | None = None  #: (N, G H) float32: the state's part, where `output` is known: nothing else is made
 
 
-def given(*results: tuple[Tensor | None, Tensor]) -> tuple[Tensor, ...]:
-    """What an operator returns: each result in its tensor's dtype, zero-size where there is none."""
-    return tuple(like.new_empty(0) if t is None else t.to(like.dtype) for t, like in results)
+@dataclass
+class Backward:
+    """What a loop backward is given, all dense but dy, whose rows may lie apart.
+
+    It fills dgates (N, W H): the gradients of i, f, g, o; of n, r, z, n' (the first three are those of the input's
+    part, the last three of the state's); of the only gate. `carry`, float32, holds dc_n and becomes dc0; of a GRU it is
+    dh and becomes what of dh0 bypasses W_hh.
+    """
+
+    kind: str
+    steps: Steps
+    dy: Tensor
+    dh: Tensor  #: (B, H) float32: dh_n, and in the end dh0, if the loop says so
+    carry: Tensor | None
+    w_hh: Tensor
+    h0: Tensor
+    c0: Tensor | None
+    output: Tensor
+    kept: Tensor | None
+    cells: Tensor | None
+    dgates: Tensor
+
+
+class Floor:
+    """The recurrent room's operators over the loops of one floor, which a subclass has."""
+
+    def forward(self, f: Forward) -> None:
+        raise NotImplementedError
+
+    def backward(self, b: Backward) -> bool:
+        """Whether `dh` is dh0 now. Otherwise it is dh_n still."""
+        raise NotImplementedError
+
+    def lstm_forward(
+        self, input: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
+        b_hh: Tensor | None, w_hr: Tensor | None, peephole: Tensor | None, batch_sizes: Tensor | None, reverse: bool,
+        save: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        _refuse(w_hr, peephole)
+        f = self._run("lstm", input, h0, c0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, save)
+        c_n, none = f.c_n, f.gates.new_empty(0, f.gates.shape[1], dtype=_kept_dtype("lstm", input))
+        assert c_n is not None
+        kept = none if f.kept is None else f.kept
+        cells = f.gates.new_empty(0, h0.shape[1]) if f.cells is None else f.cells
+        return f.output, f.h_n, c_n.to(c0.dtype), kept, cells
+
+    def lstm_recompute(
+        self, input: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
+        b_hh: Tensor | None, w_hr: Tensor | None, peephole: Tensor | None, batch_sizes: Tensor | None, output: Tensor,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        _refuse(w_hr, peephole)
+        f = self._run("lstm", input, h0, c0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, True, output)
+        assert f.kept is not None and f.cells is not None
+        return f.kept, f.cells
+
+    def lstm_backward(
+        self, dy: Tensor, dh_n: Tensor | None, dc_n: Tensor | None, input: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor,
+        w_hh: Tensor, w_hr: Tensor | None, peephole: Tensor | None, batch_sizes: Tensor | None, output: Tensor,
+        gates: Tensor, cells: Tensor, reverse: bool, output_mask: Sequence[bool],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        _refuse(w_hr, peephole)
+        found = self._run_backward(
+            "lstm", dy, dh_n, dc_n, input, h0, c0, w_ih, w_hh, batch_sizes, output, gates, cells, reverse,
+            output_mask[:6],
+        )  # fmt: skip
+        return *found[:6], w_ih.new_empty(0), w_ih.new_empty(0)
+
+    def gru_forward(
+        self, input: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
+        batch_sizes: Tensor | None, reverse: bool, save: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        f = self._run("gru", input, h0, None, w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, save)
+        return f.output, f.h_n, f.gates.new_empty(0, 4 * h0.shape[1]) if f.kept is None else f.kept
+
+    def gru_recompute(
+        self, input: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
+        batch_sizes: Tensor | None, output: Tensor, reverse: bool,
+    ) -> Tensor:  # fmt: skip
+        f = self._run("gru", input, h0, None, w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, True, output)
+        assert f.kept is not None
+        return f.kept
+
+    def gru_backward(
+        self, dy: Tensor, dh_n: Tensor | None, input: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor,
+        batch_sizes: Tensor | None, output: Tensor, gates: Tensor, reverse: bool, output_mask: Sequence[bool],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        of_input, of_h0, *rest = output_mask
+        dx, dh0, _, *weights = self._run_backward(
+            "gru", dy, dh_n, None, input, h0, None, w_ih, w_hh, batch_sizes, output, gates, None, reverse,
+            (of_input, of_h0, False, *rest),
+        )  # fmt: skip
+        return dx, dh0, *weights
+
+    def rnn_forward(
+        self, input: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
+        batch_sizes: Tensor | None, nonlinearity: str, reverse: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        f = self._run(nonlinearity, input, h0, None, w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, False)
+        return f.output, f.h_n
+
+    def rnn_backward(
+        self, dy: Tensor, dh_n: Tensor | None, input: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor,
+        batch_sizes: Tensor | None, output: Tensor, nonlinearity: str, reverse: bool, output_mask: Sequence[bool],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        of_input, of_h0, *rest = output_mask
+        dx, dh0, _, *weights, _ = self._run_backward(
+            nonlinearity, dy, dh_n, None, input, h0, None, w_ih, w_hh, batch_sizes, output, None, None, reverse,
+            (of_input, of_h0, False, *rest),
+        )  # fmt: skip
+        return dx, dh0, *weights
+
+    def _run(
+        self, kind: str, input: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
+        b_hh: Tensor | None, batch_sizes: Tensor | None, reverse: bool, keep: bool, known: Tensor | None = None,
+    ) -> Forward:  # fmt: skip
+        """known: the output of an earlier run, whose gates are wanted again."""
+        (batch, hidden), tokens = h0.shape, input.shape[0]
+        steps = Steps(tokens, batch, batch_sizes, reverse)
+        h0, w_hh = dense(h0), dense(w_hh)
+        gates = product(input, w_ih.t())
+        kept = cells = None
+        if keep and kind == "gru":
+            kept = gates.new_empty(tokens, 4 * hidden)
+        elif keep and kind == "lstm":
+            dtype = _kept_dtype(kind, input)
+            kept = gates if dtype == torch.float32 else torch.empty_like(gates, dtype=dtype)
+            cells = gates.new_empty(tokens, hidden)
+        output = input.new_empty(tokens, hidden) if known is None else dense(known)
+        products = None if known is None else product(steps.before(output, h0), w_hh.t())
+        bias, c_n = biases(GATES[kind], hidden, b_ih, b_hh), None if c0 is None else copied(c0)
+        f = Forward(kind, steps, gates, bias, w_hh, h0, output, h0.clone(), c_n, kept, cells, products)
+        if output.numel():
+            self.forward(f)
+        return f
+
+    def _run_backward(
+        self, kind: str, dy: Tensor, dh_n: Tensor | None, dc_n: Tensor | None, input: Tensor, h0: Tensor,
+        c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, batch_sizes: Tensor | None, output: Tensor, kept: Tensor | None,
+        cells: Tensor | None, reverse: bool, mask: Sequence[bool],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """dx, dh0, dc0, dW_ih, dW_hh, db_ih, db_hh (the same as db_ih but for a GRU); mask: the last two as one."""
+        of_input, of_h0, of_c0, of_w_ih, of_w_hh, of_bias = mask
+        (batch, hidden), tokens, gru = h0.shape, input.shape[0], kind == "gru"
+        steps, gated = Steps(tokens, batch, batch_sizes, reverse), GATES[kind] * hidden
+        dh = h0.new_zeros(h0.shape, dtype=torch.float32) if dh_n is None else copied(dh_n)
+        carry = dh if gru else None
+        if c0 is not None:
+            carry, c0 = h0.new_zeros(h0.shape, dtype=torch.float32) if dc_n is None else copied(dc_n), dense(c0)
+        dy = dy if dy.stride(1) == 1 else dy.contiguous()
+        dgates = input.new_empty(tokens, WIDTH[kind] * hidden)
+        b = Backward(kind, steps, dy, dh, carry, dense(w_hh), dense(h0), c0, dense(output), kept, cells, dgates)
+        d_input, d_state = (dgates[:, :gated], dgates[:, -gated:]) if gru else (dgates, dgates)
+        if output.numel() and not self.backward(b) and of_h0:
+            first = product(steps.first(d_state), b.w_hh)
+            dh[: first.shape[0]] = first + dh[: first.shape[0]] if gru else first
+        if gru:
+            w_ih = torch.cat((w_ih[2 * hidden :], w_ih[: 2 * hidden]))  # in the order of d_input: n, r, z
+        dw_ih = product(d_input.t(), input) if of_w_ih else None
+        db_ih = d_input.sum(0, dtype=torch.float32) if of_bias else None  # one sum of torch's: its order is fixed
+        found = (
+            product(d_input, w_ih) if of_input else None,
+            dh if of_h0 else None,
+            carry if of_c0 else None,
+            _rzn(dw_ih, hidden) if gru else dw_ih,
+            product(d_state.t(), steps.before(b.output, b.h0)) if of_w_hh else None,
+            _rzn(db_ih, hidden) if gru else db_ih,
+            d_state.sum(0, dtype=torch.float32) if of_bias and gru else None,
+        )
+        return tuple(input.new_empty(0) if t is None else t.to(input.dtype) for t in found)
+
+
+def dense(x: Tensor) -> Tensor:
+    """Contiguous, and where 16 bytes at a time can be read."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def copied(x: Tensor) -> Tensor:
+    """float32, in memory of its own: loops write there."""
+    return x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+
+def _kept_dtype(kind: str, input: Tensor) -> torch.dtype:
+    return torch.float32 if kind == "gru" or input.dtype == torch.float32 else torch.float16
+
+
+def _rzn(x: Tensor | None, hidden: int) -> Tensor | None:
+    return None if x is None else torch.cat((x[hidden:], x[:hidden]))
+
+
+def _refuse(w_hr: Tensor | None, peephole: Tensor | None) -> None:
+    """Operators may be called on their own; the public functions never come here with either."""
+    if w_hr is not None or peephole is not None:
+        raise NotImplementedError("the recurrent kernels on GPUs do not serve projections and peepholes")

@@ -3,6 +3,7 @@ tiles, rows that come and go in either direction, hidden sizes that fill no tile
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from pykernels import _packed
 from pykernels import reference as ref
+from pykernels._cuda import recurrent as cuda
+from pykernels._cuda._extension import Extension
 from pykernels._triton import recurrent as triton_floor
 from pykernels.reference import recurrent as reference
 from pykernels.testing.compare import assert_equal
@@ -25,11 +28,17 @@ RAGGED = torch.tensor([18, 17, 17, 3, 1])
 
 def floor_of(backend: str) -> Any:
     """The operators' implementations, without the registry: what is tested here is the floor itself."""
-    return triton_floor
+    if backend == "triton":
+        return triton_floor
+    extension = Extension(f"_{backend}_ext")
+    assert extension.available, extension.reason
+    names = [name for name in cuda.__all__ if name != "unsupported"]
+    return SimpleNamespace(**{name: functools.partial(getattr(cuda, name), extension) for name in names})
 
 
 # Each way of running the loop, and how a floor is brought to take it for small tensors.
-PATHS = {"triton": ("loop", "step")}
+CUDA_WAYS = {"loop": 1, "grid": 2, "step": 3}
+PATHS = {"triton": ("loop", "step"), "cuda": tuple(CUDA_WAYS), "emulator": tuple(CUDA_WAYS)}
 WAYS = [(b, way) for b in BACKENDS if b in PATHS for way in PATHS[b]]
 
 
@@ -39,6 +48,8 @@ def take(monkeypatch: pytest.MonkeyPatch) -> Any:
         if backend == "triton":
             largest = 64 if way == "loop" else 0
             monkeypatch.setattr(triton_floor, "RESIDENT", dict.fromkeys(DTYPES, largest))
+        else:
+            monkeypatch.setattr(cuda, "WAY", CUDA_WAYS[way])
         return floor_of(backend)
 
     return taking

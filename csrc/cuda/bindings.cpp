@@ -15,6 +15,7 @@ const char* kernel_compiler();  // collectives.cu: the compiler that built the k
 void bind_activation(py::module_&);
 void bind_collectives(py::module_&);
 void bind_embedding(py::module_&);
+void bind_recurrent(py::module_&);
 #if defined(PK_EMULATOR)
 void bind_emulator(py::module_&);  // csrc/emulator/emulator_bindings.cpp
 #endif
@@ -49,6 +50,7 @@ PYBIND11_MODULE(PK_MODULE, m) {
   pk::bind_activation(m);
   pk::bind_collectives(m);
   pk::bind_embedding(m);
+  pk::bind_recurrent(m);
 #if defined(PK_EMULATOR)
   pk::bind_emulator(m);
 #endif

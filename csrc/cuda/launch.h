@@ -93,6 +93,14 @@ inline int sm_count() {
   return n;
 }
 
+// Bytes of shared memory that a block may have on the current device.
+inline size_t shared_limit() {
+  int device = 0, n = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&n, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory of a block");
+  return static_cast<size_t>(n);
+}
+
 // How many blocks of this kernel the current device holds at once: the largest cooperative grid.
 template <class... P>
 int resident_blocks(void (*kernel)(P...), int threads, size_t smem) {

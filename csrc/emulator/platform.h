@@ -222,6 +222,7 @@ void launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem
   emu::launch(kernel, {grid, block, smem, true}, args...);
 }
 inline int sm_count() { return emu::max_resident_blocks(); }
+inline size_t shared_limit() { return 227 * 1024; }  // sm_90's
 template <class... P>
 int resident_blocks(void (*)(P...), int, size_t) {
   return emu::max_resident_blocks();

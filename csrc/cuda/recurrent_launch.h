@@ -1,0 +1,92 @@
+// What the loops forward and backward have in common: which steps and rows a block has, and how it is launched.
+#pragma once
+#include "recurrent_tile.h"
+
+namespace pk {
+
+struct Turns {
+  int64_t first, last;  // of the steps in the order of visits
+};
+
+struct Loop {
+  const int64_t* offsets;
+  const int* tile_steps;
+  uint32_t* arrived;
+  int64_t batch, steps;
+  int hidden;
+  bool reverse, whole;  // whole: all steps in this launch, not turns first .. last
+  TileSizes sizes;
+  int first_tile;
+  int64_t first_turn, last_turn;
+
+  __device__ __forceinline__ int tile() const { return first_tile + static_cast<int>(blockIdx.y); }
+  __device__ __forceinline__ int64_t first_row() const { return static_cast<int64_t>(tile()) * kTileRows; }
+  __device__ __forceinline__ int first_unit() const { return static_cast<int>(blockIdx.x) * sizes.units * kUnits; }
+  // Steps that have a row of this tile are the first ones in time.
+  __device__ __forceinline__ Turns turns(int tile) const {
+    const int64_t mine = tile_steps[tile];
+    const Turns active = reverse ? Turns{steps - mine, steps} : Turns{0, mine};
+    return whole ? active : Turns{max(active.first, first_turn), min(active.last, last_turn)};
+  }
+};
+
+// What is kept of a gate.
+template <class T, Kind K>
+using Kept = std::conditional_t<K == Kind::lstm && !std::is_same_v<T, float>, fp16, float>;
+
+template <class F>
+void dispatch_cell(int cell, DType dtype, F&& f) {
+  dispatch(dtype, [&](auto t) {
+    switch (static_cast<Cell>(cell)) {
+      case Cell::lstm:
+        return f(t, std::integral_constant<Kind, Kind::lstm>{});
+      case Cell::gru:
+        return f(t, std::integral_constant<Kind, Kind::gru>{});
+      case Cell::tanh:
+      case Cell::relu:
+        return f(t, std::integral_constant<Kind, Kind::rnn>{});
+    }
+    throw std::invalid_argument("unknown cell");
+  });
+}
+
+// gates: in the accumulators; depth: terms of the sum.
+inline TileSizes tile_sizes(int gates, int parts, int depth, int units, int way) {
+  return {gates, parts, units, ceil_div(depth, kTerms) * kTerms, way != 3, way == 1};
+}
+template <class T>
+TileSizes tile_sizes(int gates, int depth, int units, int way) {
+  return tile_sizes(gates, kParts<T>, depth, units, way);
+}
+
+template <class A>
+void run_loop(void (*kernel)(A), A args, const RecurrentPlan& plan, bool backward, void* stream) {
+  const DeviceGuard guard(args.weights);
+  Loop& loop = args.loop;
+  const int64_t tiles = ceil_div(loop.batch, static_cast<int64_t>(kTileRows));
+  const size_t bytes = loop.sizes.bytes();
+  const auto grid = [&](int64_t first) {
+    const int64_t left = tiles - first;
+    return dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(left < plan.tiles ? left : plan.tiles));
+  };
+  for (int64_t first = 0; first < tiles; first += plan.tiles) {
+    loop.first_tile = static_cast<int>(first);
+    if (plan.way == 2) {
+      launch_cooperative(kernel, grid(first), kTileThreads, bytes, stream, args);
+    } else if (plan.way == 1) {
+      launch(kernel, grid(first), kTileThreads, bytes, stream, args);
+    } else {
+      for (int64_t done = 0; done < loop.steps; ++done) {
+        loop.first_turn = backward ? loop.steps - 1 - done : done;
+        loop.last_turn = loop.first_turn + 1;
+        launch(kernel, grid(first), kTileThreads, bytes, stream, args);
+      }
+    }
+  }
+}
+
+// How many blocks of each kernel the device holds at once.
+int64_t recurrent_forward_resident(int cell, DType dtype, const TileSizes& sizes);
+int64_t recurrent_backward_resident(int cell, DType dtype, const TileSizes& sizes);
+
+}  // namespace pk

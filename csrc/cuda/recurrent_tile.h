@@ -1,0 +1,218 @@
+// The product of a tile: 16 rows of the state (or of the gates' gradient) by the weights of some hidden units, on the
+// tensor cores.  A warp has the gates of 8 hidden units in its accumulators, all of one (row, unit) in one thread, so
+// that the cell is applied where the product is; with fewer units than warps the terms of the sum are shared out too.
+//
+// float32 is made of bfloat16: each number is the sum of three (24 bits), and of the nine products of parts the six
+// that count are taken, as accurate as float32 arithmetic at a sixth of the tensor cores' rate.
+#pragma once
+#include "platform.h"
+#include "recurrent_cells.h"
+#include "vec.h"
+
+namespace pk {
+
+constexpr int kTileRows = 16, kTileThreads = 256, kTileWarps = kTileThreads / kWarp;
+constexpr int kUnits = 8;         // hidden units of a warp's block
+constexpr int kTerms = 32;        // terms of the sum that one 16-byte load of weights covers
+constexpr int kMostUnits = 2;     // blocks of units of a warp
+constexpr int kMostTerms = 1024;  // of the state in shared memory at once, where it is not kept there
+constexpr int kFragment = 512;    // bytes of the weights of 8 units by 32 terms
+constexpr int kPad = 8;           // elements between rows, so that eight rows lie in different banks
+
+template <class T>
+using Half = std::conditional_t<std::is_same_v<T, float>, bf16, T>;
+template <class T>
+constexpr int kParts = std::is_same_v<T, float> ? 3 : 1;
+
+// The sizes of a block's work; both sides of a launch count shared memory with it.
+struct TileSizes {
+  int gates, parts, units, terms;  // units: blocks of 8 of this block; terms: of the sum, padded to 32
+  bool resident, local;            // weights in shared memory; the state as well, which then needs no exchange
+
+  __host__ __device__ int slices() const { return terms / kTerms; }
+  __host__ __device__ int chunk() const { return local || terms < kMostTerms ? terms : kMostTerms; }
+  __host__ __device__ int row() const { return chunk() + kPad; }
+  __host__ __device__ int split() const { return units > 4 ? 1 : units > 2 ? 2 : units > 1 ? 4 : 8; }
+  __host__ __device__ size_t weight_bytes() const {
+    return static_cast<size_t>(units) * static_cast<size_t>(slices() * gates * parts * kFragment);
+  }
+  __host__ __device__ size_t state_bytes() const { return static_cast<size_t>(parts * kTileRows * row() * 2); }
+  __host__ __device__ size_t carry_bytes() const { return static_cast<size_t>(kTileRows * units * kUnits * 4); }
+  __host__ __device__ size_t partial_bytes() const {
+    return static_cast<size_t>(split() - 1) * static_cast<size_t>(kTileWarps / split() * gates * kWarp * 16);
+  }
+  __host__ __device__ size_t bytes() const {
+    return (resident ? weight_bytes() : 0) + state_bytes() + carry_bytes() + partial_bytes();
+  }
+};
+
+// A block's shared memory and place.
+template <class T, int GATES>
+struct Tile {
+  TileSizes sizes;
+  const uint4* weights;
+  Half<T>* state;  // [parts][16][row]
+  float* carry;    // [16][units * 8]: each thread's own
+  float4* partial;
+  int lane, slot, share;  // slot: which blocks of units; share: which terms
+
+  __device__ __forceinline__ Tile(TileSizes s, unsigned char* shared, const uint4* all, int block) : sizes(s) {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp, slots = kTileWarps / s.split();
+    lane = static_cast<int>(threadIdx.x) % kWarp, slot = warp % slots, share = warp / slots;
+    const uint4* mine = all + static_cast<int64_t>(block) * static_cast<int64_t>(s.weight_bytes() / 16);
+    if (s.resident) {
+      uint4* here = reinterpret_cast<uint4*>(shared);
+      for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(s.weight_bytes() / 16); i += kTileThreads)
+        here[i] = mine[i];
+      weights = here;
+      shared += s.weight_bytes();
+    } else {
+      weights = mine;
+    }
+    state = reinterpret_cast<Half<T>*>(shared);
+    carry = reinterpret_cast<float*>(shared + s.state_bytes());
+    partial = reinterpret_cast<float4*>(shared + s.state_bytes() + s.carry_bytes());
+  }
+
+  // Writes x at (row, column) of the state.
+  __device__ __forceinline__ void put(int row, int column, float x) const {
+#pragma unroll
+    for (int part = 0; part < kParts<T>; ++part) {
+      const Half<T> h = from_float<Half<T>>(x);
+      state[(part * kTileRows + row) * sizes.row() + column] = h;
+      x -= to_float(h);
+    }
+  }
+
+  // Fills the state's columns with terms first .. first + chunk; from(row): the row's memory, or null for zeros.
+  template <class F>
+  __device__ __forceinline__ void load(int first, int columns, bool vectors, const F& from) const {
+    const int groups = sizes.chunk() / 8;
+    for (int i = static_cast<int>(threadIdx.x); i < kTileRows * groups; i += kTileThreads) {
+      const int row = i / groups, column = i % groups * 8, at = first + column;
+      const T* p = from(row);
+      float x[8];
+      if (p && vectors && at + 8 <= columns) {
+#pragma unroll
+        for (int v = 0; v < 8 / Vec16<T>::N; ++v) {
+          const uint4 bits = ld_cg(reinterpret_cast<const uint4*>(p + at) + v);
+          const Vec16<T> loaded = __builtin_bit_cast(Vec16<T>, bits);
+#pragma unroll
+          for (int k = 0; k < Vec16<T>::N; ++k) x[v * Vec16<T>::N + k] = to_float(loaded.v[k]);
+        }
+      } else {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) x[k] = p && at + k < columns ? to_float(ld_cg(p + at + k)) : 0.f;
+      }
+      store8(row, column, x);
+    }
+  }
+
+  __device__ __forceinline__ void store8(int row, int column, float (&x)[8]) const {
+#pragma unroll
+    for (int part = 0; part < kParts<T>; ++part) {
+      Vec16<Half<T>> h;
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        h.v[k] = from_float<Half<T>>(x[k]);
+        x[k] -= to_float(h.v[k]);
+      }
+      store_vec(state + (part * kTileRows + row) * sizes.row() + column, h);
+    }
+  }
+
+  __device__ __forceinline__ int block_of(int n) const { return slot + n * kTileWarps; }
+
+  // sum += the product of the state's columns, terms first .. first + chunk.
+  __device__ __forceinline__ void multiply(float (&sum)[kMostUnits][GATES][4], int first) const {
+    constexpr int P = kParts<T>;
+    const int slices = min(sizes.chunk(), sizes.terms - first) / kTerms;
+    for (int slice = share; slice < slices; slice += sizes.split()) {
+      uint32_t a[2][P][4];
+#pragma unroll
+      for (int part = 0; part < P; ++part) {
+        const Half<T>* row = state + (part * kTileRows + lane % 16) * sizes.row() + slice * kTerms + lane / 16 * 8;
+        ldmatrix_x4(a[0][part], smem_addr(row));
+        ldmatrix_x4(a[1][part], smem_addr(row + 16));
+      }
+#pragma unroll
+      for (int n = 0; n < kMostUnits; ++n) {
+        if (block_of(n) >= sizes.units) break;
+        const int64_t at = static_cast<int64_t>(block_of(n)) * sizes.slices() + first / kTerms + slice;
+#pragma unroll
+        for (int gate = 0; gate < GATES; ++gate) {
+          const uint4* w = weights + (at * GATES + gate) * P * kWarp + lane;
+          if constexpr (P == 1) {
+            const uint4 b = w[0];
+            mma_m16n8k16<Half<T>>(sum[n][gate], a[0][0], b.x, b.y);
+            mma_m16n8k16<Half<T>>(sum[n][gate], a[1][0], b.z, b.w);
+          } else {
+            const uint4 b[3] = {w[0], w[kWarp], w[2 * kWarp]};
+#pragma unroll
+            for (int order = 2; order >= 0; --order) {  // the small ones first
+#pragma unroll
+              for (int part = 0; part <= order; ++part) {
+                mma_m16n8k16<Half<T>>(sum[n][gate], a[0][part], b[order - part].x, b[order - part].y);
+                mma_m16n8k16<Half<T>>(sum[n][gate], a[1][part], b[order - part].z, b[order - part].w);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // Adds the shares up, in their order; the first share's warps have the sum.  A barrier of the block, also without
+  // shares: after it the state may be overwritten.
+  __device__ __forceinline__ void gather(float (&sum)[kMostUnits][GATES][4]) const {
+    const int slots = kTileWarps / sizes.split();
+    if (share > 0) {
+#pragma unroll
+      for (int gate = 0; gate < GATES; ++gate)
+        partial[((share - 1) * slots + slot) * GATES * kWarp + gate * kWarp + lane] =
+            make_float4(sum[0][gate][0], sum[0][gate][1], sum[0][gate][2], sum[0][gate][3]);
+    }
+    __syncthreads();
+    if (share > 0) return;
+    for (int other = 0; other < sizes.split() - 1; ++other) {
+#pragma unroll
+      for (int gate = 0; gate < GATES; ++gate) {
+        const float4 x = partial[(other * slots + slot) * GATES * kWarp + gate * kWarp + lane];
+        sum[0][gate][0] += x.x, sum[0][gate][1] += x.y, sum[0][gate][2] += x.z, sum[0][gate][3] += x.w;
+      }
+    }
+  }
+
+  // Calls f(n, e, row, unit) for the elements of this thread's accumulators; unit: within the block.
+  template <class F>
+  __device__ __forceinline__ void for_elements(const F& f) const {
+    if (share > 0) return;
+#pragma unroll
+    for (int n = 0; n < kMostUnits; ++n) {
+      if (block_of(n) >= sizes.units) break;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) f(n, e, lane / 4 + e / 2 * 8, block_of(n) * kUnits + lane % 4 * 2 + e % 2);
+    }
+  }
+
+  __device__ __forceinline__ float& own(int row, int unit) const { return carry[row * sizes.units * kUnits + unit]; }
+};
+
+// The blocks that share a tile of rows meet: after the wait, all that they stored before is seen.  The counter only
+// grows, so that none can overtake another.
+__device__ __forceinline__ void arrive(uint32_t* counter) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(counter, 1u);
+  }
+}
+__device__ __forceinline__ void await(const uint32_t* counter, uint32_t target) {
+  if (threadIdx.x == 0) {
+    while (ld_acquire(counter) < target) {
+    }
+  }
+  __syncthreads();
+}
+
+}  // namespace pk

@@ -1,0 +1,142 @@
+"""The recurrent room on csrc/cuda: W_hh packed for the tensor cores, the way to run the loop, pointers.
+
+Small hidden sizes run in one launch of one block for each 16 rows, which keeps W_hh and the state in its shared memory.
+Larger ones run in one cooperative launch: the blocks of 16 rows keep the weights of some hidden units each and meet
+once a step. Where the device cannot hold these blocks at once, each step is a launch. `ext`: the CUDA module, or its
+emulation on the CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._packed import GATES, Backward, Floor, Forward
+from ._extension import DTYPE_CODES, Extension
+
+__all__ = [
+    "gru_backward", "gru_forward", "gru_recompute", "lstm_backward", "lstm_forward", "lstm_recompute", "rnn_backward",
+    "rnn_forward", "unsupported",
+]  # fmt: skip
+
+_CELLS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
+_ROWS = 16
+
+#: 0: what fits the device; 1: one block for each tile of rows; 2: a cooperative grid; 3: a launch a step.
+WAY = 0
+
+
+def unsupported(ext: Extension, x: Tensor, *features: str) -> str | None:
+    """Why `ext` cannot serve tensors of the dtype and device of x, or one of the features; or None."""
+    if not ext.available:
+        return ext.reason
+    if x.dtype not in DTYPE_CODES:
+        return f"the CUDA kernels take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
+    device = "cpu" if ext.name == "_emulator_ext" else "cuda"
+    if x.device.type != device:
+        return f"{ext.name} serves {device} tensors, not {x.device.type} ones"
+    if features:
+        return f"the CUDA kernels do not serve {' and '.join(features)} yet"
+    return ext.device_reason(x.device)
+
+
+def _packed_weights(w: Tensor, blocks: int) -> Tensor:
+    """W (gates, units, terms) in the order in which lanes read it, for `blocks` blocks of 8 units.
+
+    (block of units, 32 terms, gate, part, lane, 8 numbers): lane l of a warp has unit l // 4 and, of each 16 terms, the
+    pairs at 2 (l % 4) and 8 beyond: two operands of mma.m16n8k16. float32 comes in three parts that add up to it.
+    """
+    gates, units, terms = w.shape
+    slices = -(-terms // 32)
+    whole = w.new_zeros(gates, blocks * 8, slices * 32)
+    whole[:, :units, :terms] = w
+    parts = [whole]
+    if w.dtype == torch.float32:
+        parts = []
+        for _ in range(3):
+            parts.append(whole.bfloat16())
+            whole = whole - parts[-1].float()
+    split = torch.stack(parts).view(len(parts), gates, blocks, 8, slices, 2, 2, 4, 2)
+    return split.permute(2, 4, 1, 0, 3, 7, 5, 6, 8).contiguous()
+
+
+class _Floor(Floor):
+    def __init__(self, ext: Extension) -> None:
+        self.ext = ext
+
+    def _plan(self, kind: str, backward: bool, h0: Tensor) -> tuple[int, int, int, int]:
+        """(way, blocks for a tile of rows, blocks of units of each, tiles in a launch)."""
+        module: Any = self.ext.module
+        batch, hidden = h0.shape
+        where, dtype = h0.data_ptr(), DTYPE_CODES[h0.dtype]
+        plan: tuple[int, int, int, int] = module.recurrent_plan(
+            where, _CELLS[kind], backward, hidden, batch, WAY, dtype
+        )
+        if plan[0] == 0:
+            raise RuntimeError(f"way {WAY} of running a recurrent loop does not fit hidden size {hidden} here")
+        return plan
+
+    def forward(self, f: Forward) -> None:
+        (batch, hidden), steps, device = f.h0.shape, f.steps, f.h0.device
+        offsets = steps.offsets_on(device)
+        shape = batch, len(steps.sizes), hidden, steps.reverse
+        if f.products is not None:
+            assert f.kept is not None
+            self.ext.call(
+                "recurrent_recompute", f.gates, f.products, f.bias, f.c_n, f.kept, f.cells, offsets, *shape,
+                _CELLS[f.kind], f.kept.dtype,
+            )  # fmt: skip
+            return
+        plan = self._plan(f.kind, False, f.h0)
+        weights = _packed_weights(f.w_hh.view(GATES[f.kind], hidden, hidden), plan[1] * plan[2])
+        tiles = steps.tile_steps(_ROWS, device)
+        self.ext.call(
+            "recurrent_forward", weights, f.gates, f.bias, f.h0, f.output, f.h_n, f.c_n, f.kept, f.cells, offsets,
+            tiles, torch.zeros_like(tiles), *shape, *plan, _CELLS[f.kind], f.h0.dtype,
+        )  # fmt: skip
+
+    def backward(self, b: Backward) -> bool:
+        (batch, hidden), steps, device = b.h0.shape, b.steps, b.h0.device
+        plan = self._plan(b.kind, True, b.h0)
+        weights = _packed_weights(b.w_hh.t().unsqueeze(0), plan[1] * plan[2])
+        tiles = steps.tile_steps(_ROWS, device)
+        self.ext.call(
+            "recurrent_backward", weights, b.dy, b.dh, b.h0, b.c0, b.output, b.kept, b.cells, b.dgates, b.carry,
+            steps.offsets_on(device), tiles, torch.zeros_like(tiles), b.dy.stride(0), batch, len(steps.sizes), hidden,
+            steps.reverse, *plan, _CELLS[b.kind], b.h0.dtype,
+        )  # fmt: skip
+        return False
+
+
+def lstm_forward(ext: Extension, *args: Any) -> tuple[Tensor, ...]:
+    return _Floor(ext).lstm_forward(*args)
+
+
+def lstm_recompute(ext: Extension, *args: Any) -> tuple[Tensor, Tensor]:
+    return _Floor(ext).lstm_recompute(*args)
+
+
+def lstm_backward(ext: Extension, *args: Any) -> tuple[Tensor, ...]:
+    return _Floor(ext).lstm_backward(*args)
+
+
+def gru_forward(ext: Extension, *args: Any) -> tuple[Tensor, ...]:
+    return _Floor(ext).gru_forward(*args)
+
+
+def gru_recompute(ext: Extension, *args: Any) -> Tensor:
+    return _Floor(ext).gru_recompute(*args)
+
+
+def gru_backward(ext: Extension, *args: Any) -> tuple[Tensor, ...]:
+    return _Floor(ext).gru_backward(*args)
+
+
+def rnn_forward(ext: Extension, *args: Any) -> tuple[Tensor, Tensor]:
+    return _Floor(ext).rnn_forward(*args)
+
+
+def rnn_backward(ext: Extension, *args: Any) -> tuple[Tensor, ...]:
+    return _Floor(ext).rnn_backward(*args)

@@ -1,0 +1,79 @@
+"""The recurrent room: the loop in one launch at the largest hidden size it takes, and one step of a large layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ..dryrun import room
+from ..rules import Entry, Rules
+
+GATES = {"lstm": 4, "gru": 3, "tanh": 1}
+STEPS, SIZE = 2, 16
+
+PRODUCTS = Rules(tensor_cores=True)
+LOOP = {torch.bfloat16: 64, torch.float32: 32}
+STEP_HIDDEN = 512
+
+
+def call(kind: str, direction: str, dtype: torch.dtype, batch: int, hidden: int) -> Callable[[], Any]:
+    """One direction of the operator, or what `recompute` runs."""
+    tokens, gated = STEPS * batch, GATES[kind] * hidden
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    x, y, h = empty(tokens, SIZE), empty(tokens, hidden), empty(batch, hidden)
+    w_ih, w_hh, bias = empty(gated, SIZE), empty(gated, hidden), empty(gated)
+    states, floor = ((h, h) if kind == "lstm" else (h,)), room("recurrent")
+    extra = (None, None) if kind == "lstm" else ()
+    name = "rnn" if kind == "tanh" else kind
+    if direction == "recompute":
+        layer = (x, *states, w_ih, w_hh, bias, bias, *extra, None, y, False)
+        return lambda: getattr(floor, f"{name}_recompute")(*layer)
+    if direction == "forward":
+        layer = (
+            x,
+            *states,
+            w_ih,
+            w_hh,
+            bias,
+            bias,
+            *extra,
+            None,
+            *(("tanh", False) if kind == "tanh" else (False, True)),
+        )
+        return lambda: getattr(floor, f"{name}_forward")(*layer)
+    kept: tuple[torch.Tensor, ...] = ()
+    if kind != "tanh":
+        narrow = kind == "lstm" and dtype != torch.float32
+        kept = (empty(tokens, 4 * hidden, dtype=torch.float16 if narrow else torch.float32),)
+    if kind == "lstm":
+        kept += (empty(tokens, hidden, dtype=torch.float32),)
+    options = ("tanh", False) if kind == "tanh" else (False,)
+    mask = (False, True, *(False,) * {"lstm": 6, "gru": 3, "tanh": 3}[kind])
+    layer = (y, *states, x, *states, w_ih, w_hh, *extra, None, y, *kept, *options, mask)
+    return lambda: getattr(floor, f"{name}_backward")(*layer)
+
+
+def entries() -> Iterator[Entry]:
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype)[6:]
+        for kind in GATES:
+            for direction in ("forward", "backward"):
+                # 16 rows are too few for Hopper's own instruction: there the loop has the one of before.
+                launch = call(kind, direction, dtype, 16, LOOP[dtype])
+                loop = f"recurrent loop {kind} {direction} {name} {LOOP[dtype]}"
+                yield Entry(loop, launch, PRODUCTS, (80,))
+                yield Entry(loop, launch, targets=(90,))
+                launch = call(kind, direction, dtype, 64, STEP_HIDDEN)
+                step = f"recurrent step {kind} {direction} {name} {STEP_HIDDEN}"
+                yield Entry(step, launch, PRODUCTS, (80, 90) if kind == "lstm" else (90,))
+    for kind in ("lstm", "gru"):
+        launch = call(kind, "recompute", torch.bfloat16, 64, STEP_HIDDEN)
+        yield Entry(f"recurrent recompute {kind} bfloat16 {STEP_HIDDEN}", launch, targets=(90,))
+
+
+ENTRIES = list(entries())
