@@ -13,6 +13,7 @@ namespace pk {
 
 const char* kernel_compiler();  // collectives.cu: the compiler that built the kernels
 void bind_activation(py::module_&);
+void bind_attention(py::module_&);
 void bind_collectives(py::module_&);
 void bind_embedding(py::module_&);
 void bind_recurrent(py::module_&);
@@ -48,6 +49,7 @@ py::dict build_info() {
 PYBIND11_MODULE(PK_MODULE, m) {
   m.def("build_info", &pk::build_info, "Which compiler built the kernels, for which architectures.");
   pk::bind_activation(m);
+  pk::bind_attention(m);
   pk::bind_collectives(m);
   pk::bind_embedding(m);
   pk::bind_recurrent(m);

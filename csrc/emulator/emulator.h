@@ -57,6 +57,7 @@ uint32_t ballot(uint32_t mask, bool p, Site);
 uint32_t match_any(uint32_t mask, uint64_t v, Site);
 void ldmatrix(uint32_t* r, uint32_t addr, int n, bool trans, Site);
 void mma16816(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool bf16, Site);
+void mma1688(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, Site);  // tf32
 
 enum class BlockOp { sync, count, all, any };
 int block_sync(BlockOp, int pred, Site);

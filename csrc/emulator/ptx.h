@@ -20,6 +20,14 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   emu::mma16816(d, a, b0, b1, std::is_same_v<T, bf16>, site);
 }
 
+inline uint32_t to_tf32(float x) {
+  const uint32_t u = static_cast<uint32_t>(emu::bits(x));
+  return x != x ? u : (u + 0x1000u) & 0xffffe000u;  // to nearest, ties away from zero
+}
+inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, EMU_SITE) {
+  emu::mma1688(d, a, b0, b1, site);
+}
+
 inline void cp_async16(uint32_t dst, const void* src, bool pred = true, EMU_SITE) {
   emu::cp_async(dst, src, 16, pred, site);
 }

@@ -204,4 +204,29 @@ void mma16816(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool bf16, 
   warp_collective(Op::mma, kFull, &lane, product, site);
 }
 
+void mma1688(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, Site site) {
+  struct Lane {
+    float* d;
+    const uint32_t* a;
+    uint32_t b[2];
+  } lane{d, a, {b0, b1}};
+  auto product = [](void** payload, uint32_t) {
+    const auto tf32 = [](uint32_t word) { return unbits<float>(word & 0xffffe000u); };
+    float A[16][8], B[8][8], D[16][8] = {};
+    for (int l = 0; l < 32; ++l) {
+      const Lane& q = *static_cast<Lane*>(payload[l]);
+      const int g = l >> 2, c = l & 3;
+      for (int i = 0; i < 4; ++i) A[g + (i & 1) * 8][c + (i >> 1) * 4] = tf32(q.a[i]);
+      for (int i = 0; i < 2; ++i) B[c + i * 4][g] = tf32(q.b[i]);
+    }
+    for (int i = 0; i < 16; ++i)
+      for (int k = 0; k < 8; ++k)
+        for (int j = 0; j < 8; ++j) D[i][j] += A[i][k] * B[k][j];
+    for (int l = 0; l < 32; ++l)
+      for (int e = 0; e < 4; ++e)
+        static_cast<Lane*>(payload[l])->d[e] += D[(l >> 2) + (e >> 1) * 8][2 * (l & 3) + (e & 1)];
+  };
+  warp_collective(Op::mma, kFull, &lane, product, site);
+}
+
 }  // namespace emu

@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import reference
 from ..spec import Case, Input, OpSpec
 
-KERNELS = ("cpu", "triton")
+KERNELS = ("cpu", "triton", "cuda", "emulator")
 
 
 def _case(

@@ -1,0 +1,61 @@
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstring>
+#include <tuple>
+
+#include "attention.h"
+#include "bind.h"
+
+namespace pk {
+
+namespace {
+
+using Layout = std::array<int64_t, sizeof(AttentionLayout) / sizeof(int64_t)>;
+using Numbers = std::array<float, sizeof(AttentionNumbers) / sizeof(float)>;
+using Pointers = std::array<uintptr_t, 12>;
+
+Attention arguments(const Pointers& p, const Layout& layout, const Numbers& numbers) {
+  static_assert(offsetof(Attention, n) == sizeof(Pointers), "as many pointers as the struct begins with");
+  Attention a{};
+  std::memcpy(&a, p.data(), sizeof p);
+  std::memcpy(&a.n, layout.data(), sizeof layout);
+  std::memcpy(&a.x, numbers.data(), sizeof numbers);
+  return a;
+}
+
+template <class T>
+using Given =
+    std::conditional_t<std::is_same_v<T, RowStrides>, std::tuple<int64_t, int64_t, int64_t>, detail::InPython<T>>;
+
+template <class T>
+T converted(const Given<T>& x) {
+  if constexpr (std::is_same_v<T, RowStrides>)
+    return {std::get<0>(x), std::get<1>(x), std::get<2>(x)};
+  else
+    return detail::from_python<T>(x);
+}
+
+// In Python: the twelve tensors of Attention, its layout, its numbers, then the launcher's own arguments.
+template <class... P>
+void def_attention(pybind11::module_& m, const char* name, void (*launcher)(const Attention&, P...)) {
+  using U = uintptr_t;
+  m.def(name, [launcher](U q, U k, U v, U bias, U mask, U seen, U span, U prefix, U slopes, U cu_q, U cu_k, U seed,
+                         const Layout& layout, const Numbers& numbers, const Given<P>&... own) {
+    const Pointers pointers{q, k, v, bias, mask, seen, span, prefix, slopes, cu_q, cu_k, seed};
+    launcher(arguments(pointers, layout, numbers), converted<P>(own)...);
+  });
+}
+
+}  // namespace
+
+void bind_attention(pybind11::module_& m) {
+  def_attention(m, "attention_forward", &attention_forward);
+  def_attention(m, "attention_rows", &attention_rows);
+  def_attention(m, "attention_dq", &attention_dq);
+  def_attention(m, "attention_dkdv", &attention_dkdv);
+  def_attention(m, "attention_dbias", &attention_dbias);
+  def_attention(m, "attention_dbias_rows", &attention_dbias_rows);
+}
+
+}  // namespace pk

@@ -1,0 +1,155 @@
+"""What the launchers of csrc/cuda/attention.h take alike: tensors as aligned rows, strides, sizes, options."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOG2E = 1.4426950408889634
+
+Strides = tuple[int, int, int]
+
+
+class Sizes(NamedTuple):
+    """lq and lk: lengths, packed: totals. limit_q, limit_k: bounds on one sequence's lengths."""
+
+    batch: int
+    heads: int
+    lq: int
+    lk: int
+    limit_q: int
+    limit_k: int
+
+
+def sizes(query: Tensor, key: Tensor, cu_seqlens_q: Tensor | None, *masks: Tensor | None) -> Sizes:
+    if cu_seqlens_q is None:
+        batch, heads, lq, _ = query.shape
+        return Sizes(batch, heads, lq, key.shape[2], lq, key.shape[2])
+    lq, heads, _ = query.shape
+    lk = key.shape[0]
+    given = [x for x in masks if x is not None]
+    limit_q = min((x.shape[-2] for x in given if x.dim() == 4 and x.shape[-2] > 1), default=lq)
+    limit_k = min((x.shape[-1] for x in given if x.shape[-1] > 1), default=lk)
+    return Sizes(cu_seqlens_q.shape[0] - 1, heads, lq, lk, limit_q, limit_k)
+
+
+def units(x: Tensor) -> int:
+    """The head size of x in whole 16-byte units: what the kernels copy asynchronously."""
+    each = 16 // x.element_size()
+    return max(1, -(-x.shape[-1] // each)) * each
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """x with rows of adjacent elements in whole 16-byte units, 16-byte aligned; copied only where it has none."""
+    if x.shape[-1] != units(x):
+        return F.pad(x, (0, units(x) - x.shape[-1]))
+    aligned = x.stride(-1) == 1 and x.data_ptr() % 16 == 0
+    if aligned and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1]):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def rows_like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Dense, with x's order of heads and positions (what the operators promise)."""
+    if len(shape) == 4 and x.stride(1) < x.stride(2):
+        batch, heads, length, size = shape
+        return x.new_empty((batch, length, heads, size)).transpose(1, 2)
+    return x.new_empty(shape)
+
+
+def out_rows(x: Tensor) -> Tensor:
+    """What a kernel writes in place of x: x itself, or wider rows that are copied back."""
+    return x if x.shape[-1] == units(x) else x.new_empty((*x.shape[:-1], units(x)))
+
+
+def copy_back(x: Tensor, written: Tensor) -> None:
+    if written is not x:
+        x.copy_(written[..., : x.shape[-1]])
+
+
+def strides(x: Tensor) -> Strides:
+    """(batch, head, position) of a (B, H, L, D) tensor, or of a packed (total, H, D) one."""
+    return (0, x.stride(1), x.stride(0)) if x.dim() == 3 else x.stride()[:3]  # type: ignore[return-value]
+
+
+def row_strides(x: Tensor) -> Strides:
+    """`strides` for a tensor without head size."""
+    return (0, x.stride(1), x.stride(0)) if x.dim() == 2 else x.stride()  # type: ignore[return-value]
+
+
+def broadcast_strides(x: Tensor | None, dimensions: int) -> tuple[int, ...]:
+    """Strides, 0 along dimensions of size 1."""
+    if x is None:
+        return (0,) * dimensions
+    return tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))[:dimensions]
+
+
+def seen_keys(
+    mask: Tensor | None, key_padding_mask: Tensor | None, bias: Tensor | None, keys: int
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Which keys any query sees, as far as masks given as tensors say: uint8 (B or 1, H or 1, keys). And the first and
+    one past the last of them, int32 (B or 1, H or 1, 2): what lies outside is not visited."""
+    found = []
+    if key_padding_mask is not None:
+        found.append(key_padding_mask[:, None])
+    if mask is not None:
+        found.append(mask.any(-2))
+    if bias is not None:
+        found.append(~(bias.amax(-2) <= torch.finfo(bias.dtype).min))
+    if not found:
+        return None, None
+    seen = found[0]
+    for other in found[1:]:
+        seen = seen & other
+    seen = seen.expand(*seen.shape[:2], keys)
+    upward = torch.arange(1, keys + 1, dtype=torch.int32, device=seen.device)
+    last = (seen * upward).amax(-1)
+    first = keys - (seen * upward.flip(0)).amax(-1)
+    return seen.view(torch.uint8), torch.stack((first, last), -1).to(torch.int32)
+
+
+def shared_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    masks: tuple[Tensor | None, ...],
+    options: tuple[Any, ...],
+    size: Sizes,
+) -> tuple[Any, ...]:
+    """The arguments that all launchers begin with. query, key, value: as `in_rows` gives them."""
+    mask, key_padding_mask, prefix, slopes, cu_q, cu_k, seed = masks
+    causal, left, right, softcap, dropout_p, scale = options
+    seen, span = seen_keys(mask, key_padding_mask, bias, size.limit_k)
+    mask = None if mask is None else mask.view(torch.uint8)
+    slopes = None if slopes is None else slopes.contiguous()
+    if causal == "none":
+        prefix = None
+    elif prefix is None:
+        right = 0
+    unbounded = size.lq + size.lk
+    layout = (
+        *strides(query), *strides(key), *strides(value), *broadcast_strides(bias, 4), *broadcast_strides(mask, 4),
+        *broadcast_strides(seen, 3), *broadcast_strides(span, 2),
+        size.heads if slopes is not None and slopes.dim() == 2 else 0,
+        size.batch, size.heads, size.heads // key.shape[1] if key.shape[1] else 1,
+        size.lq, size.lk, size.limit_q, size.limit_k, query.shape[-1], value.shape[-1],
+        *(unbounded if side < 0 else min(side, unbounded) for side in (left, right)),
+        int(causal == "top_left"),
+        int(bias is not None and bias.dtype == torch.float32),
+        int(torch.get_float32_matmul_precision() == "highest"),
+        min(round(dropout_p * 2.0**32), 2**32 - 1),
+    )  # fmt: skip
+    numbers = (
+        scale / softcap if softcap else scale * LOG2E,
+        scale,
+        softcap * LOG2E,
+        1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+        torch.finfo(bias.dtype).min if bias is not None else -math.inf,
+    )
+    tensors = query, key, value, bias, mask, seen, span, prefix, slopes, cu_q, cu_k, seed if dropout_p > 0 else None
+    return *tensors, layout, numbers

@@ -1,0 +1,173 @@
+"""Attention on csrc/cuda: tensors to pointers, outputs, layouts. `ext`: the CUDA module, or its emulation on the CPU.
+
+O(L) memory: no score is ever stored. Rows of whole 16-byte units are read and written where they lie; head sizes and
+strides that do not give such rows are copied first. float16 and bfloat16 products are accumulated in float32; float32
+ones are as accurate as float32 unless torch allows tf32 (`torch.set_float32_matmul_precision`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _attention_arguments as launching
+from ._extension import DTYPE_CODES, Extension
+
+__all__ = ["attention_backward", "attention_forward", "unsupported"]
+
+#: The widest head: the sums of a wider one do not fit in registers.
+WIDEST = 256
+
+
+def unsupported(ext: Extension, x: Tensor, *features: str) -> str | None:
+    """Why `ext` cannot serve tensors of the dtype and device of x, or a call with these features, or None."""
+    if not ext.available:
+        return ext.reason
+    if features:
+        return f"the CUDA kernels of attention do not serve: {', '.join(features)}"
+    if x.dtype not in DTYPE_CODES:
+        return f"the CUDA kernels take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
+    device = "cpu" if ext.name == "_emulator_ext" else "cuda"
+    if x.device.type != device:
+        return f"{ext.name} serves {device} tensors, not {x.device.type} ones"
+    return ext.device_reason(x.device)
+
+
+def _check_head_size(query: Tensor, value: Tensor) -> None:
+    for name, x in (("query", query), ("value", value)):
+        if x.shape[-1] > WIDEST:
+            raise NotImplementedError(
+                f"attention: the CUDA kernels take head sizes up to {WIDEST}; {name} has {x.shape[-1]}"
+            )
+
+
+def attention_forward(
+    ext: Extension,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    prefix_length: Tensor | None,
+    alibi_slopes: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    causal: str,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    dropout_p: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, lse_low), the last what rounding lse to float32 left out: the operator `attention_forward`."""
+    _check_head_size(query, value)
+    out = launching.rows_like(query, (*query.shape[:-1], value.shape[-1]))
+    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    lse_low = torch.empty_like(lse)
+    size = launching.sizes(query, key, cu_seqlens_q, bias, mask, key_padding_mask)
+    if size.batch * size.heads * size.lq == 0:
+        return out, lse, lse_low
+    masks = mask, key_padding_mask, prefix_length, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed
+    if size.lk == 0:
+        masks, bias = (None, None, *masks[2:]), None
+    query, key, value = (launching.in_rows(x) for x in (query, key, value))
+    options = causal, window_left, window_right, softcap, dropout_p, scale
+    shared = launching.shared_arguments(query, key, value, bias, masks, options, size)
+    written = launching.out_rows(out)
+    ext.call(
+        "attention_forward", *shared, written, lse, lse_low, sinks if sinks is None else sinks.contiguous(),
+        launching.strides(written), launching.row_strides(lse), query.dtype,
+    )  # fmt: skip
+    launching.copy_back(out, written)
+    return out, lse, lse_low
+
+
+def attention_backward(
+    ext: Extension,
+    dout: Tensor,
+    dlse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lse_low: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    prefix_length: Tensor | None,
+    alibi_slopes: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    causal: str,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    dropout_p: float,
+    scale: float,
+    output_mask: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dbias, dsinks), of size 0 where output_mask says so: the operator `attention_backward`."""
+    _check_head_size(query, value)
+    wanted = [launching.rows_like(x, tuple(x.shape)) for x in (query, key, value)]
+    wanted += [query if x is None else x.new_empty(x.shape) for x in (bias, sinks)]
+    dq, dk, dv, dbias, dsinks = (x if m else query.new_empty(0) for x, m in zip(wanted, output_mask, strict=True))
+    size = launching.sizes(query, key, cu_seqlens_q, bias, mask, key_padding_mask)
+    if size.batch * size.heads * size.lq == 0 or size.lk == 0:
+        for x in (dq, dk, dv, dbias):
+            x.zero_()
+        if output_mask[4]:
+            # without keys the sink is all there is: lse = sink
+            dsinks.copy_(dlse.sum([d for d in range(dlse.dim()) if d != 1]) if size.lq else torch.zeros_like(dsinks))
+        return dq, dk, dv, dbias, dsinks
+    masks = mask, key_padding_mask, prefix_length, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed
+    query, key, value, dout, out = (launching.in_rows(x) for x in (query, key, value, dout, out))
+    options = causal, window_left, window_right, softcap, dropout_p, scale
+    shared = launching.shared_arguments(query, key, value, bias, masks, options, size)
+    # rows of one head lie together, whatever the layout of lse: the kernels read them by the tile
+    packed = cu_seqlens_q is not None
+    base, delta = (lse.new_empty((size.heads, size.lq) if packed else lse.shape) for _ in range(2))
+    ext.call(
+        "attention_rows", *shared, dout, out, lse, lse_low, dlse, base, delta, launching.strides(dout),
+        launching.strides(out), launching.row_strides(dlse), launching.row_strides(lse), query.dtype,
+    )  # fmt: skip
+    given = dout, base, delta
+    if output_mask[0]:
+        written = launching.out_rows(dq)
+        rows = launching.strides(dout), launching.strides(written)
+        ext.call("attention_dq", *shared, *given, written, *rows, query.dtype)
+        launching.copy_back(dq, written)
+    if output_mask[1] or output_mask[2]:
+        made = [launching.out_rows(x) if m else None for x, m in zip((dk, dv), output_mask[1:3], strict=True)]
+        rows = tuple((0, 0, 0) if x is None else launching.strides(x) for x in made)
+        ext.call("attention_dkdv", *shared, *given, *made, launching.strides(dout), *rows, query.dtype)
+        for x, y in zip((dk, dv), made, strict=True):
+            if y is not None:
+                launching.copy_back(x, y)
+    delta = delta.t() if packed else delta
+    share = _sink_share(sinks, lse)
+    if output_mask[3] and bias is not None:
+        batch, heads, height, width = dbias.shape
+        if width > 1:
+            rows = launching.strides(dout)
+            ext.call("attention_dbias", *shared, *given, dbias, rows, batch, heads, height, width, query.dtype)
+        else:
+            sums = torch.where(lse == -torch.inf, 0.0, dlse + share * delta)
+            sums = (sums.t() if packed else sums).contiguous()
+            ext.call("attention_dbias_rows", *shared, sums, dbias, batch, heads, height, bias.dtype)
+    if output_mask[4]:
+        dsinks.copy_(-(share * delta).sum([d for d in range(lse.dim()) if d != 1]))
+    return dq, dk, dv, dbias, dsinks
+
+
+def _sink_share(sinks: Tensor | None, lse: Tensor) -> Tensor | float:
+    """The weight of the sink in every query's softmax."""
+    if sinks is None:
+        return 0.0
+    sink = sinks.float().unsqueeze(-1) if lse.dim() == 3 else sinks.float()
+    return torch.where(sink == -torch.inf, 0.0, torch.exp(sink - lse))
