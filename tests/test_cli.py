@@ -67,7 +67,7 @@ def test_info_says_what_is_there_and_how_to_get_the_rest() -> None:
         ("triton is not installed; pip install triton", "pip install triton"),
         ("not built; build it with: PYKERNELS_BUILD=cuda python setup.py build_ext --inplace (needs nvcc)",
          "PYKERNELS_BUILD=cuda python setup.py build_ext --inplace"),
-        ("the recurrent room has no CUDA C++ kernels yet", None),
+        ("the sampled_softmax room has no CUDA C++ kernels yet", None),
     ],
 )  # fmt: skip
 def test_the_command_in_a_reason(reason: str, command: str | None) -> None:

@@ -139,8 +139,9 @@ def attention_backward(
     given = dout, base, delta
     if output_mask[0]:
         written = launching.out_rows(dq)
-        rows = launching.strides(dout), launching.strides(written)
-        ext.call("attention_dq", *shared, *given, written, *rows, query.dtype)
+        ext.call(
+            "attention_dq", *shared, *given, written, launching.strides(dout), launching.strides(written), query.dtype
+        )
         launching.copy_back(dq, written)
     if output_mask[1] or output_mask[2]:
         made = [launching.out_rows(x) if m else None for x, m in zip((dk, dv), output_mask[1:3], strict=True)]
@@ -154,8 +155,8 @@ def attention_backward(
     if output_mask[3] and bias is not None:
         batch, heads, height, width = dbias.shape
         if width > 1:
-            rows = launching.strides(dout)
-            ext.call("attention_dbias", *shared, *given, dbias, rows, batch, heads, height, width, query.dtype)
+            bias_shape = batch, heads, height, width
+            ext.call("attention_dbias", *shared, *given, dbias, launching.strides(dout), *bias_shape, query.dtype)
         else:
             sums = torch.where(lse == -torch.inf, 0.0, dlse + share * delta)
             sums = (sums.t() if packed else sums).contiguous()
