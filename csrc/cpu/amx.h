@@ -12,10 +12,11 @@ namespace {
 using bf16 = uint16_t;
 
 // The tile configuration is state of the thread, and other libraries (oneDNN) keep theirs loaded: it is saved, ours
-// loaded (eight tiles of 16 rows of 64 bytes serve every product), and put back.
+// loaded (eight tiles of 16 rows of 64 bytes serve every product), and put back. While ours is loaded, denormal numbers
+// are zeros: a power of two that underflows costs no more than another.
 class Tiles {
  public:
-  Tiles() {
+  Tiles() : control_(_mm_getcsr()) {
     _tile_storeconfig(before_);
     alignas(64) uint8_t config[64] = {};
     config[0] = 1;  // palette
@@ -24,8 +25,10 @@ class Tiles {
       config[48 + i] = 16;
     }
     _tile_loadconfig(config);
+    _mm_setcsr(control_ | 0x8040);  // flush to zero, denormals are zeros
   }
   ~Tiles() {
+    _mm_setcsr(control_);
     if (before_[0]) {
       _tile_loadconfig(before_);
     } else {
@@ -37,20 +40,37 @@ class Tiles {
 
  private:
   alignas(64) uint8_t before_[64];
+  uint32_t control_;
 };
 
-// C (rows x cols) = or += A (rows x depth) B (depth x cols), all multiples of 32.
+// Not the compiler's intrinsics: its tile load does not say that it reads memory, so a store could be moved behind it.
+template <int kTile>
+PK_INLINE void load_tile(const void* p, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(kTile) : "memory");
+}
+template <int kTile>
+PK_INLINE void store_tile(void* p, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(kTile) : "memory");
+}
+
+struct Nothing {
+  PK_INLINE void operator()() const {}
+};
+
+// C (rows x cols) = or += A (rows x depth) B (depth x cols), all multiples of 32. `between` is called once for every 32
+// x 32 x 32 of it: what it does with vectors overlaps a little with the tile unit (they share an execution port).
+template <class Between = Nothing>
 PK_INLINE void tile_product(int64_t rows, int64_t cols, int64_t depth, const bf16* a, int64_t lda, const bf16* b,
-                            int64_t ldb, float* c, int64_t ldc, bool add) {
+                            int64_t ldb, float* c, int64_t ldc, bool add, Between between = {}) {
   const int64_t step_a = lda * 2, step_b = ldb * 4, step_c = ldc * 4;
   for (int64_t n = 0; n < cols; n += 32) {
     for (int64_t m = 0; m < rows; m += 32) {
       float *const c0 = c + m * ldc + n, *const c1 = c0 + 16 * ldc;
       if (add) {
-        _tile_loadd(0, c0, step_c);
-        _tile_loadd(1, c0 + 16, step_c);
-        _tile_loadd(2, c1, step_c);
-        _tile_loadd(3, c1 + 16, step_c);
+        load_tile<0>(c0, step_c);
+        load_tile<1>(c0 + 16, step_c);
+        load_tile<2>(c1, step_c);
+        load_tile<3>(c1 + 16, step_c);
       } else {
         _tile_zero(0);
         _tile_zero(1);
@@ -59,19 +79,20 @@ PK_INLINE void tile_product(int64_t rows, int64_t cols, int64_t depth, const bf1
       }
       for (int64_t k = 0; k < depth; k += 32) {
         const bf16 *const ak = a + m * lda + k, *const bk = b + 2 * n + k * ldb;
-        _tile_loadd(6, bk, step_b);
-        _tile_loadd(4, ak, step_a);
-        _tile_loadd(7, bk + 32, step_b);
-        _tile_loadd(5, ak + 16 * lda, step_a);
+        load_tile<6>(bk, step_b);
+        load_tile<4>(ak, step_a);
+        load_tile<7>(bk + 32, step_b);
+        load_tile<5>(ak + 16 * lda, step_a);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
+        between();
       }
-      _tile_stored(0, c0, step_c);
-      _tile_stored(1, c0 + 16, step_c);
-      _tile_stored(2, c1, step_c);
-      _tile_stored(3, c1 + 16, step_c);
+      store_tile<0>(c0, step_c);
+      store_tile<1>(c0 + 16, step_c);
+      store_tile<2>(c1, step_c);
+      store_tile<3>(c1 + 16, step_c);
     }
   }
 }
@@ -119,6 +140,17 @@ PK_INLINE __m512i interleave_words(__m512i halves) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return _mm512_permutexvar_epi16(order, halves);
+}
+// Element by element of two rows: of their first 16 elements, of their last.
+PK_INLINE __m512i interleaved_low(__m512i even, __m512i odd) {
+  const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  return _mm512_permutex2var_epi16(even, order, odd);
+}
+PK_INLINE __m512i interleaved_high(__m512i even, __m512i odd) {
+  const __m512i order = _mm512_set_epi16(63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54, 22,
+                                         53, 21, 52, 20, 51, 19, 50, 18, 49, 17, 48, 16);
+  return _mm512_permutex2var_epi16(even, order, odd);
 }
 PK_INLINE __m512i interleave(VecF even, VecF odd) { return interleave_words(narrow(even, odd)); }
 

@@ -21,8 +21,9 @@ constexpr float kLowest = -3.402823466e38f, kInfinity = __builtin_inff();
 
 // 2^x for x <= 0 or little above, by a polynomial of this degree: 6 to float32 rounding (minimax error 2e-9), 5 to 9e-8
 // where the sum is kept in float32, 4 to 3e-6 where all that is made of it is rounded to 16 bits. Exactly 0 below
-// 2^-126 and at -inf: denormal products would be slow. A NaN stays.
-template <int kDegree>
+// 2^-126 and at -inf: denormal products would be slow. A NaN stays. kFlushed: the processor makes denormals zeros (see
+// amx.h).
+template <int kDegree, bool kFlushed = false>
 PK_INLINE VecF exp2_of(VecF x) {
 #if defined(CPU_CAPABILITY_AVX512)
   const VecF f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -42,6 +43,7 @@ PK_INLINE VecF exp2_of(VecF x) {
                    VecF(0.013534168f));
   }
 #if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (kFlushed) return _mm512_scalef_ps(p, x);
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.f), _CMP_NLT_UQ), p, x);  // floors x itself
 #else
   const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23);
@@ -162,10 +164,11 @@ struct Edits {
   bool any() const { return scores || interval || mask || seen; }
 };
 
-PK_INLINE Edits edits_of(const AttentionArgs& a, const Head& x, const Tile& t) {
+PK_INLINE Edits edits_of(const AttentionArgs& a, const Head& x, const Tile& t, bool whole) {
   Edits e{};
   e.scores = a.softcap > 0.f || x.slope != 0.f || x.bias;
-  e.interval = !inside(a, x, t);
+  e.interval = !whole;
+  if (!x.seen && !x.mask) return e;
   if (x.seen) {
     e.skip = none_seen(x.seen + t.k0, t.nk);
     e.seen = !all_seen(x.seen + t.k0, t.nk);
@@ -174,6 +177,9 @@ PK_INLINE Edits edits_of(const AttentionArgs& a, const Head& x, const Tile& t) {
   e.skip |= mask == Seen::kNothing;
   e.mask = mask == Seen::kSome;
   return e;
+}
+PK_INLINE Edits edits_of(const AttentionArgs& a, const Head& x, const Tile& t) {
+  return edits_of(a, x, t, inside(a, x, t));
 }
 
 // s[j][i] = edit(s[j][i], bias or mask at (query q0 + i, key k0 + j)), for a plane broadcast in any way. `row(p, n)`
