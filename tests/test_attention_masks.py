@@ -23,6 +23,7 @@ over_backends = pytest.mark.parametrize("backend", SERVED)
 over_dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda d: str(d)[6:])
 
 B, H, KV, L, S, D = 2, 4, 2, 70, 101, 16
+OTHERS, QUERIES = torch.arange(S) != 66, torch.arange(L).unsqueeze(-1)
 
 
 def qkv(lengths: tuple[int, int] = (L, S), dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -160,12 +161,18 @@ def test_packed_sequences_equal_a_padded_batch(backend: str, dtype: torch.dtype)
         ({"mask": torch.arange(S).expand(L, -1) != 66}, slice(66, 67)),
         ({"causal": "top_left"}, slice(L, S)),
         ({"causal": True, "window": (3, -1)}, slice(0, S - L - 3)),
+        # key 66 is hidden by its mask from the queries that may see it by position, and by position from the others
+        ({"mask": OTHERS | (QUERIES + S - L < 66), "causal": True}, slice(66, 67)),
+        ({"bias": torch.where(OTHERS, 0.0, -torch.inf).expand(L, S)}, slice(66, 67)),
+        ({"bias": torch.where(OTHERS | (QUERIES % 2 == 1), 0.0, -torch.inf), "mask": QUERIES % 2 == 0}, slice(66, 67)),
     ],
-    ids=("padding", "left-padding", "mask", "top-left", "window"),
+    ids=("padding", "left-padding", "mask", "top-left", "window", "mask-and-causal", "bias", "bias-and-mask"),
 )
 def test_what_no_query_may_see_does_not_matter(
     backend: str, dtype: torch.dtype, options: dict[str, Any], hidden: slice
 ) -> None:
+    if backend == "triton" and "mask" in options and len(options) > 1:
+        pytest.xfail("the Triton kernels clear the keys that one mask hides, not those that masks hide together")
     q, k, v = qkv(dtype=dtype)
     found = []
     for garbage in (0.0, float("nan"), float("inf")):

@@ -6,6 +6,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/cpu/Utils.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -79,6 +80,31 @@ Tensor rows_like(const Tensor& x, at::IntArrayRef shape) {
     return at::empty({shape[0], shape[2], shape[1], shape[3]}, x.options()).transpose(1, 2);
   }
   return at::empty(shape, x.options());
+}
+
+// Whether a tensor holds numbers that a weight of 0 does not silence: NaN, infinities, or finite ones whose products
+// may become infinite (from 2^60 on). Only then is it worth the time to find the keys that masks, bias and position
+// together hide from every query; of what positions or a padding mask alone hide nothing is read.
+template <class Word>
+bool wild(const Tensor& x, Word magnitude, Word least) {
+  const auto* const data = static_cast<const Word*>(x.const_data_ptr());
+  const int64_t size = x.size(-1), heads = x.size(-3), rows = x.size(-2), batch = x.dim() == 4 ? x.size(0) : 1;
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t i = 0; i < rows; ++i) {
+        const Word* const row = data + (x.dim() == 4 ? b * x.stride(0) : 0) + h * x.stride(-3) + i * x.stride(-2);
+        Word largest = 0;
+        for (int64_t d = 0; d < size; ++d) largest = std::max<Word>(largest, row[d] & magnitude);
+        if (largest >= least) return true;
+      }
+    }
+  }
+  return false;
+}
+
+bool wild(const Tensor& x) {
+  if (x.scalar_type() == at::kFloat) return wild<int32_t>(x, 0x7FFFFFFF, 0x5D800000);
+  return wild<int16_t>(x, 0x7FFF, x.scalar_type() == at::kHalf ? 0x7C00 : 0x5D80);
 }
 
 struct Masks {
@@ -217,20 +243,26 @@ void Call::take_masks(const OptionalTensor& bias_, const Masks& masks) {
     check_plane(mask, args, packed, "mask");
     TORCH_CHECK(mask.scalar_type() == at::kBool, "attention: mask must be bool");
     args.mask = plane(mask);
-    // Keys that no query may see: by key head, over the heads of its group.
-    seen = mask.any(2);
-    if (seen.size(1) > 1) seen = seen.unflatten(1, {args.kv_heads, args.heads / args.kv_heads}).any(2);
   }
   if (masks.key_padding_mask) {
     const Tensor& padding = *masks.key_padding_mask;
     TORCH_CHECK(padding.dim() == 2 && padding.size(0) == args.batch && padding.size(1) >= args.k_length &&
                     (packed || padding.size(1) == args.k_length) && padding.scalar_type() == at::kBool,
                 "attention: key_padding_mask must be bool of shape (", args.batch, ", ", args.k_length, ")");
-    const Tensor by_head = padding.unsqueeze(1);
-    seen = seen.defined() ? seen.logical_and(by_head) : by_head;
+    seen = padding.unsqueeze(1).slice(2, 0, args.k_length).contiguous();
+  }
+  if ((bias_ || masks.mask) && (wild(k) || wild(v))) {
+    seen = seen.defined() ? seen.expand({args.batch, args.kv_heads, args.k_length}).clone(at::MemoryFormat::Contiguous)
+                          : at::ones({args.batch, args.kv_heads, args.k_length}, k.options().dtype(at::kBool));
+    const AttentionKernels& kernel = kernels(args.element);
+    auto* const bytes = static_cast<uint8_t*>(seen.mutable_data_ptr());
+    at::parallel_for(0, args.batch * args.kv_heads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t owner = begin; owner < end; ++owner) {
+        kernel.find_seen(args, owner / args.kv_heads, owner % args.kv_heads, bytes + owner * args.k_length);
+      }
+    });
   }
   if (seen.defined()) {
-    seen = seen.expand({seen.size(0), seen.size(1), seen.size(2) == 1 ? args.k_length : seen.size(2)}).contiguous();
     args.seen = {const_cast<void*>(seen.const_data_ptr()), seen.size(0) > 1 ? seen.stride(0) : 0,
                  seen.size(1) > 1 ? seen.stride(1) : 0, 0, 1};
   }

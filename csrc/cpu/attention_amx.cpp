@@ -91,7 +91,7 @@ PK_INLINE int64_t share_of(int64_t steps, int64_t products) { return (steps + pr
 }  // namespace
 
 const AttentionKernels* attention_kernels_amx() {
-  static constexpr AttentionKernels kernels{kForwardQ, forward_bytes, backward_bytes, forward, backward};
+  static constexpr AttentionKernels kernels{kForwardQ, forward_bytes, backward_bytes, forward, backward, find_seen};
   return &kernels;
 }
 

@@ -46,7 +46,7 @@ struct AttentionArgs {
   Element bias_element;
   Plane dbias;  // float, zeroed, accumulated; data null: not wanted
   Plane mask;   // bytes
-  Plane seen;   // bytes, by key head, no queries: keys that some query may see as far as masks tell; null: all
+  Plane seen;   // bytes, by key head, no queries; null: all keys matter, else those of 0 are read as zeros
 
   bool dropout;
   uint64_t threshold, seed;  // an element is kept iff its word >= threshold
@@ -60,6 +60,8 @@ struct AttentionKernels {
   // The query blocks [first, last) of key head `kv` of batch entry `b`.
   void (*forward)(const AttentionArgs&, void* scratch, int64_t b, int64_t kv, int64_t first, int64_t last);
   void (*backward)(const AttentionArgs&, void* scratch, int64_t b, int64_t kv);
+  // Clears the bytes of `seen` (k_length) of the keys that no query of the key head sees, for all masks together.
+  void (*find_seen)(const AttentionArgs&, int64_t b, int64_t kv, uint8_t* seen);
 };
 
 const AttentionKernels* attention_kernels_avx2();

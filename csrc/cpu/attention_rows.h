@@ -74,6 +74,31 @@ __attribute__((noinline)) void row_statistics(const AttentionArgs& a, const Head
   }
 }
 
+// Which keys some query of a key head sees, by position, mask and bias together, among those that `seen` has as 1.
+__attribute__((noinline)) void find_seen(const AttentionArgs& a, int64_t b, int64_t kv, uint8_t* seen) {
+  const int64_t group = a.heads / a.kv_heads;
+  for (int64_t j = 0; j < a.k_length; ++j) seen[j] *= 2;  // 2: allowed to be seen
+  for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
+    const Head x = head_of(a, b, h);
+    const float lowest = lowest_of(a.bias_element);
+    for (int64_t i = 0; i < x.q_length; ++i) {
+      const Span keys = keys_of(a, x, i);
+      for (int64_t j = keys.begin; j < keys.end; ++j) {
+        if (seen[j] != 2) continue;
+        if (x.mask && !x.mask[i * a.mask.query + j * a.mask.key]) continue;
+        if (x.bias) {
+          const int64_t at = i * a.bias.query + j * a.bias.key;
+          alignas(64) float bias[kWidth];
+          load_row(a.bias_element, x.bias + at * size_of(a.bias_element), 0, 1).store(bias);
+          if (bias[0] <= lowest) continue;
+        }
+        seen[j] = 1;
+      }
+    }
+  }
+  for (int64_t j = 0; j < a.k_length; ++j) seen[j] &= 1;
+}
+
 // dq of nq queries from (dS K)^T (head_size x ld).
 __attribute__((noinline)) void store_dq(const AttentionArgs& a, const Head& x, int64_t q0, int64_t nq, int64_t ld,
                                         const float* dqt) {

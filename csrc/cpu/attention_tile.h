@@ -213,11 +213,15 @@ PK_INLINE void with_plane(const Plane& plane, const char* base, int64_t size, co
   }
 }
 
+// The lowest number of a bias's dtype means -inf: a mask written with finfo.min.
+PK_INLINE float lowest_of(Element e) {
+  return e == Element::kFloat ? kLowest : e == Element::kHalf ? -65504.f : -3.38953139e38f;
+}
+
 __attribute__((noinline)) void add_bias(const AttentionArgs& a, const Head& x, const Tile& t, int64_t width, float* s,
                                         float* buffer) {
   const Element e = a.bias_element;
-  // The lowest number of the bias's dtype means -inf: a mask written with finfo.min.
-  const VecF lowest(e == Element::kFloat ? kLowest : e == Element::kHalf ? -65504.f : -3.38953139e38f);
+  const VecF lowest(lowest_of(e));
   with_plane(
       a.bias, x.bias, size_of(e), t, width, s, buffer,
       [&](const char* p, int64_t n) PK_LAMBDA { return load_row(e, p, 0, n); },

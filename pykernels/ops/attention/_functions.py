@@ -200,6 +200,43 @@ class Attention(Function):
         return *(g if m else None for g, m in zip(grads, wanted, strict=True)), *tail
 
 
+_PLAIN = (None,) * (2 + len(Masks._fields))  # bias, sinks, masks
+
+
+class PlainAttention(Function):
+    """out of (query, key, value, options, backend): `Attention` without what most calls do not have, whose handing
+    around would be a third of the cost of a small call."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, options: Options, backend: str) -> Tensor:
+        saved = attention_forward[backend](query, key, value, *_PLAIN, *options)
+        ctx.save_for_backward(query, key, value, *saved)
+        ctx.options, ctx.backend = options, backend
+        return saved[0]  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        query, key, value, out, lse, lse_low = ctx.saved_tensors
+        for_query, for_key, for_value = ctx.needs_input_grad[:3]
+        wanted = (for_query, for_key, for_value, False, False)
+        inputs = (dout, torch.zeros_like(lse), query, key, value)
+        if torch.is_grad_enabled():
+            grads = AttentionGrad.apply(
+                *inputs, None, None, out, lse, lse_low, *_PLAIN[2:], ctx.options, ctx.backend, wanted
+            )
+        else:
+            grads = attention_backward[ctx.backend](*inputs, out, lse, lse_low, *_PLAIN, *ctx.options, wanted)
+        dq, dk, dv = grads[:3]
+        return dq if for_query else None, dk if for_key else None, dv if for_value else None, None, None
+
+
+def run_plain(backend: str, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+    """out alone, without bias, sinks and masks, on a backend that has kernels."""
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return PlainAttention.apply(query, key, value, options, backend)  # type: ignore[no-any-return]
+    return attention_forward[backend](query, key, value, *_PLAIN, *options)[0]  # type: ignore[no-any-return]
+
+
 def run(
     backend: str,
     query: Tensor,

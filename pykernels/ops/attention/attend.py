@@ -13,7 +13,7 @@ from ... import reference
 from .. import _check, _ids
 from .._library import as_seed
 from . import _arguments as arguments
-from ._functions import ROOM, WIDE_HEADS, Masks, Options, run
+from ._functions import ROOM, WIDE_HEADS, Masks, Options, run, run_plain
 
 __all__ = ["attention", "dropout_mask", "merge_attention"]
 
@@ -163,6 +163,8 @@ def attention(
         alibi_slopes = None if alibi_slopes is None else alibi_slopes.detach().float()
         sinks = None if sinks is None else sinks.float()
     masks = Masks(mask, key_padding_mask, prefix, alibi_slopes, cu_seqlens_q, cu_seqlens_k, drawn)
+    if chosen != "reference" and not return_lse and bias is None and sinks is None and all(x is None for x in masks):
+        return run_plain(chosen, query, key, value, options)
     out, lse = run(chosen, query, key, value, bias, sinks, masks, options)
     return (out, lse) if return_lse else out
 

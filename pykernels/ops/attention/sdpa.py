@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ... import reference
 from ...reference.attention import attention_and_weights as _reference_and_weights
-from .. import _check, _ids
+from .. import _autocast, _check, _ids
 from .._library import as_seed
 from . import _arguments as arguments
-from ._functions import ROOM, WIDE_HEADS, Masks, Options, run
+from ._functions import ROOM, WIDE_HEADS, Masks, Options, run, run_plain
 from .attend import default_scale
 
 __all__ = ["scaled_dot_product_attention"]
@@ -66,6 +66,12 @@ def scaled_dot_product_attention(
         BackendError: the named backend cannot serve the call.
     """
     name = "scaled_dot_product_attention"
+    if attn_mask is None and dropout_p == 0 and _nothing_to_check(query, key, value):
+        chosen = ROOM.resolve(name, backend, query)
+        if chosen != "reference":
+            used = default_scale(query) if scale is None else scale
+            options = Options("top_left" if is_causal else "none", -1, -1, 0.0, 0.0, used)
+            return run_plain(chosen, query, key, value, options)
     query, key, value = _tensors(name, query, key, value)
     if query.dim() == 4 and query.shape == key.shape == value.shape:  # nothing to broadcast, nothing to check
         batch = query.shape[:2]
@@ -115,6 +121,22 @@ def attention_and_weights(
     ROOM.resolve(name, backend, query, "attention weights as a result")
     drawn = as_seed(None, query, name) if dropout_p > 0 else None
     return _reference_and_weights(query, key, value, attn_mask, dropout_p, seed=drawn)
+
+
+def _nothing_to_check(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the arguments are as in most calls: four dimensions of one shape, one dtype and device, no autocast."""
+    return (
+        isinstance(query, Tensor)
+        and isinstance(key, Tensor)
+        and isinstance(value, Tensor)
+        and query.dim() == 4
+        and query.shape == key.shape == value.shape
+        and query.dtype == key.dtype == value.dtype
+        and query.dtype in _check.FLOATS
+        and query.device == key.device == value.device
+        and query.shape[3] <= 256
+        and not (torch.is_autocast_enabled("cpu") if query.is_cpu else _autocast.enabled(query.device))
+    )
 
 
 def _tensors(name: str, *given: Any) -> list[Tensor]:
