@@ -54,13 +54,13 @@ def resident(hidden: int, dtype: torch.dtype) -> bool:
 
 def loop_tiles(hidden: int) -> Tiles:
     """16 rows, the smallest product of the tensor cores: the more programs, the more multiprocessors have work."""
-    return Tiles(16, max(16, triton.next_power_of_2(hidden)), 0, 4)
+    width = max(16, triton.next_power_of_2(hidden))
+    return Tiles(16, width, 0, 8 if width == 64 else 4)
 
 
 def step_tiles(rows: int, like: Tensor) -> Tiles:
-    """64 rows at most: four accumulators of more do not fit in registers; in float32 before Hopper, of more than 32."""
-    exact = like.dtype == torch.float32
-    most = 32 if exact and _lib.device_properties(like.device).capability < 90 else 64
+    """64 rows at most, 32 before Hopper: four accumulators of more do not fit in registers."""
+    exact, most = like.dtype == torch.float32, 64 if _lib.device_properties(like.device).capability >= 90 else 32
     height = min(most, max(16, triton.next_power_of_2(rows)))
     return Tiles(height, 16 if height == 16 else 32, 32 if exact else 64, 4)
 

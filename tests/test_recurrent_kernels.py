@@ -48,6 +48,8 @@ def take(monkeypatch: pytest.MonkeyPatch) -> Any:
         if backend == "triton":
             largest = 64 if way == "loop" else 0
             monkeypatch.setattr(triton_floor, "RESIDENT", dict.fromkeys(DTYPES, largest))
+            small = triton_floor.Tiles(rows=16, units=16, terms=16, warps=4)
+            monkeypatch.setattr(triton_floor, "step_tiles", lambda *_: small)
         else:
             monkeypatch.setattr(cuda, "WAY", CUDA_WAYS[way])
         return floor_of(backend)
@@ -154,6 +156,44 @@ def test_sixteen_bits(take: Any, backend: str, way: str, kind: str, dtype: torch
 def test_recompute(take: Any, backend: str, way: str, kind: str, dtype: torch.dtype, poisoned: None) -> None:
     """What is made again from the output alone: the same bound as what was kept; hidden units over two tiles."""
     check(take(backend, way), layer(kind, RAGGED, 19, 70, dtype), dtype == torch.float32, recompute=True)
+
+
+CUDA = tuple(b for b in BACKENDS if b in ("cuda", "emulator"))
+
+
+@pytest.mark.parametrize("backend", CUDA)
+@pytest.mark.parametrize("way", ("grid", "step"))
+def test_more_terms_than_shared_memory_holds(take: Any, backend: str, way: str, poisoned: None) -> None:
+    """The state is loaded in pieces of 1024: of the gates' gradient from hidden size 257 on, of h from 1025 on."""
+    check(take(backend, way), layer("lstm", None, 2, 264, torch.float32, steps=2))
+    check(take(backend, way), layer("tanh", None, 1, 1032, torch.bfloat16, steps=2))
+
+
+@pytest.mark.skipif("emulator" not in BACKENDS, reason="how many blocks a GPU holds at once is not ours to set")
+@pytest.mark.parametrize(("held", "kind"), ((6, "gru"), (3, "lstm"), (2, "lstm"), (1, "tanh")))
+def test_fewer_blocks_than_work(take: Any, held: int, kind: str, poisoned: None) -> None:
+    """Blocks take 1 to 16 blocks of units (and share out terms of the sum, or not), tiles of rows take turns."""
+    module: Any = Extension("_emulator_ext").module
+    module.set_resident_blocks(held)
+    try:
+        check(take("emulator", "grid"), layer(kind, RAGGED, 19, 44, torch.float32), held % 2 == 0)
+    finally:
+        module.set_resident_blocks(132)
+
+
+@pytest.mark.parametrize("backend", CUDA)
+def test_way_of_running_by_size(backend: str) -> None:
+    """One block while its shared memory holds W_hh, then a grid; a wish that does not fit is refused."""
+    module: Any = Extension(f"_{backend}_ext").module
+    where = torch.empty(1, device=DEVICE)
+
+    def way(kind: int, hidden: int, backward: bool = False, batch: int = 16, wish: int = 0, dtype: int = 1) -> int:
+        return module.recurrent_plan(where.data_ptr(), kind, backward, hidden, batch, wish, dtype)[0]
+
+    assert way(0, 64) == way(0, 64, backward=True) == way(2, 128) == 1
+    assert way(0, 512) == way(0, 512, backward=True) == 2
+    assert way(0, 512, wish=1) == 0 and way(0, 512, wish=3) == 3
+    assert way(0, 1 << 20, wish=2) == 0 and way(0, 1 << 20) == 3
 
 
 @pytest.mark.parametrize("reverse", (False, True), ids=("forward", "reverse"))
