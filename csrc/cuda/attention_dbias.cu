@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(BiasTiles<T, D>::kThreads)
   const int own_h = static_cast<int>(block / across / down % g.heads);
   const int own_b = static_cast<int>(block / across / down / g.heads);
   const int column = j0 + lane % 4 * 2;
-  const Columns<T, D, true> columns(a.n.d), value_columns(a.n.dv);
+  const TileColumns<T, D, true> columns(a.n.d), value_columns(a.n.dv);
   const bool exact = a.n.exact;
   float acc[N / 8][4] = {};
   Head x;

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(KeyTiles<T, D, GENERAL>::kThreads, KeyTiles<T,
   }
   const Head& x = head[0];
   const int kv_head = x.h;
-  const Columns<T, D, GENERAL> columns(a.n.d), value_columns(a.n.dv);
+  const TileColumns<T, D, GENERAL> columns(a.n.d), value_columns(a.n.dv);
   const bool exact = a.n.exact;
   const T* k = static_cast<const T*>(a.k) + x.b * a.n.k[0] + kv_head * a.n.k[1] + x.k_first * a.n.k[2];
   const T* v = static_cast<const T*>(a.v) + x.b * a.n.v[0] + kv_head * a.n.v[1] + x.k_first * a.n.v[2];

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(ForwardTiles<T, D, GENERAL>::kThreads, Forward
   }
   const Head& x = head[0];
   const Features<T, GENERAL> features(a, x);
-  const Columns<T, D, GENERAL> columns(a.n.d), value_columns(a.n.dv);
+  const TileColumns<T, D, GENERAL> columns(a.n.d), value_columns(a.n.dv);
   const bool exact = a.n.exact;
   const int kv_head = x.h / static_cast<int>(a.n.group);
   const T* q = static_cast<const T*>(a.q) + x.b * a.n.q[0] + x.h * a.n.q[1] + x.q_first * a.n.q[2];

@@ -36,9 +36,9 @@ __device__ __forceinline__ int at(int r, int unit) {
 
 // How much of a tile's columns there is: 16-byte units in memory, and steps of 16 columns.  PART: fewer than D.
 template <class T, int D, bool PART>
-struct Columns {
+struct TileColumns {
   int units_, steps_;
-  __device__ __forceinline__ explicit Columns(int64_t size)
+  __device__ __forceinline__ explicit TileColumns(int64_t size)
       : units_(static_cast<int>(size) / kUnit<T>), steps_(ceil_div(static_cast<int>(size), 16)) {}
   __device__ __forceinline__ int units() const { return PART ? units_ : D / kUnit<T>; }
   __device__ __forceinline__ bool has(int step) const { return !PART || step < steps_; }
@@ -47,7 +47,7 @@ struct Columns {
 // Rows row0 + [0, ROWS) of src; zeros for rows that are not wanted and for columns beyond those in memory.
 template <class T, int D, int ROWS, int THREADS, bool PART, class Wanted>
 __device__ __forceinline__ void load_tile(Shared tile, const T* src, int64_t stride, int row0,
-                                          Columns<T, D, PART> columns, Wanted wanted) {
+                                          TileColumns<T, D, PART> columns, Wanted wanted) {
   constexpr int UNITS = D / kUnit<T>, STEP = THREADS / UNITS;
   static_assert(THREADS % UNITS == 0 && ROWS % STEP == 0);
   const int r0 = static_cast<int>(threadIdx.x) / UNITS, unit = static_cast<int>(threadIdx.x) % UNITS;
@@ -171,7 +171,7 @@ __device__ __forceinline__ void load_b(OperandB<T> (&x)[2], Shared tile, int row
 // acc[16 M x N] += A B^T over the columns; A: rows a_row + [0, 16 M) of its tile, B: the N rows of its tile.
 template <class T, int D, bool PART, int M, int N>
 __device__ __forceinline__ void product(float (&acc)[M][N / 8][4], Shared a, int a_row, Shared b,
-                                        Columns<T, D, PART> columns, bool exact) {
+                                        TileColumns<T, D, PART> columns, bool exact) {
 #pragma unroll
   for (int step = 0; step < D / 16; ++step) {
     if (!columns.has(step)) break;
@@ -192,7 +192,7 @@ __device__ __forceinline__ void product(float (&acc)[M][N / 8][4], Shared a, int
 // acc[16 M x D] += X B, X: 16 M x N in registers as a product leaves it, B: the N rows of its tile.
 template <class T, int D, bool PART, int M, int N>
 __device__ __forceinline__ void product_of_registers(float (&acc)[M][D / 8][4], const float (&x)[M][N / 8][4], Shared b,
-                                                     Columns<T, D, PART> columns, bool exact) {
+                                                     TileColumns<T, D, PART> columns, bool exact) {
   constexpr int ROW = D * static_cast<int>(sizeof(T));
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   // float32: no instruction transposes words.  Where a lane's word lies but for constants; the rows 2 c of the lanes
@@ -253,7 +253,7 @@ __device__ __forceinline__ void product_of_registers(float (&acc)[M][D / 8][4], 
 template <class T, int D, bool PART, int M>
 __device__ __forceinline__ void store_rows(T* dst, int64_t stride, int row0, int length,
                                            const float (&acc)[M][D / 8][4], const float (&factor)[2 * M], Shared tile,
-                                           int own, Columns<T, D, PART> columns) {
+                                           int own, TileColumns<T, D, PART> columns) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, pair = lane & 3;
 #pragma unroll
   for (int i = 0; i < 2 * M; ++i)
