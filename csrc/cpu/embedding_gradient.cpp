@@ -113,10 +113,10 @@ SortedGradient::SortedGradient(const GradientSource& source, int64_t table_rows,
     : sorted(sort_ids(source.ids.ids, table_rows, padding, source.limit)), args(source.args) {
   const int64_t cols = args.cols;
   partials = at::empty({sorted.pieces, cols}, source.rows.options().dtype(at::toOpMathType(source.rows.scalar_type())));
-  args.entries = sorted.entries.get();
+  args.entries = sorted.entries;
   args.last = source.ids.ids.count - 1;
   args.position_mask = (uint64_t{1} << sorted.position_bits) - 1;
-  args.runs = sorted.runs.data();
+  args.runs = sorted.runs;
   args.by_frequency = by_frequency;
   args.partials = partials.mutable_data_ptr();
   if (sorted.pieces == 0 || cols == 0) return;

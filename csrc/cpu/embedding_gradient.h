@@ -31,7 +31,7 @@ struct SortedGradient {
   SegmentArgs args;
 
   SortedGradient(const GradientSource& source, int64_t table_rows, int64_t padding, bool by_frequency);
-  int64_t runs() const { return static_cast<int64_t>(sorted.runs.size()); }
+  int64_t runs() const { return sorted.count; }
 };
 
 void check_gradient(const at::Tensor& dy, int64_t rows, const char* function);

@@ -2,17 +2,32 @@
 #pragma once
 #include <cstdint>
 #include <memory>
-#include <vector>
 
 #include "embedding_kernels.h"
 
 namespace pk {
 
+// Memory for one call: the thread's scratch, where fresh pages would cost as much as the sort; its own where it is
+// large.
+class SortBuffer {
+ public:
+  explicit SortBuffer(int slot) : slot_(slot) {}
+  void* reserve(size_t bytes);
+
+ private:
+  int slot_;
+  std::unique_ptr<char[]> own_;
+};
+
+// Valid until the next sort on this thread.
 struct SortedIds {
-  std::unique_ptr<uint64_t[]> entries;  // id << position_bits | position, ascending
-  int position_bits;
-  std::vector<Run> runs;  // in ascending order of ids; those of the padding and of no bag are left out
-  int64_t pieces = 0;     // rows of partial sums of the long runs
+  const uint64_t* entries = nullptr;  // id << position_bits | position, ascending
+  int position_bits = 0;
+  const Run* runs = nullptr;  // in ascending order of ids; those of the padding and of no bag are left out
+  int64_t count = 0;          // of runs
+  int64_t pieces = 0;         // rows of partial sums of the long runs
+
+  SortBuffer first{1}, second{2}, listed{3};
 };
 
 // ids in [0, rows). Positions from `limit` on are in no bag: they count for a run's total only.

@@ -18,11 +18,12 @@ struct Block {
   }
 };
 
-thread_local Block block;
+thread_local Block blocks[kScratchSlots];
 
 }  // namespace
 
-void* scratch(size_t bytes) {
+void* scratch(size_t bytes, int slot) {
+  Block& block = blocks[slot];
   if (block.size >= bytes) return block.data;
   if (block.data) munmap(block.data, block.size);
   block = {};

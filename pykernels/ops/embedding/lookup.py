@@ -78,7 +78,7 @@ def embedding(
         check_padding("embedding", padding_idx, weight.shape[0])
     backend = ROOM.resolve("embedding", backend, weight)
     what = before("embedding", bounds_check, _LOOKUP)
-    if what and (backend != "cpu" or max_norm is not None):  # the native kernels look for themselves before they write
+    if max_norm is not None or (what and backend != "cpu"):  # the native kernels look for themselves before they write
         _ids.in_range("embedding", "input", input, weight.shape[0])
     if backend == "reference":
         return reference.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
@@ -162,7 +162,7 @@ def embedding_bag(
         check_padding(name, padding_idx, weight.shape[0])
     backend = ROOM.resolve(name, backend, weight)
     what = before(name, bounds_check, _BAG)
-    if what and (backend != "cpu" or max_norm is not None):  # the native kernels look for themselves before they write
+    if max_norm is not None or (what and backend != "cpu"):  # the native kernels look for themselves before they write
         check_offsets(name, input, offsets)
         _ids.in_range(name, "input", input, weight.shape[0])
     if backend == "reference":

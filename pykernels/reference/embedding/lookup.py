@@ -118,11 +118,15 @@ def _rows(
 
 
 def renormalise_(weight: Tensor, ids: Tensor, max_norm: float, norm_type: float) -> None:
-    """Scales the rows of these ids whose norm n > max_norm by max_norm / (n + 1e-7), in place."""
+    """Scales the rows of these ids whose norm n > max_norm by max_norm / (n + 1e-7), in place; skips invalid ids."""
+    if ids.numel() == 0 or weight.shape[0] == 0:
+        return
+    valid = (ids >= 0) & (ids < weight.shape[0])
+    ids = torch.where(valid, ids, torch.where(valid, ids, 0).amax()).long()  # one that is written anyway
     rows = weight.index_select(0, ids).double()
     norms = torch.linalg.vector_norm(rows, norm_type, dim=1, keepdim=True)
-    rows = torch.where(norms > max_norm, rows * (max_norm / (norms + 1e-7)), rows)
-    weight.index_copy_(0, ids.long(), rows.to(weight.dtype))  # a repeated id writes the same values again
+    rows = torch.where((norms > max_norm) & valid.any(), rows * (max_norm / (norms + 1e-7)), rows)
+    weight.index_copy_(0, ids, rows.to(weight.dtype))  # a repeated id writes the same values again
 
 
 def _bag_of_each(input: Tensor, offsets: Tensor | None, include_last_offset: bool) -> tuple[Tensor, int]:

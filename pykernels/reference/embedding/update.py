@@ -119,7 +119,7 @@ def embedding_sgd_(
     )
     with torch.no_grad():
         w = weight.index_select(0, ids).to(g.dtype)
-        g = g + weight_decay * w
+        g = g + weight_decay * w if weight_decay else g
         _store(weight, ids, w - lr * g, stochastic_rounding, seed)
     return weight
 
@@ -159,7 +159,7 @@ def embedding_adagrad_(
     )
     with torch.no_grad():
         w = weight.index_select(0, ids).to(g.dtype)
-        g = g + weight_decay * w
+        g = g + weight_decay * w if weight_decay else g
         s = state_sum.index_select(0, ids).to(g.dtype) + g * g
         state_sum.index_copy_(0, ids.long(), s.to(state_sum.dtype))
         _store(weight, ids, w - lr * g / (s.sqrt() + eps), stochastic_rounding, seed)
@@ -201,7 +201,7 @@ def embedding_rowwise_adagrad_(
     )
     with torch.no_grad():
         w = weight.index_select(0, ids).to(g.dtype)
-        g = g + weight_decay * w
+        g = g + weight_decay * w if weight_decay else g
         s = state_sum.index_select(0, ids).to(g.dtype)
         if g.shape[1]:
             s = s + (g * g).mean(1)
@@ -250,7 +250,7 @@ def embedding_adam_(
     )
     with torch.no_grad():
         w = weight.index_select(0, ids).to(g.dtype)
-        g = g + weight_decay * w
+        g = g + weight_decay * w if weight_decay else g
         m = exp_avg.index_select(0, ids).to(g.dtype)
         m = m + (1 - betas[0]) * (g - m)
         v = exp_avg_sq.index_select(0, ids).to(g.dtype) * betas[1] + (1 - betas[1]) * g * g
