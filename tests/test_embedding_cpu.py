@@ -89,11 +89,11 @@ _CODE = """
 import hashlib, sys, torch, torch.nn.functional as F, pykernels as pk
 torch.set_num_threads(int(sys.argv[1]))
 torch.manual_seed(0)
-ids = (torch.rand(120_000) ** 5 * 3000).long()
-ids[:50_000] = 7
+ids = (torch.rand(70_000) ** 5 * 3000).long()
+ids[:30_000] = 7
 weight = torch.randn(3000, 33, requires_grad=True)
-scale = torch.randn(120_000, requires_grad=True)
-offsets = torch.cat([torch.tensor([0]), (torch.rand(4000) * 120_000).long().sort().values])
+scale = torch.randn(70_000, requires_grad=True)
+offsets = torch.cat([torch.tensor([0]), (torch.rand(4000) * 70_000).long().sort().values])
 digest = hashlib.sha256()
 def add(*tensors):
     for x in tensors:
@@ -108,7 +108,7 @@ for rule, states in (("sgd", 0), ("adagrad", 1), ("rowwise_adagrad", 1), ("adam"
     table = weight.detach().clone()
     held = [torch.zeros(3000) if "row" in rule else torch.zeros(3000, 33) for _ in range(states)]
     more = {"step": 1} if rule == "adam" else {}
-    dy = torch.cos(torch.arange(120_000 * 33.0)).view(-1, 33)
+    dy = torch.cos(torch.arange(70_000 * 33.0)).view(-1, 33)
     add(getattr(pk.functional, f"embedding_{rule}_")(table, *held, ids, dy, lr=0.1, **more), *held)
 dense, sparse = torch.randn(300, 33, requires_grad=True), torch.randn(300, 9, 33, requires_grad=True)
 y = pk.functional.dot_interaction(dense, sparse)
@@ -119,12 +119,12 @@ print(ISA, digest.hexdigest())
 
 
 def test_no_thread_count_changes_a_bit() -> None:
-    found = {subprocess.check_output([sys.executable, "-c", _CODE, threads], text=True) for threads in "123"}
+    found = {subprocess.check_output([sys.executable, "-c", _CODE, threads], text=True) for threads in "13"}
     assert len(found) == 1, found
 
 
 def test_instruction_sets_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AVX2 and AVX-512 add in the same order, so all but the dot products (of scales, mean squares) are the same bits."""
+    """AVX2 and AVX-512 add in the same order, so all but dot products (of scales, mean squares) are the same bits."""
     code = _CODE.replace("[weight, *more.values()]", "[weight]").replace('("rowwise_adagrad", 1), ', "")
     found = {}
     for capability in ("avx2", "avx512"):
