@@ -28,7 +28,7 @@ from .._library import LIBRARY, define
 ROOM = _backends.Room("sampled_softmax")
 
 KEPT_LOGITS = 64 << 20
-"""Bytes of logits of shared samples that the native CPU kernels keep for backward rather than compute them twice."""
+"""Bytes of float32 logits of shared samples that the native CPU kernels keep for backward rather than compute twice."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -247,7 +247,8 @@ def _rows_gradients(
 
 def _sampled_forward(backend: str, needed: bool, *arguments: Any) -> tuple[Tensor, ...]:
     input, sampled = arguments[0], arguments[4]
-    keep = needed and backend == "cpu" and 4 * input.shape[0] * sampled.shape[0] <= KEPT_LOGITS
+    small = 4 * input.shape[0] * sampled.shape[0] <= KEPT_LOGITS
+    keep = needed and backend == "cpu" and input.dtype == torch.float32 and small
     found: tuple[Tensor, ...] = sampled_rows_forward[backend](*arguments, keep)
     return found
 

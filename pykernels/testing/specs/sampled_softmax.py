@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...functional import HuffmanTree
 from ..spec import Case, Input, OpSpec
 
-_KERNELS: tuple[str, ...] = ()
+_KERNELS = ("cpu",)
 _LONG = frozenset(("input", "weight", "inputs", "weights", "biases", "linear_weight", "linear_bias"))
 
 
@@ -53,7 +53,8 @@ def _negative_cases(reduction: str) -> tuple[Case, ...]:
     cases = [
         _negative("sample", 4, 33, 4, (4, 4), reduction=reduction),
         _negative("shared", 7, 17, 50, (9,), reduction=reduction),
-        _negative("one", 1, 1, 1, (1, 1), reduction=reduction),
+        # Of one class, target and negative would cancel, and nothing but rounding would be compared.
+        _negative("one", 1, 1, 2, (1, 1), reduction=reduction),
         _negative("no-negatives", 5, 8, 10, (5, 0), reduction=reduction),
         _negative("long", 300, 5, 7, (300, 6), reduction=reduction),
         _negative("saturated", 9, 33, 20, (9, 5), scale=5.0, reduction=reduction),
@@ -109,11 +110,13 @@ def _negative_spec(reduction: str) -> OpSpec:
 # Hierarchical softmax
 
 
-@functools.lru_cache
-def _tree(counts: tuple[int, ...]) -> Any:
-    from ... import reference
+_TREES: dict[tuple[int, ...], Any] = {}
 
-    return reference.HuffmanTree.from_counts(counts)
+
+def _tree(counts: tuple[int, ...]) -> Any:
+    if counts not in _TREES:  # built once: torch.compile is to see the tree, not how it is made
+        _TREES[counts] = HuffmanTree.from_counts(counts)
+    return _TREES[counts]
 
 
 def _with_tree(function: Callable[..., Any]) -> Callable[..., Any]:
