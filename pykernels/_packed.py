@@ -115,7 +115,7 @@ class Steps:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a b in float32. Autocast had its say before: it would lower float32 once more."""
     with torch.autocast(a.device.type, enabled=False):
-        if a.dtype == torch.float32 or not a.is_cuda:
+        if a.dtype == torch.float32 or not a.is_cuda or a.numel() == 0:
             return a.float() @ b.float()
         return torch.mm(a, b, out_dtype=torch.float32)
 

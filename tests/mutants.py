@@ -18,6 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUGS, COLLECTIVES = "tests/test_emulator.py", "tests/test_emulator_collectives.py"
+# with the suite's fixtures, which --noconftest leaves out; terms: sums over more than one piece
+RECURRENT = ["tests/test_recurrent_kernels.py", "-p", "tests.conftest", "-k"]
+LOOPS = [*RECURRENT, "emulator and lstm and (ragged or sixteen) or terms"]
 
 # file -> (the source to compile again, the tests that run its kernels)
 SUBJECTS = {
@@ -25,11 +28,14 @@ SUBJECTS = {
     "csrc/emulator/selftest_lstm.cu": ("selftest_lstm.cu", [BUGS, "-k", "test_lstm"]),
     "csrc/cuda/collectives.cu": ("collectives.cu", [COLLECTIVES, "-k", "ldmatrix or cp_async or grid_sync"]),
     "csrc/cuda/collectives_sm90.cu": ("collectives_sm90.cu", [COLLECTIVES, "-k", "wgmma or tma"]),
+    "csrc/cuda/recurrent_forward.cu": ("recurrent_forward.cu", LOOPS),
+    "csrc/cuda/recurrent_backward.cu": ("recurrent_backward.cu", LOOPS),
+    "csrc/cuda/recurrent_tile.h": ("recurrent_forward.cu", LOOPS),
     "csrc/cuda/reduce.h": ("collectives.cu", [COLLECTIVES, "-k", "block_reductions or last_block"]),
 }
 SYNCHRONISATION = re.compile(
     r"\b(__syncthreads|__syncwarp|__threadfence|grid_sync|cp_async_commit|cp_async_wait<\d>|named_barrier_\w+|mbar_\w+"
-    r"|fence_proxy_async|wgmma_(?:fence|commit|wait<\d>)|tma_store_(?:commit|wait_read<\d>))\([^;]*\);"
+    r"|fence_proxy_async|wgmma_(?:fence|commit|wait<\d>)|tma_store_(?:commit|wait_read<\d>)|await|arrive)\([^;]*\);"
 )
 # "file: statement" -> why it may be dropped
 REDUNDANT = {
