@@ -55,16 +55,54 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _sizes(row: dict[str, Any]) -> str:
+    fixed = f"d = {row['width']}" if row["axis"] == "n" else f"n = {row['length']}"
+    return f"{row['axis']} = {row['sizes'][0]} to {row['sizes'][-1]}, {fixed}"
+
+
+def cost_table(record: dict[str, Any]) -> str:
+    """A layer's cost by the book and its measured exponents; then the figures behind them."""
+    machine = record["machine"]
+    by_layer: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        by_layer.setdefault(row["name"], {})[row["axis"]] = row
+    lines = [
+        f"{machine['cpu']}, torch {machine['torch']}, one thread, float32, one sequence, forward and backward.",
+        "",
+        "| layer | called | cost | time, measured | memory, measured | serial steps | path between positions |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, axes in by_layer.items():
+        n, d = axes["n"], axes["d"]
+        powers = (f"n^{n[f'{what}_exponent']:.2f} d^{d[f'{what}_exponent']:.2f}" for what in ("time", "memory"))
+        said = (n["call"], n["cost"], *powers, n["serial"], n["path"])
+        lines.append(f"| {name} | `{said[0]}` | {' | '.join(said[1:])} |")
+    lines += ["", "| layer | sizes | milliseconds | peak MiB above the inputs |", "|---|---|---|---|"]
+    for row in record["rows"]:
+        times = ", ".join(f"{t * 1e3:.3g}" for t in row["seconds"])
+        peaks = ", ".join(f"{b / 2**20:.3g}" for b in row["peak_bytes"])
+        lines.append(f"| {row['name']} | {_sizes(row)} | {times} | {peaks} |")
+    return "\n".join(lines)
+
+
+#: (page, record, what writes its table)
+TABLES = (
+    *((f"{room}.md", f"cpu-{room}.json", table) for room in ROOMS),
+    ("attention.md", "cpu-cost.json", cost_table),
+)
+
+
 def main(check: bool) -> int:
     stale = 0
-    for room in ROOMS:
-        source, page = ROOT / "benchmarks" / "results" / f"cpu-{room}.json", ROOT / "docs" / f"{room}.md"
-        begin, end = f"<!-- measured: benchmarks/results/cpu-{room}.json -->", "<!-- end of measured -->"
+    for name, record, write in TABLES:
+        source, page = ROOT / "benchmarks" / "results" / record, ROOT / "docs" / name
+        begin, end = f"<!-- measured: benchmarks/results/{record} -->", "<!-- end of measured -->"
         if not source.exists() or not page.exists() or begin not in page.read_text():
             continue
         text = page.read_text()
         before, rest = text.split(begin)
-        new = f"{before}{begin}\n{table(json.loads(source.read_text()))}\n{end}{rest.split(end)[1]}"
+        after = rest.split(end, 1)[1]
+        new = f"{before}{begin}\n{write(json.loads(source.read_text()))}\n{end}{after}"
         if check and new != text:
             print(
                 f"{page.relative_to(ROOT)}: not what {source.relative_to(ROOT)} says; run python benchmarks/report.py"

@@ -19,29 +19,39 @@ LOG2E = 1.4426950408889634
 WIDEST = 256
 
 
+#: What a call adds to the products, in rising need of registers: masks by position, the cap and ALiBi; also bias and
+#: masks given as tensors; also dropout.
+POSITIONS, TENSORS, DROPOUT = range(3)
+
+
 class Tiles(NamedTuple):
     """How one kernel is launched: queries and keys in a tile, warps, stages of the software pipeline.
 
+    serves: the most that a call may add (POSITIONS, TENSORS, DROPOUT).
+    copied: tiles are fetched by the tensor copy engine, which takes a fifth of the registers off. Only for calls whose
+    tensors it can read (`describable`).
+    registers: a limit for each thread, with which two blocks share a multiprocessor.
     apart: dk and dv in a launch each; a fifth product, but the sums of wide heads do not fit in registers together.
-    registers: a limit for each thread, kept where no mask but the causal one takes some: then two blocks share a
-    multiprocessor.
-    copied: tiles are fetched by the tensor copy engine (capability 90 on).
     """
 
     queries: int
     keys: int
     warps: int
     stages: int
-    apart: bool = False
-    registers: int = 0
+    serves: int = DROPOUT
     copied: bool = False
+    registers: int = 0
+    apart: bool = False
 
-    def constants(self) -> dict[str, int]:
+    def options(self) -> dict[str, int]:
+        """Constants and launch options; the limit of registers is one of NVIDIA's."""
+        limit = {"maxnreg": self.registers} if self.registers and torch.version.hip is None else {}
         return {
             "BLOCK_Q": self.queries,
             "BLOCK_K": self.keys,
             "num_warps": self.warps,
             "num_stages": self.stages,
+            **limit,
         }
 
 
@@ -49,46 +59,89 @@ class Tiles(NamedTuple):
 #: that nothing spills, and from 90 on so that 64 rows of a product make four warps: fewer would be computed twice.
 TABLE: dict[tuple[str, bool], tuple[tuple[int, int, Tiles], ...]] = {
     ("forward", True): (
-        (64, 90, Tiles(128, 64, 8, 3, registers=128)),
-        (128, 0, Tiles(128, 64, 8, 3)),
-        (256, 90, Tiles(128, 64, 8, 2)),
+        (64, 100, Tiles(128, 64, 4, 3, POSITIONS, copied=True)),
+        (64, 90, Tiles(128, 64, 8, 3, POSITIONS, copied=True, registers=128)),
+        (64, 0, Tiles(128, 64, 8, 3, TENSORS)),
+        (128, 90, Tiles(128, 128, 8, 2, POSITIONS, copied=True)),
+        (128, 0, Tiles(128, 64, 8, 3, TENSORS)),
+        (128, 0, Tiles(64, 32, 4, 2)),
+        (256, 90, Tiles(128, 64, 8, 2, POSITIONS, copied=True)),
+        (256, 90, Tiles(128, 32, 8, 2, TENSORS)),
+        (256, 90, Tiles(128, 16, 8, 2)),
         (256, 0, Tiles(64, 64, 8, 2)),
     ),
-    ("dq", True): ((128, 0, Tiles(64, 64, 4, 2)), (256, 90, Tiles(128, 16, 8, 1)), (256, 0, Tiles(64, 32, 8, 1))),
+    ("dq", True): (
+        (128, 90, Tiles(64, 64, 4, 2, POSITIONS, copied=True)),
+        (64, 0, Tiles(64, 64, 4, 2, TENSORS)),
+        (128, 90, Tiles(128, 32, 8, 2)),
+        (128, 0, Tiles(64, 64, 4, 2, POSITIONS)),
+        (128, 0, Tiles(64, 32, 4, 2)),
+        (256, 90, Tiles(128, 16, 8, 1)),
+        (256, 0, Tiles(64, 32, 8, 1)),
+    ),
     ("dkdv", True): (
-        (64, 90, Tiles(64, 64, 4, 2)),
+        (64, 90, Tiles(64, 64, 4, 2, POSITIONS, copied=True)),
+        (64, 90, Tiles(64, 64, 4, 2, POSITIONS)),
         (64, 0, Tiles(32, 64, 4, 2)),
-        (128, 90, Tiles(32, 64, 4, 2)),
+        (128, 90, Tiles(32, 64, 4, 2, POSITIONS, copied=True)),
+        (128, 90, Tiles(32, 64, 4, 2, apart=True)),
         (128, 0, Tiles(64, 64, 8, 2)),
         (256, 90, Tiles(16, 128, 8, 1, apart=True)),
         (256, 0, Tiles(32, 64, 8, 1)),
     ),
-    ("dbias", True): ((128, 0, Tiles(64, 64, 4, 1)), (256, 90, Tiles(128, 64, 8, 1)), (256, 0, Tiles(64, 64, 8, 1))),
+    ("dbias", True): ((64, 0, Tiles(64, 32, 4, 1)), (128, 0, Tiles(64, 16, 4, 1)), (256, 0, Tiles(64, 16, 8, 1))),
     ("forward", False): (
+        (256, 100, Tiles(32, 16, 8, 1)),
         (64, 0, Tiles(64, 32, 4, 2)),
-        (128, 90, Tiles(128, 32, 8, 1)),
+        (128, 90, Tiles(64, 16, 4, 1)),
         (128, 0, Tiles(64, 32, 8, 1)),
         (256, 0, Tiles(32, 16, 8, 1)),
     ),
-    ("dq", False): ((64, 0, Tiles(64, 32, 4, 1)), (128, 0, Tiles(64, 16, 4, 1)), (256, 0, Tiles(32, 32, 8, 1))),
+    ("dq", False): (
+        (64, 100, Tiles(32, 32, 8, 1)),
+        (128, 100, Tiles(32, 16, 8, 1)),
+        (64, 0, Tiles(64, 32, 4, 1)),
+        (128, 90, Tiles(128, 16, 8, 1)),
+        (128, 0, Tiles(64, 16, 4, 1)),
+        (256, 0, Tiles(32, 32, 8, 1)),
+    ),
     ("dkdv", False): (
+        (64, 100, Tiles(32, 32, 8, 1, apart=True)),
+        (128, 100, Tiles(16, 32, 8, 1, apart=True)),
         (64, 90, Tiles(32, 128, 8, 1)),
         (64, 0, Tiles(32, 64, 8, 1)),
         (128, 90, Tiles(16, 128, 8, 1, apart=True)),
         (256, 0, Tiles(32, 32, 8, 1, apart=True)),
     ),
-    ("dbias", False): ((64, 0, Tiles(64, 32, 4, 1)), (128, 0, Tiles(64, 16, 4, 1)), (256, 0, Tiles(32, 32, 8, 1))),
+    ("dbias", False): (
+        (128, 100, Tiles(32, 16, 8, 1)),
+        (64, 0, Tiles(64, 32, 4, 1)),
+        (128, 0, Tiles(64, 16, 4, 1)),
+        (256, 0, Tiles(32, 32, 8, 1)),
+    ),
 }
 
 
-def register_limit(tiles: Tiles, shared: dict[str, Any]) -> dict[str, int]:
-    """The launch option for `Tiles.registers`, where the limit costs no spills; it is one of NVIDIA's."""
-    ragged = (shared["D"], shared["DV"]) != (shared["BLOCK_D"], shared["BLOCK_DV"])
-    masks, numbers = shared["masks"]._replace(right=None), shared["numbers"]
-    extras = [x for x in (*masks, numbers.softcap, numbers.seed, shared["size"].cu_q) if x is not None]
-    if not tiles.registers or ragged or extras or torch.version.hip is not None:
-        return {}
-    return {"maxnreg": tiles.registers}
+def tiles_for(kernel: str, shared: dict[str, Any]) -> Tiles:
+    """The first of TABLE that serves this call. shared: of `shared_arguments`, with "dout" in the backward."""
+    query = shared["q"].ptr
+    widest = max(shared["BLOCK_D"], shared["BLOCK_DV"])
+    masks, numbers = shared["masks"], shared["numbers"]
+    adds = TENSORS if masks.bias or masks.mask or masks.seen else POSITIONS
+    adds = adds if numbers.seed is None else DROPOUT
+    can_copy = describable(shared)
+    for size, least, tiles in TABLE[kernel, query.dtype != torch.float32]:
+        fits = widest <= size and architecture(query) >= least
+        if fits and adds <= tiles.serves and (can_copy or not tiles.copied):
+            return tiles
+    raise AssertionError(f"{kernel} has no tiles for heads of {widest}")
+
+
+def architecture(x: Tensor) -> int:
+    """The capability whose tiles fit: 120 and on have the matrix instructions of 80, and less shared memory than 90;
+    other vendors' numbers mean something else."""
+    capability = _lib.device_properties(x.device).capability
+    return 80 if capability >= 120 or torch.version.hip is not None else capability
 
 
 def padded(size: int) -> int:
@@ -96,24 +149,18 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def tiles_for(kernel: str, query: Tensor, value: Tensor) -> Tiles:
-    widest = padded(max(query.shape[-1], value.shape[-1]))
-    capability = _lib.device_properties(query.device).capability
-    choices = TABLE[kernel, query.dtype != torch.float32]
-    return next(tiles for size, least, tiles in choices if widest <= size and capability >= least)
-
-
 def precision(query: Tensor, value: Tensor) -> str:
     """How float32 products are made: of six bfloat16 products, unless torch allows tf32.
 
     tf32x3 takes as long and leaves out the product of the low parts, four float32 roundings: gradients, which are
     differences (dp - delta), then miss what torch's own float32 reaches. The pieces of heads beyond 128 do not fit in
-    registers: there it is float32 arithmetic without tensor cores. Half precision does not look at this.
+    registers, and for capability 100 Triton 3.7 makes a kernel of six products that consists of a trap: there it is
+    float32 arithmetic without tensor cores. Half precision does not look at this.
     """
     if torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     wide = query.dtype == torch.float32 and max(query.shape[-1], value.shape[-1]) > 128
-    return "ieee" if wide else "bf16x6"
+    return "ieee" if wide or architecture(query) >= 100 else "bf16x6"
 
 
 def in_rows(x: Tensor) -> Tensor:
@@ -253,18 +300,21 @@ def shared_arguments(
     }
 
 
-def descriptors(tiles: Tiles, shared: dict[str, Any], **more: Tensor) -> dict[str, TensorDescriptor | None]:
-    """`<name>_desc` of q, k, v and of more tensors like q, for the copy engine, where `tiles` wants it and it can serve
-    them: all or none. It reads whole tensors: keys hidden from every query would not be read as 0, and packed
-    sequences would not end."""
-    tensors = {"q": shared["q"].ptr, "k": shared["k"].ptr, "v": shared["v"].ptr, **more}
-    names = [f"{name}_desc" for name in tensors]
-    if not tiles.copied or not all_keys_seen(shared) or not all(map(can_be_described, tensors.values())):
-        return dict.fromkeys(names)
-    heights = [tiles.keys if name in "kv" else tiles.queries for name in tensors]
-    widths = [shared["BLOCK_D"] if name in "qk" else shared["BLOCK_DV"] for name in tensors]
-    boxes = zip(names, tensors.values(), heights, widths, strict=True)
-    return {name: described(x, height, width) for name, x, height, width in boxes}
+def descriptors(tiles: Tiles, shared: dict[str, Any]) -> dict[str, TensorDescriptor | None]:
+    """`q_desc`, `k_desc`, `v_desc` and, in the backward, `dout_desc`: None where `tiles` does without."""
+    sizes = {"q": (tiles.queries, "D"), "k": (tiles.keys, "D"), "v": (tiles.keys, "DV"), "dout": (tiles.queries, "DV")}
+    return {
+        f"{name}_desc": described(shared[name].ptr, rows, shared[f"BLOCK_{width}"]) if tiles.copied else None
+        for name, (rows, width) in sizes.items()
+        if name in shared
+    }
+
+
+def describable(shared: dict[str, Any]) -> bool:
+    """Whether the copy engine can fetch the tiles. It reads whole tensors: keys hidden from every query would not be
+    read as 0, and packed sequences would not end."""
+    tensors = [shared[name].ptr for name in ("q", "k", "v", "dout") if name in shared]
+    return all_keys_seen(shared) and all(map(can_be_described, tensors))
 
 
 def all_keys_seen(shared: dict[str, Any]) -> bool:

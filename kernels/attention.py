@@ -72,14 +72,13 @@ def attention_forward(
     query, key, value = (launching.in_rows(x) for x in (query, key, value))
     options = causal, window_left, window_right, softcap, dropout_p, scale
     shared = launching.shared_arguments(query, key, value, bias, masks, options, size)
-    tiles = launching.tiles_for("forward", query, value)
+    tiles = launching.tiles_for("forward", shared)
     a_head, programs = launching.programs(size, tiles.queries)
     _lib.launch(
         attention_fwd_kernel, (programs,), query,
         out=launching.rows(out), lse=launching.lines(lse), lse_low_ptr=lse_low, sinks_ptr=sinks, tiles=a_head,
         PLAIN=scale > 0 and softcap == 0 and bias is None and alibi_slopes is None,
-        **shared, **launching.descriptors(tiles, shared), **tiles.constants(),
-        **launching.register_limit(tiles, shared),
+        **shared, **launching.descriptors(tiles, shared), **tiles.options(),
     )  # fmt: skip
     return out, lse, lse_low
 
@@ -130,18 +129,18 @@ def attention_backward(
     shared = launching.shared_arguments(query, key, value, bias, masks, options, size)
     shared |= {"dout": launching.rows(dout), "base": launching.lines(base), "delta_ptr": delta}
     if output_mask[0]:
-        tiles = launching.tiles_for("dq", query, value)
+        tiles = launching.tiles_for("dq", shared)
         a_head, programs = launching.programs(size, tiles.queries)
         _lib.launch(
             attention_bwd_dq_kernel, (programs,), query, dq=launching.rows(dq), dq_scale=scale, tiles=a_head,
-            **shared, **launching.descriptors(tiles, shared, dout=dout), **tiles.constants(),
+            **shared, **launching.descriptors(tiles, shared), **tiles.options(),
         )  # fmt: skip
     if output_mask[1] or output_mask[2]:
         _key_gradients(dk, dv, output_mask, key, value, scale, shared)
     share = _sink_share(sinks, lse)
     if output_mask[3] and bias is not None:
         if bias.shape[-1] > 1:
-            _bias_gradient(dbias, query, value, shared)
+            _bias_gradient(dbias, shared)
         else:
             _bias_gradient_of_rows(dbias, torch.where(lse == -torch.inf, 0.0, dlse + share * delta), shared)
     if output_mask[4]:
@@ -173,7 +172,7 @@ def _key_gradients(
     shared: dict[str, Any],
 ) -> None:
     """dk and dv, each query head's by itself where several share a key head, then summed in order."""
-    size, query, dout = shared["size"], shared["q"].ptr, shared["dout"].ptr
+    size, query = shared["size"], shared["q"].ptr
     wanted = output_mask[1], output_mask[2]
     outputs = []
     for found, x, want in zip((dk, dv), (key, value), wanted, strict=True):
@@ -181,15 +180,15 @@ def _key_gradients(
             outputs.append(x.new_empty((x.shape[0], size.heads, *x.shape[2:]), dtype=torch.float32))
         else:
             outputs.append(found if want else x)  # what is not wanted is not written
-    tiles = launching.tiles_for("dkdv", query, value)
+    tiles = launching.tiles_for("dkdv", shared)
     a_head, programs = launching.programs(size, tiles.keys, of_keys=True)
-    described = launching.descriptors(tiles, shared, dout=dout)
+    described = launching.descriptors(tiles, shared)
     for need_k, need_v in ((wanted[0], False), (False, wanted[1])) if tiles.apart else (wanted,):
         if need_k or need_v:
             _lib.launch(
                 attention_bwd_dkdv_kernel, (programs,), query,
                 dk=launching.rows(outputs[0]), dv=launching.rows(outputs[1]), dk_scale=scale, tiles=a_head,
-                NEED_K=need_k, NEED_V=need_v, **shared, **described, **tiles.constants(),
+                NEED_K=need_k, NEED_V=need_v, **shared, **described, **tiles.options(),
             )  # fmt: skip
     if size.group > 1:
         for found, by_head, want in zip((dk, dv), outputs, wanted, strict=True):
@@ -205,15 +204,15 @@ def _sink_share(sinks: Tensor | None, lse: Tensor) -> Tensor | float:
     return torch.where(sink == -torch.inf, 0.0, torch.exp(sink - lse))
 
 
-def _bias_gradient(dbias: Tensor, query: Tensor, value: Tensor, shared: dict[str, Any]) -> None:
-    tiles = launching.tiles_for("dbias", query, value)
+def _bias_gradient(dbias: Tensor, shared: dict[str, Any]) -> None:
+    tiles = launching.tiles_for("dbias", shared)
     batch, heads, rows, columns = dbias.shape
     across = triton.cdiv(columns, tiles.keys)
     programs = batch * heads * triton.cdiv(rows, tiles.queries) * across
     _lib.launch(
         attention_bwd_dbias_kernel, (programs,), dbias,
         dbias_ptr=dbias, bias_heads=heads, bias_rows=rows, bias_columns=columns, tiles=across,
-        ALL_BATCH=batch == 1, ALL_HEADS=heads == 1, ALL_ROWS=rows == 1, **shared, **tiles.constants(),
+        ALL_BATCH=batch == 1, ALL_HEADS=heads == 1, ALL_ROWS=rows == 1, **shared, **tiles.options(),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pykernels.testing.aot import rules, sass
+from pykernels.testing.aot import measure, rules, sass
 from pykernels.testing.aot.rules import Row
 
 ROOT = Path(__file__).parents[1]
@@ -166,6 +166,21 @@ def test_paths_and_loops_of_machine_code():
     assert sass.count(function.instructions)["LDG.16"] == 1
     (tail_only,) = sass.parse(CODE.replace(".128", ".U16"))
     assert sass.count(tail_only.full_path())["STG.16"] == 1
+
+
+def test_a_kernel_that_is_only_a_trap_is_named():
+    """What Triton 3.7 makes of float32 products from six bfloat16 ones for sm_100, without an error."""
+    trap = """
+	.section	.text.k,"ax",@progbits
+        /*0000*/                   LDC R1, c[0x0][0x37c] ;
+        /*0010*/                   BPT.TRAP 0x1 ;
+.L_x_1:
+        /*0020*/                   BRA `(.L_x_1) ;
+"""
+    for code, named in ((trap, True), (CODE, False)):
+        row = Row("e", "k", 100)
+        measure.from_function(row, sass.parse(code)[0], 4, 0, "")
+        assert any("a trap" in fault for fault in rules.check(row, rules.Rules())) == named
 
 
 def test_occupancy_is_limited_by_what_runs_out_first():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor
 
 import pykernels.functional as pk
 from pykernels import BackendError, explain, reference
+from pykernels._triton import _attention_launch as launching
+from pykernels._triton import _lib
 from pykernels._triton import attention as floor
 
 LENGTHS = (200, 144)  # a full tile and an edge, whichever of the tile sizes is taken
@@ -32,6 +35,15 @@ def assert_close(inputs: list[Tensor], rtol: float = 1e-5, **options: Any) -> No
     found, expected = (torch.autograd.grad([a.tanh().sum() for a in y], x) for y, x in ((ours, leaves), (truth, wide)))
     for a, b in zip((*ours, *found), (*truth, *expected), strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=rtol, atol=rtol * float(b.detach().abs().max()) + 1e-6)
+
+
+@pytest.fixture
+def capability(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The tiles of another GPU: from 90 on calls with masks by position read by tensor descriptors."""
+    if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] * 10 < request.param:
+        pytest.skip(f"this GPU has no instructions of capability {request.param}")
+    with _lib.override_device_properties(_lib.DeviceProperties(request.param, 4)):
+        yield request.param
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -56,6 +68,72 @@ def test_bias_in_full_tiles(shape: tuple[int, ...]) -> None:
     bias[..., :1, :1] = -torch.inf
     keys = torch.rand(1, LENGTHS[1], device=DEVICE) > 0.3
     assert_close(tensors(), bias=bias.requires_grad_(), key_padding_mask=keys)
+
+
+HALF_CASES: dict[str, dict[str, Any]] = {
+    **{name: CASES[name] for name in ("causal", "window", "prefix", "softcap-alibi")},
+    "long-query": {"causal": "top_left", "lengths": (200, 70)},
+    "wide": {"size": 128, "lengths": (130, 130)},
+    "ragged": {"size": 24, "causal": True},
+    "sinks": {"sinks": True, "lengths": (20, 40)},
+}
+
+
+@pytest.mark.parametrize("options", HALF_CASES.values(), ids=HALF_CASES)
+@pytest.mark.parametrize("capability", (90,), indirect=True)
+def test_descriptors_equal_pointers(options: dict[str, Any], capability: int, monkeypatch: Any) -> None:
+    """The same tiles by either way of reading: the same bits, forward and backward; heads in the projections' order."""
+    options = dict(options)
+    size, lengths = options.pop("size", 16), options.pop("lengths", LENGTHS)
+    leaves = [x.detach().bfloat16() for x in tensors(lengths, size=size)]
+    leaves = [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in leaves]
+    if options.pop("sinks", False):
+        options["sinks"] = torch.randn(2, device=DEVICE)
+    made, described = [], launching.described
+    monkeypatch.setattr(launching, "described", lambda *given: made.append(given) or described(*given))
+    found = []
+    for pointers in (False, True):
+        if pointers:
+            monkeypatch.setattr(launching, "descriptors", lambda tiles, shared: dict.fromkeys(
+                f"{name}_desc" for name in ("q", "k", "v", "dout") if name in shared))  # fmt: skip
+        out, lse = pk.attention(*leaves, return_lse=True, backend="triton", **options)
+        found.append((out, lse, *torch.autograd.grad(out.float().tanh().sum() + lse.sum(), leaves)))
+        assert len(made) == 11  # q, k, v; twice dout too
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    truth = reference.attention(*(x.detach().double() for x in leaves), **options)
+    torch.testing.assert_close(found[0][0].double(), truth, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("capability", (90,), indirect=True)
+def test_calls_that_descriptors_cannot_serve(capability: int) -> None:
+    q, k, v = (x.detach().bfloat16() for x in tensors((40, 70)))
+
+    def copied(options: tuple[Any, ...], *changed: Tensor, **masks: Tensor) -> bool:
+        x = changed or (q, k, v)
+        names = ("mask", "key_padding_mask", "prefix", "slopes", "cu_q", "cu_k", "seed")
+        size = launching.sizes(x[0], x[1], masks.get("cu_q"), masks.get("cu_k"))
+        given = tuple(masks.get(name) for name in names)
+        shared = launching.shared_arguments(*x, masks.get("bias"), given, (*options, 0.0, 0.0, 0.25), size)
+        return launching.tiles_for("forward", shared).copied
+
+    assert copied(("none", -1, -1)) and copied(("bottom_right", -1, -1)) and copied(("bottom_right", 30, -1))
+    assert copied(("none", -1, 30)) and copied(("top_left", -1, -1), k, q, q)
+    assert not copied(("bottom_right", 29, -1)), "the first key is hidden"
+    assert not copied(("top_left", -1, -1)), "the last keys are hidden"
+    assert not copied(("top_left", -1, 30), prefix=torch.tensor([70])), "the last keys may be hidden"
+    assert copied(("bottom_right", -1, -1), prefix=torch.tensor([0]))
+    assert not copied(("none", -1, -1), key_padding_mask=torch.ones(1, 70, dtype=torch.bool))
+    assert not copied(("none", -1, -1), q, k.expand(3, -1, -1, -1), v), "no stride along the batch"
+    assert not copied(("none", -1, -1), q[..., :12], k[..., :12], v), "rows of 24 bytes"
+    assert not copied(("none", -1, -1), q.float(), k.float(), v.float()), "no such tiles"
+    packed = {"cu_q": torch.tensor([0, 40]), "cu_k": torch.tensor([0, 70])}
+    assert not copied(("none", -1, -1), *(x[0].transpose(0, 1) for x in (q, k, v)), **packed)
+
+
+def test_other_devices_take_the_tiles_of_ampere() -> None:
+    for capability, expected in ((75, 75), (89, 89), (90, 90), (100, 100), (103, 103), (120, 80), (121, 80)):
+        with _lib.override_device_properties(_lib.DeviceProperties(capability, 4)):
+            assert launching.architecture(torch.empty(0)) == expected
 
 
 def test_mask_in_full_tiles() -> None:
@@ -121,7 +199,8 @@ def test_only_what_is_wanted_is_written() -> None:
         assert torch.equal(alone, torch.autograd.grad(out.sin().sum(), inputs)[n])
 
 
-def test_wide_heads() -> None:
+@pytest.mark.parametrize("capability", (80, 90, 100), indirect=True)
+def test_wide_heads(capability: int) -> None:
     """dk and dv in a launch each."""
     assert_close(tensors((33, 40), size=136), causal=True)
 

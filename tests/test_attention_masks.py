@@ -337,6 +337,26 @@ def test_wrong_sequences_are_named(error: type[Exception], text: str, ends: list
         attention(*PACKED, cu_seqlens_q=torch.tensor(ends), cu_seqlens_k=ENDS)
 
 
+def test_wrong_arguments_of_dropout_mask_are_named() -> None:
+    q, k, _ = qkv()
+    mask = pk.functional.dropout_mask
+    for error, text, call in (
+        (ValueError, "'dropout_p' .* -0.1", lambda: mask(q, k, -0.1, seed=1)),
+        (TypeError, "'key'", lambda: mask(q, None, 0.5, seed=1)),
+        (TypeError, "seed", lambda: mask(q, k, 0.5, seed="1")),
+        (RuntimeError, "divides query's 4, not 3", lambda: mask(q, k[:, :1].expand(-1, 3, -1, -1), 0.5, seed=1)),
+        (RuntimeError, "'cu_seqlens_k' .* None", lambda: mask(*PACKED[:2], 0.5, seed=1, cu_seqlens_q=ENDS)),
+        (
+            RuntimeError,
+            "'cu_seqlens_k' must have cu_seqlens_q's 3 elements, not 2",
+            lambda: mask(*PACKED[:2], 0.5, seed=1, cu_seqlens_q=ENDS, cu_seqlens_k=ENDS[::2]),
+        ),
+        (pk.BackendError, "dropout_mask", lambda: mask(q, k, 0.5, seed=1, backend="cpu")),
+    ):
+        with pytest.raises(error, match=text):
+            call()
+
+
 def test_wrong_shapes_are_named() -> None:
     q, k, v = qkv()
     three = [x[:, :1].expand(-1, 3, -1, -1) for x in (k, v)]

@@ -175,3 +175,27 @@ def test_wrong_inputs_are_named() -> None:
             module(x, **options)
     with pytest.raises(ValueError, match="'cu_seqlens_q' must end at query's total 11, not 9"):
         module(torch.zeros(L, E), cu_seqlens=torch.tensor([0, 9]))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", (torch.strided, torch.jagged), ids=str)
+def test_mha_takes_nested_tensors(layout: torch.layout) -> None:
+    """As torch's fast path, which knows one layout and no gradients."""
+    ours, theirs = pk.nn.MultiheadAttention(E, H, batch_first=True), nn.MultiheadAttention(E, H, batch_first=True)
+    ours.load_state_dict(theirs.eval().state_dict())
+    parts = [torch.randn(n, E, requires_grad=True) for n in (L, 4)]
+    nested = torch.nested.as_nested_tensor(parts, layout=layout)
+    out, weights = ours(nested, nested, nested)
+    assert out.is_nested and out.layout == layout and weights.shape == (2, L, L)
+    with torch.no_grad():
+        strided = torch.nested.nested_tensor([x.detach() for x in parts])
+        expected = theirs(strided, strided, strided, need_weights=False)[0]
+    for one, other, x, w in zip(out.unbind(), expected.unbind(), parts, weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        alone, alone_weights = theirs(x, x, x)
+        torch.testing.assert_close(w[: len(x), : len(x)], alone_weights, rtol=1e-4, atol=1e-5)
+        assert w[len(x) :].eq(0).all() and w[:, len(x) :].eq(0).all()
+        (gradient,) = torch.autograd.grad(one.square().sum(), x, retain_graph=True)
+        torch.testing.assert_close(gradient, torch.autograd.grad(alone.square().sum(), x)[0], rtol=1e-3, atol=1e-4)
+    with pytest.raises(AssertionError, match="nested tensors must be query, key and value at once"):
+        ours(nested, parts[0], parts[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 
@@ -86,7 +88,7 @@ def test_the_neighbour_is_not_mine():
     fused = torch.zeros(96)
     x, y, out = fused[:32], fused[32:64], fused[64:]
     pair_kernel[(1,)]((x, y), out, 32, BLOCK=64)
-    with pytest.raises(interpreter.MemoryCheckError, match=r"pair \(float32, shape \[32\]"):
+    with pytest.raises(interpreter.MemoryCheckError, match=r"pair\[0\] \(float32, shape \[32\]"):
         pair_kernel[(1,)]((x, y), out, 40, BLOCK=64)
 
 
@@ -142,6 +144,55 @@ def test_tensor_descriptors_are_checked_too(on_device):
     wrong = TensorDescriptor(small, [24, 24], [24, 1], [16, 16])
     with pytest.raises(interpreter.MemoryCheckError, match=r"shape \[8, 24\]"):
         descriptor_kernel[(1,)](wrong, small, 24, 24, ON_DEVICE=on_device, BLOCK=16)
+
+
+@triton.jit
+def described_kernel(x_ptr, base, n, stride, step, SIDE: tl.constexpr):
+    desc = tl.make_tensor_descriptor(x_ptr + base, [n, n], [stride, 1], [SIDE, 16])
+    desc.store([tl.program_id(0) * step, 0], tl.zeros((SIDE, 16), tl.float32))
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        ({"base": 2}, "base address"),
+        ({"stride": 33}, r"strides \[33\]"),
+        ({"stride": 0}, r"strides \[0\]"),
+        ({"n": 0}, r"sizes \[0, 0\]"),
+        ({"SIDE": 512}, r"block \[512, 16\] has a side of more than 256"),
+    ],
+)
+def test_descriptors_the_hardware_would_refuse(options, why):
+    given = {"base": 0, "n": 16, "stride": 32, "step": 0, "SIDE": 16}
+    described_kernel[(1,)](torch.empty(32, 32), **given)
+    with pytest.raises(interpreter.LaunchError, match=f"tensor descriptor in described_kernel: .*{why}"):
+        described_kernel[(1,)](torch.empty(32, 32), **{**given, **options})
+
+
+def test_programs_that_store_one_tile_by_descriptors_race():
+    x = torch.empty(32, 32)
+    described_kernel[(2,)](x, 0, 32, 32, 16, SIDE=16)
+    with pytest.raises(interpreter.RaceError, match=r"store by program \(1, 0, 0\) to x_ptr"):
+        described_kernel[(2,)](x, 0, 32, 32, 8, SIDE=16)
+
+
+class Pair(NamedTuple):
+    source: Any
+    target: Any
+
+
+@triton.jit
+def member_kernel(pair, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(pair.target + i, tl.load(pair.source + i), mask=i < n)
+
+
+def test_members_of_tuples_are_checked_under_their_names():
+    x, y = torch.ones(16), torch.zeros(16)
+    member_kernel[(1,)](Pair(x, y), 16, BLOCK=16)
+    assert torch.equal(x, y)
+    with pytest.raises(interpreter.MemoryCheckError, match=r"out of bounds: pair\.source .float32, shape \[8\]"):
+        member_kernel[(1,)](Pair(x[:8], y), 16, BLOCK=16)
 
 
 def test_an_empty_tensor_has_no_bytes():

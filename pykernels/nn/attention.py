@@ -43,7 +43,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         """Attends.
 
         Args:
-            query: Tensor[Lq, B, embed_dim] (Tensor[B, Lq, embed_dim] with batch_first) or Tensor[Lq, embed_dim].
+            query: Tensor[Lq, B, embed_dim] (Tensor[B, Lq, embed_dim] with batch_first) or Tensor[Lq, embed_dim]. Or,
+                with batch_first, a nested tensor of either layout, which must be key and value too, without masks.
             key, value: likewise, of length Lk, with sizes kdim and vdim.
             key_padding_mask: Tensor[B, Lk] (Tensor[Lk] unbatched); bool: True = **ignore** this key; floating point:
                 added to the scores.
@@ -56,6 +57,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         Returns:
             (output shaped as query, weights Tensor[B, Lq, Lk], or Tensor[B, num_heads, Lq, Lk], or None).
         """
+        if query.is_nested:
+            return self._forward_nested(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights
+            )
         batched = _check_inputs(self, query, key, value, key_padding_mask, attn_mask)
         if is_causal and attn_mask is None:
             raise RuntimeError("MultiheadAttention: attn_mask must be given with the is_causal hint, not None")
@@ -80,6 +85,36 @@ class MultiheadAttention(nn.MultiheadAttention):
         out = (out.transpose(1, 2) if first else out.permute(2, 0, 1, 3)).flatten(-2)
         out = linear(out, self.out_proj.weight, self.out_proj.bias)
         return out if batched else out.squeeze(0), weights
+
+    def _forward_nested(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        masks: tuple[Tensor | None, ...],
+        need_weights: bool,
+        average_attn_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Self-attention of a nested tensor, as torch has it in inference, and in training too: padded and back.
+        Weights are padded with zeros."""
+        if not (query is key and key is value and self.batch_first and all(m is None for m in masks)):
+            raise AssertionError(
+                "MultiheadAttention: nested tensors must be query, key and value at once, with batch_first, without "
+                "key_padding_mask and attn_mask"
+            )
+        parts = query.unbind()
+        padded = nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
+        lengths = torch.tensor([len(x) for x in parts], device=padded.device)
+        padding = torch.arange(padded.shape[1], device=padded.device) >= lengths.unsqueeze(1)
+        out, weights = self.forward(
+            padded, padded, padded, padding, need_weights, average_attn_weights=average_attn_weights
+        )
+        if weights is not None:
+            weights = weights.masked_fill(
+                padding[(slice(None), *(None,) * (weights.dim() - 3), slice(None), None)], 0.0
+            )
+        kept = [row[: len(x)] for row, x in zip(out, parts, strict=True)]
+        return torch.nested.as_nested_tensor(kept, layout=query.layout), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """The input projections; one product where query, key and value are the same tensor."""

@@ -166,6 +166,28 @@ def sequences(name: str, label: str, ends: Any, packed: Tensor, packed_name: str
     return ends.to(torch.int64)
 
 
+def packed(name: str, cu_seqlens_q: Any, cu_seqlens_k: Any) -> bool:
+    """Whether the layout is that of packed sequences."""
+    given = cu_seqlens_q is not None, cu_seqlens_k is not None
+    if given[0] != given[1]:
+        missing = "cu_seqlens_k" if given[0] else "cu_seqlens_q"
+        raise RuntimeError(f"{name}(): argument '{missing}' must be given with the other cu_seqlens, not None")
+    return given[0]
+
+
+def both_sequences(
+    name: str, cu_seqlens_q: Any, cu_seqlens_k: Any, query: Tensor, key: Tensor
+) -> tuple[Tensor, Tensor]:
+    ends_q = sequences(name, "cu_seqlens_q", cu_seqlens_q, query, "query")
+    ends_k = sequences(name, "cu_seqlens_k", cu_seqlens_k, key, "key")
+    if ends_k.shape != ends_q.shape:
+        raise RuntimeError(
+            f"{name}(): argument 'cu_seqlens_k' must have cu_seqlens_q's {ends_q.shape[0]} elements, "
+            f"not {ends_k.shape[0]}"
+        )
+    return ends_q, ends_k
+
+
 def longest(name: str, label: str, given: Any, ends: Tensor) -> int:
     """max_seqlen_*; where it is not given it is read from the ends (which waits for a GPU)."""
     if given is None:

@@ -101,21 +101,12 @@ def attention(
     """
     name = "attention"
     query, key, value = arguments.query_key_value(name, query, key, value)
-    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    if packed and (cu_seqlens_q is None or cu_seqlens_k is None):
-        missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
-        raise RuntimeError(f"{name}(): argument '{missing}' must be given with the other cu_seqlens, not None")
+    packed = arguments.packed(name, cu_seqlens_q, cu_seqlens_k)
     arguments.shapes(name, query, key, value, packed)
     heads = query.shape[1]
     if packed:
-        cu_seqlens_q = arguments.sequences(name, "cu_seqlens_q", cu_seqlens_q, query, "query")
-        cu_seqlens_k = arguments.sequences(name, "cu_seqlens_k", cu_seqlens_k, key, "key")
+        cu_seqlens_q, cu_seqlens_k = arguments.both_sequences(name, cu_seqlens_q, cu_seqlens_k, query, key)
         batch = cu_seqlens_q.shape[0] - 1
-        if cu_seqlens_k.shape[0] != batch + 1:
-            raise RuntimeError(
-                f"{name}(): argument 'cu_seqlens_k' must have cu_seqlens_q's {batch + 1} elements, "
-                f"not {cu_seqlens_k.shape[0]}"
-            )
         limits = (0, 0)
         if any(x is not None for x in (bias, mask, key_padding_mask, max_seqlen_q, max_seqlen_k)):
             limits = (
@@ -233,16 +224,19 @@ def dropout_mask(
         bool Tensor[B, H, Lq, Lk]; with cu_seqlens a list of one bool Tensor[H, Lq, Lk] for each sequence.
 
     Raises:
-        ValueError: `dropout_p` outside [0, 1).   TypeError: another `seed`.   RuntimeError: dimensions that do not fit.
+        TypeError: an argument that is not a Tensor, another `seed`.   RuntimeError: dimensions that do not fit; one of
+            cu_seqlens_q and cu_seqlens_k alone.
+        ValueError: `dropout_p` outside [0, 1); numbers in `cu_seqlens_*` as in `attention`.
         BackendError: another backend is named.
     """
     name = "dropout_mask"
     p = arguments.probability(name, "dropout_p", dropout_p)
-    packed = cu_seqlens_q is not None and cu_seqlens_k is not None
+    for label, x in (("query", query), ("key", key)):
+        _check.tensor(name, label, x)
+    packed = arguments.packed(name, cu_seqlens_q, cu_seqlens_k)
     arguments.shapes(name, query, key, key, packed)
     if packed:
-        cu_seqlens_q = arguments.sequences(name, "cu_seqlens_q", cu_seqlens_q, query, "query")
-        cu_seqlens_k = arguments.sequences(name, "cu_seqlens_k", cu_seqlens_k, key, "key")
+        cu_seqlens_q, cu_seqlens_k = arguments.both_sequences(name, cu_seqlens_q, cu_seqlens_k, query, key)
     ROOM.resolve(name, backend, query, "dropout_mask")
     given = as_seed(seed, query, name)
     return reference.dropout_mask(query, key, p, seed=given, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)

@@ -65,6 +65,8 @@ def from_function(row: Row, function: sass.Function, warps: int, shared: int, lo
     row.mma = sum(_uses_tensor_core(i.base, row.target) for i in function.instructions)
     row.barriers = _number(function.instructions, ("BAR",))
     row.warnings = _WARNING.findall(log)[:1]
+    if not any(i.base == "EXIT" for i in function.instructions):
+        row.warnings.append("a trap: the compiler took this kernel for impossible, and made nothing else of it")
     # Every function of the file has a line of its own; a kernel's device functions are inlined.
     spills = _SPILLS.findall(log)
     row.spill_bytes = max((int(stores) + int(loads) for _, stores, loads in spills), default=0)

@@ -17,7 +17,7 @@ MMA_FOR_TARGET = {80: "HMMA", 90: "HGMMA", 100: "UTC"}
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """Limits of one kernel. Those without a default here hold for all: it compiles, fits in shared memory, touches no
-    local memory in its hot loop, and ptxas reports no serialised tensor-core instructions."""
+    local memory in its hot loop, is more than a trap, and ptxas reports no serialised tensor-core instructions."""
 
     spill_bytes: int = 0  #: bytes spilled outside the hot loop
     vector: bool = False  #: 128-bit loads and stores on the path of a full tile, and narrow ones only off it

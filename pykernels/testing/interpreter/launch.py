@@ -34,8 +34,8 @@ class Launch:
         self.order: np.ndarray | None = None
 
     def set_arguments(self, arguments: dict[str, Any]) -> None:
-        for name, value in arguments.items():
-            for tensor in tensors_in(value):
+        for argument, value in arguments.items():
+            for name, tensor in tensors_in(argument, value):
                 extent = Extent(name, stock._unwrap_tensor(tensor))
                 self.extents.append(extent)
                 self.extent_of[id(tensor)] = extent

@@ -14,7 +14,7 @@ from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import TensorHandle as Handle
 
 from . import state
-from .state import MemoryCheckError
+from .state import LaunchError, MemoryCheckError
 
 ORIGIN = "pykernels.origin"
 
@@ -68,15 +68,17 @@ class Extent:
         return f"{self.name} ({kind}, shape {list(self.shape)}, strides {list(self.strides)})"
 
 
-def tensors_in(value: Any) -> Iterator[Any]:
-    """The tensors of an argument: itself, the members of a tuple, or the base of a tensor descriptor."""
+def tensors_in(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The tensors of an argument, with their names: itself, the members of a tuple (`masks.bias`, `pair[1]`), or the
+    base of a tensor descriptor."""
     if isinstance(value, (tuple, list)):
-        for member in value:
-            yield from tensors_in(member)
+        members = getattr(value, "_fields", None)
+        for n, member in enumerate(value):
+            yield from tensors_in(f"{name}.{members[n]}" if members else f"{name}[{n}]", member)
     elif hasattr(value, "base") and hasattr(value, "block_shape"):
-        yield from tensors_in(value.base)
+        yield from tensors_in(name, value.base)
     elif hasattr(value, "data_ptr"):
-        yield value
+        yield name, value
 
 
 def check(builder: Any, pointers: Handle, mask: Any, kind: str) -> None:
@@ -171,6 +173,35 @@ def keeping_base(original: Callable) -> Callable:
     return materialize_pointers
 
 
+#: What a tensor map cannot say; the driver or the hardware refuses it, or reads elsewhere.
+MAX_BOX, ALIGNMENT, MAX_SIZE, MAX_STRIDE = 256, 16, 2**32, 2**40
+
+
+def validate(original: Callable) -> Callable:
+    """The limits of the copy engine, by name; the stock checks are asserts without a message, or missing."""
+
+    def validate(self: Any) -> None:
+        itemsize = self.base.dtype.element_ty.primitive_bitwidth // 8
+        sizes = [int(np.ravel(n.data)[0]) for n in self.shape]
+        strides = [int(np.ravel(s.data)[0]) for s in self.strides]
+        box = list(self.block_shape)
+        faults = [
+            (self.base.data.item() % ALIGNMENT, f"the base address is not a multiple of {ALIGNMENT} bytes"),
+            (
+                any(s <= 0 or s * itemsize % ALIGNMENT or s * itemsize >= MAX_STRIDE for s in strides[:-1]),
+                f"strides {strides[:-1]} (of {itemsize} bytes) are not multiples of {ALIGNMENT} bytes in (0, 2**40)",
+            ),
+            (any(not 0 < n <= MAX_SIZE for n in sizes), f"sizes {sizes} are not in [1, 2**32]"),
+            (any(n > MAX_BOX for n in box), f"block {box} has a side of more than {MAX_BOX}"),
+        ]
+        for wrong, why in faults:
+            if wrong and state.launch is not None:
+                raise LaunchError(f"tensor descriptor in {state.launch.kernel}: {why} [{state.kernel_line()}]")
+        original(self)
+
+    return validate
+
+
 def checked(original: Callable, kind: str, pointer: int, mask: int | None) -> Callable:
     """`original` after a check; `pointer` and `mask` are the positions of those operands."""
 
@@ -206,6 +237,7 @@ def install() -> None:
     builder.create_masked_store = checked(builder.create_masked_store, "store", 0, 2)
     builder.create_atomic_rmw = checked(builder.create_atomic_rmw, "atomic", 1, 3)
     builder.create_atomic_cas = checked(builder.create_atomic_cas, "atomic", 0, None)
+    stock.TensorDescHandle.validate = validate(stock.TensorDescHandle.validate)
     for name in ("TensorDescHandle", "BlockPointerHandle"):
         handle = getattr(stock, name, None)  # block pointers are gone from 3.8 on
         if handle is not None:

@@ -29,7 +29,7 @@ class IntegerOverflowError(CheckError):
 
 
 class LaunchError(CheckError):
-    """The grid is larger than CUDA allows."""
+    """The grid is larger than CUDA allows, or a tensor descriptor is none that the hardware takes."""
 
 
 class UnsupportedError(NotImplementedError):

@@ -21,6 +21,16 @@ KERNELS: dict[str, tuple[tuple[bool, ...], int]] = {
     "dbias": ((False, False, False, True, False), 2),
 }
 
+#: What a call adds to the causal mask.
+EXTRAS: dict[str, dict[str, Any]] = {
+    "bias": {"bias": (1, HEADS, LENGTH, LENGTH)},
+    "padding": {"masks": {1: torch.ones(BATCH, LENGTH, dtype=torch.bool)}},
+    "dropout": {"masks": {6: torch.tensor([1])}, "dropout_p": 0.1},
+    "prefix": {"masks": {2: torch.tensor([300, 500])}},
+    "softcap": {"softcap": 30.0},
+    "packed": {"packed": True},
+}
+
 
 def call(
     kernel: str,
@@ -49,6 +59,24 @@ def call(
     return lambda: room("attention").attention_backward(out, lse, q, k, v, out, lse, lse, *rest, wanted)
 
 
+def chosen_tiles(kernel: str, launch: Callable[[], Any]) -> Any:
+    """What the wrapper takes for this call on a GPU of capability 90; nothing is compiled."""
+    lib, launching, found = room("_lib"), room("_attention_launch"), {}
+    take, run = launching.tiles_for, lib.launch
+
+    def noted(name: str, shared: dict[str, Any]) -> Any:
+        found[name] = take(name, shared)
+        return found[name]
+
+    launching.tiles_for, lib.launch = noted, lambda *args, **options: None
+    try:
+        with lib.override_device_properties(lib.DeviceProperties(90, 132)):
+            launch()
+    finally:
+        launching.tiles_for, lib.launch = take, run
+    return found[kernel]
+
+
 def entry(
     kernel: str,
     dtype: torch.dtype,
@@ -56,20 +84,21 @@ def entry(
     name: str = "causal",
     targets: tuple[int, ...] = (90,),
     blocks: int = 1,
+    tensor_cores: bool = True,
     **more: Any,
 ) -> Entry:
-    in_float32 = dtype == FLOAT32 and size > 128
-    products = Rules() if in_float32 else Rules(tensor_cores=True, mma_efficiency=0.95, blocks=blocks)
-    launching = room("_attention_launch")
     half = dtype != FLOAT32
-    tiles = next(t for least, capability, t in launching.TABLE[kernel, half] if size <= least and capability <= 90)
+    launch = call(kernel, dtype, size, **more)
+    products = Rules(tensor_cores=tensor_cores, mma_efficiency=0.95 if half else 0.0, blocks=blocks)
+    tiles = chosen_tiles(kernel, launch)
     turns = KERNELS[kernel][1] if half and not tiles.apart else 0
+    width = room("_attention_launch").padded(size)
     return Entry(
         name=f"attention {kernel} {name} {str(dtype)[6:]} {size}",
-        launch=call(kernel, dtype, size, **more),
+        launch=launch,
         rules={"attention_rows_kernel": Rules(occupancy=0.4), "": products},
         targets=targets,
-        loop_flops=2 * turns * tiles.queries * tiles.keys * size or None,
+        loop_flops=2 * turns * tiles.queries * tiles.keys * width or None,
     )
 
 
@@ -77,19 +106,21 @@ def entries() -> Iterator[Entry]:
     for kernel in ("forward", "dq", "dkdv"):
         for size in (64, 128):
             blocks = 1 if kernel == "forward" and size > 64 else 2
-            yield entry(kernel, BFLOAT16, size, blocks=blocks)
+            yield entry(kernel, BFLOAT16, size, targets=(90, 100), blocks=blocks)
             yield entry(kernel, BFLOAT16, size, "full", blocks=blocks, causal="none")
             yield entry(kernel, BFLOAT16, size, "ampere", targets=(80,))
-        yield entry(kernel, BFLOAT16, 256)
-        yield entry(kernel, FLOAT32, 64)
-        yield entry(kernel, FLOAT32, 256)
-    bias = (1, HEADS, LENGTH, LENGTH)
-    padding = {1: torch.ones(BATCH, LENGTH, dtype=torch.bool)}
-    yield entry("dbias", BFLOAT16, 64, "bias", bias=bias)
-    for kernel in ("forward", "dkdv"):
-        yield entry(kernel, BFLOAT16, 64, "bias", bias=bias)
-        yield entry(kernel, BFLOAT16, 64, "padding", masks=padding)
-        yield entry(kernel, BFLOAT16, 64, "packed", packed=True)
+            for name in ("bias", "padding", "dropout"):
+                yield entry(kernel, BFLOAT16, size, name, **EXTRAS[name])
+            yield entry(kernel, FLOAT32, size)
+            yield entry(kernel, FLOAT32, size, "blackwell", targets=(100,), tensor_cores=False)
+        yield entry(kernel, BFLOAT16, 256, targets=(90, 100))
+        yield entry(kernel, FLOAT32, 256, tensor_cores=False)
+        yield entry(kernel, BFLOAT16, 64, "packed", **EXTRAS["packed"])
+    for name in ("prefix", "softcap"):
+        yield entry("forward", BFLOAT16, 128, name, **EXTRAS[name])
+    yield entry("forward", BFLOAT16, 80, "padded")
+    for size in (64, 128):
+        yield entry("dbias", BFLOAT16, size, "bias", **EXTRAS["bias"])
 
 
 ENTRIES = list(entries())
