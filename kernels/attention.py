@@ -153,7 +153,7 @@ def _row_sums(dout: Tensor, out: Tensor, lse: Tensor, lse_low: Tensor, dlse: Ten
     base, delta = torch.empty_like(lse), torch.empty_like(lse)
     heads, length = lse.shape[1], lse.shape[0 if lse.dim() == 2 else 2]
     block_dv = launching.padded(out.shape[-1])
-    block = max(8, 8192 // out.element_size() // block_dv)
+    block = max(8, 4096 // out.element_size() // block_dv)
     _lib.launch(
         attention_rows_kernel, (triton.cdiv(lse.numel(), block),), lse,
         launching.rows(dout), launching.rows(out), launching.lines(lse), lse_low, launching.lines(dlse), base, delta,

@@ -58,9 +58,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             (output shaped as query, weights Tensor[B, Lq, Lk], or Tensor[B, num_heads, Lq, Lk], or None).
         """
         if query.is_nested:
-            return self._forward_nested(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights
-            )
+            masks = key_padding_mask, attn_mask
+            return self._forward_nested(query, key, value, masks, need_weights, average_attn_weights)
         batched = _check_inputs(self, query, key, value, key_padding_mask, attn_mask)
         if is_causal and attn_mask is None:
             raise RuntimeError("MultiheadAttention: attn_mask must be given with the is_causal hint, not None")

@@ -61,7 +61,9 @@ def call(
 
 def chosen_tiles(kernel: str, launch: Callable[[], Any]) -> Any:
     """What the wrapper takes for this call on a GPU of capability 90; nothing is compiled."""
-    lib, launching, found = room("_lib"), room("_attention_launch"), {}
+    found: dict[str, Any] = {}
+    lib: Any = room("_lib")
+    launching: Any = room("_attention_launch")
     take, run = launching.tiles_for, lib.launch
 
     def noted(name: str, shared: dict[str, Any]) -> Any:
@@ -96,7 +98,7 @@ def entry(
     return Entry(
         name=f"attention {kernel} {name} {str(dtype)[6:]} {size}",
         launch=launch,
-        rules={"attention_rows_kernel": Rules(occupancy=0.4), "": products},
+        rules={"attention_rows_kernel": Rules(occupancy=0.5), "": products},
         targets=targets,
         loop_flops=2 * turns * tiles.queries * tiles.keys * width or None,
     )
