@@ -13,7 +13,9 @@
 
 #include <array>
 #include <cmath>
+#include <cstdlib>
 #include <optional>
+#include <string_view>
 #include <vector>
 
 #include "attention_kernels.h"
@@ -27,8 +29,13 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 bool amx() {
-  // init_amx asks the operating system for the tile registers; it says no where there are none.
-  static const bool found = isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16") && at::cpu::init_amx();
+  // init_amx asks the operating system for the tile registers; it says no where there are none. Who names the
+  // capability avx512 to torch gets no more than that here too.
+  static const bool found = [] {
+    const char* const named = std::getenv("ATEN_CPU_CAPABILITY");
+    return isa() == Isa::kAvx512 && !(named && std::string_view(named) == "avx512") &&
+           __builtin_cpu_supports("avx512bf16") && at::cpu::init_amx();
+  }();
   return found;
 }
 
@@ -342,7 +349,13 @@ Gradients backward(const Tensor& dout_, const Tensor& dlse_, const Tensor& query
   Tensor dq = wanted[0] ? rows_like(query, query.sizes()) : none(),
          dk = wanted[1] ? rows_like(key, key.sizes()) : none(),
          dv = wanted[2] ? rows_like(value, value.sizes()) : none();
-  Tensor dbias = wanted[3] ? at::zeros(bias->sizes(), query.options().dtype(at::kFloat)) : none();
+  const bool packed = lse.dim() == 2;
+  a.dbias_once = wanted[3] && !packed && bias->sizes().equals({a.batch, a.heads, a.q_length, a.k_length});
+  a.dbias_element = a.dbias_once ? a.bias_element : Element::kFloat;
+  Tensor dbias = none();
+  if (wanted[3]) {
+    dbias = at::zeros(bias->sizes(), bias->options().dtype(a.dbias_once ? bias->scalar_type() : at::kFloat));
+  }
   a.out = strided(out);
   a.dout = strided(dout);
   a.lse = strided_lse(lse);
@@ -351,7 +364,7 @@ Gradients backward(const Tensor& dout_, const Tensor& dlse_, const Tensor& query
   if (wanted[0]) a.dq = strided(dq);
   if (wanted[1]) a.dk = strided(dk);
   if (wanted[2]) a.dv = strided(dv);
-  const bool by_query = wanted[3] && lse.dim() == 3 && bias->size(3) == 1;
+  const bool by_query = wanted[3] && !packed && bias->size(3) == 1;
   if (wanted[3] && !by_query) a.dbias = plane(dbias);
   if (lse.numel() > 0 || key.numel() > 0) {
     const AttentionKernels& kernel = kernels(a.element);

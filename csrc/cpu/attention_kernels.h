@@ -44,9 +44,11 @@ struct AttentionArgs {
   const float* sinks;
   Plane bias;
   Element bias_element;
-  Plane dbias;  // float, zeroed, accumulated; data null: not wanted
-  Plane mask;   // bytes
-  Plane seen;   // bytes, by key head, no queries; null: all keys matter, else those of 0 are read as zeros
+  Plane dbias;  // zeroed; data null: not wanted
+  Element dbias_element;
+  bool dbias_once;  // every element belongs to one score and is stored; else dbias is float and accumulated
+  Plane mask;       // bytes
+  Plane seen;       // bytes, by key head, no queries; null: all keys matter, else those of 0 are read as zeros
 
   bool dropout;
   uint64_t threshold, seed;  // an element is kept iff its word >= threshold

@@ -230,6 +230,24 @@ __attribute__((noinline)) void add_bias(const AttentionArgs& a, const Head& x, c
       });
 }
 
+// Asks for the part `part` of `parts` of what a later tile will read of the bias and add to its gradient. Down a column
+// of tiles every row is on another page, which the processor does not fetch ahead by itself.
+PK_INLINE void fetch_bias(const AttentionArgs& a, const Head& x, int64_t b, const Tile& t, int64_t part,
+                          int64_t parts) {
+  const auto fetch = [&](const Plane& plane, const char* base, int64_t size) PK_LAMBDA {
+    if (!plane.query || !plane.key) return;
+    for (int64_t i = t.q0 + part * t.nq / parts; i < t.q0 + (part + 1) * t.nq / parts; ++i) {
+      const char* const row = base + (i * plane.query + t.k0) * size;
+      for (int64_t byte = 0; byte < t.nk * size; byte += 64) _mm_prefetch(row + byte, _MM_HINT_T0);
+    }
+  };
+  if (x.bias) fetch(a.bias, x.bias, size_of(a.bias_element));
+  if (a.dbias.data) {
+    const int64_t size = size_of(a.dbias_element), at = b * a.dbias.batch + x.h * a.dbias.head;
+    fetch(a.dbias, static_cast<const char*>(a.dbias.data) + at * size, size);
+  }
+}
+
 __attribute__((noinline)) void apply_mask(const AttentionArgs& a, const Head& x, const Tile& t, int64_t width, float* s,
                                           float* buffer) {
   with_plane(
@@ -296,12 +314,20 @@ __attribute__((noinline)) void edit_scores(const AttentionArgs& a, const Head& x
   }
 }
 
-// dbias (float, broadcast in any way) += ds (nk x width).
+// dbias = ds (nk x width) where every element is stored once, dbias (float, broadcast in any way) += ds elsewhere.
 __attribute__((noinline)) void add_to_dbias(const AttentionArgs& a, const Head& x, int64_t b, const Tile& t,
                                             int64_t width, const float* ds) {
   const Plane& plane = a.dbias;
-  float* const base =
-      static_cast<float*>(plane.data) + b * plane.batch + x.h * plane.head + t.q0 * plane.query + t.k0 * plane.key;
+  const int64_t start = b * plane.batch + x.h * plane.head + t.q0 * plane.query + t.k0 * plane.key;
+  if (a.dbias_once) {
+    char* const first = static_cast<char*>(plane.data) + start * size_of(a.dbias_element);
+    const int64_t step = plane.query * size_of(a.dbias_element);
+    transpose_columns(ds, width, t.nq, t.nk, [&](int64_t i, int64_t j, VecF v, int64_t n) PK_LAMBDA {
+      store_row(a.dbias_element, first + i * step, j, v, n);
+    });
+    return;
+  }
+  float* const base = static_cast<float*>(plane.data) + start;
   if (plane.query && plane.key) {
     transpose_columns(ds, width, t.nq, t.nk, [&](int64_t i, int64_t j, VecF v, int64_t n) PK_LAMBDA {
       float* const p = base + i * plane.query + j;
