@@ -159,6 +159,45 @@ def test_mma_product(dtype: torch.dtype) -> None:
     torch.testing.assert_close(run_mma(a, b, c), expected, atol=1e-5, rtol=1e-5)
 
 
+def run_mma_tf32(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """a [16, 8]: a0..a3, row = lane / 4 (+ 8 for a1, a3), column = lane % 4 (+ 4 from a2 on); b [8, 8]: b0, b1, row =
+    lane % 4 (+ 4 for b1), column = lane / 4."""
+    row, column = torch.arange(32) // 4, torch.arange(32) % 4
+    fragments = (
+        torch.stack([a[row + i % 2 * 8, column + i // 2 * 4] for i in range(4)], 1),
+        torch.stack([b[column + i * 4, row] for i in range(2)], 1),
+    )
+    d = torch.full((32, 4), float("nan"))
+    call("check_mma_tf32", *fragments, c_fragment(c), d)
+    return d
+
+
+def test_mma_tf32_every_element() -> None:
+    for k in range(8):
+        a, b = torch.zeros(16, 8), torch.zeros(8, 8)
+        a[:, k], b[k] = torch.arange(1.0, 17.0), torch.arange(1.0, 9.0)
+        d = run_mma_tf32(a, b, torch.zeros(16, 8))
+        assert torch.equal(d, c_fragment(torch.outer(torch.arange(1.0, 17.0), torch.arange(1.0, 9.0))))
+
+
+def test_tf32_product_and_rounding() -> None:
+    """Ten explicit bits, to nearest, ties away from zero; then an exact product, summed in float32."""
+    ulp = 2.0**-10
+    x = torch.tensor([1 + ulp / 2, 1 + ulp * 0.49, -1 - ulp / 2, 1 + 1.5 * ulp, 3e-39, torch.inf, -torch.inf, 0.0])
+    y = torch.empty_like(x)
+    call("check_tf32", x, y, x.numel())
+    assert y.tolist()[:4] == [1 + ulp, 1.0, -1 - ulp, 1 + 2 * ulp]
+    assert y.tolist()[5:] == [torch.inf, -torch.inf, 0.0] and abs(y[4] - x[4]) <= 2.0**-136
+    a, b, c = torch.randn(16, 8), torch.randn(8, 8), torch.randn(16, 8)
+    rounded = [torch.empty_like(x) for x in (a, b)]
+    for given, made in zip((a, b), rounded, strict=True):
+        call("check_tf32", given, made, given.numel())
+        relative = ((made - given) / given).abs().max()
+        assert 2.0**-14 < relative <= 2.0**-11
+    expected = c_fragment((rounded[0].double() @ rounded[1].double() + c).float())
+    torch.testing.assert_close(run_mma_tf32(a, b, c), expected, atol=1e-6, rtol=1e-6)
+
+
 # ---- conversions and random numbers
 
 

@@ -59,6 +59,20 @@ __global__ void mma_kernel(const uint32_t* a, const uint32_t* b, const float* c,
   for (int i = 0; i < 4; ++i) d[4 * lane + i] = acc[i];
 }
 
+__global__ void mma_tf32_kernel(const float* a, const float* b, const float* c, float* d) {
+  const int lane = static_cast<int>(threadIdx.x);
+  uint32_t fragment[4];
+  for (int i = 0; i < 4; ++i) fragment[i] = to_tf32(a[4 * lane + i]);
+  float acc[4] = {c[4 * lane], c[4 * lane + 1], c[4 * lane + 2], c[4 * lane + 3]};
+  mma_m16n8k8_tf32(acc, fragment, to_tf32(b[2 * lane]), to_tf32(b[2 * lane + 1]));
+  for (int i = 0; i < 4; ++i) d[4 * lane + i] = acc[i];
+}
+
+__global__ void tf32_kernel(const float* in, float* out, int n) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i < n) out[i] = __uint_as_float(to_tf32(in[i]));
+}
+
 template <class T>
 __global__ void convert_kernel(const float* in, float* out, uint32_t* packed, int n) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
@@ -165,6 +179,12 @@ void check_ldmatrix(const uint16_t* tile, uint32_t* out, bool trans, void* strea
 }
 void check_mma(const uint32_t* a, const uint32_t* b, const float* c, float* d, DType dtype, void* stream) {
   launch(dtype == DType::bf16 ? mma_kernel<bf16> : mma_kernel<fp16>, 1, 32, 0, stream, a, b, c, d);
+}
+void check_mma_tf32(const float* a, const float* b, const float* c, float* d, void* stream) {
+  launch(mma_tf32_kernel, 1, 32, 0, stream, a, b, c, d);
+}
+void check_tf32(const float* in, float* out, int n, void* stream) {
+  launch(tf32_kernel, static_cast<unsigned>(ceil_div(n, 256)), 256, 0, stream, in, out, n);
 }
 void check_convert(const float* in, float* out, uint32_t* packed, int n, DType dtype, void* stream) {
   dispatch(dtype, [&](auto tag) {

@@ -19,6 +19,9 @@ void check_block_votes(const int* in, int* out, int threads, void* stream);
 void check_ldmatrix(const uint16_t* tile, uint32_t* out, bool trans, void* stream);
 // One warp's fragments: a 32 x 4, b 32 x 2 registers, c and d 32 x 4 floats; d = c + a b.
 void check_mma(const uint32_t* a, const uint32_t* b, const float* c, float* d, DType dtype, void* stream);
+// The same for tf32, from floats: a 32 x 4, b 32 x 2; and the rounding alone, out[i] = in[i] to tf32.
+void check_mma_tf32(const float* a, const float* b, const float* c, float* d, void* stream);
+void check_tf32(const float* in, float* out, int n, void* stream);
 // out[i] = float to T to float of in[i], packed[i] = pack2(in[2 i], in[2 i + 1]) (not for f32).
 void check_convert(const float* in, float* out, uint32_t* packed, int n, DType dtype, void* stream);
 // Four words for each of n offsets; key = seed.

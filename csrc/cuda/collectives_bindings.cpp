@@ -9,6 +9,8 @@ void bind_collectives(pybind11::module_& m) {
   def(m, "check_block_votes", &check_block_votes);
   def(m, "check_ldmatrix", &check_ldmatrix);
   def(m, "check_mma", &check_mma);
+  def(m, "check_mma_tf32", &check_mma_tf32);
+  def(m, "check_tf32", &check_tf32);
   def(m, "check_convert", &check_convert);
   def(m, "check_philox", &check_philox);
   def(m, "check_block_reduce", &check_block_reduce);

@@ -17,6 +17,10 @@ ARCHITECTURES = {80: "80", 90: "90a"}
 
 #: By a regular expression on the readable name, first match; the default is `Rules()`.
 RULES: dict[str, Rules] = {
+    # mma.sync on every target. By their registers two blocks share a multiprocessor.
+    r"attention_fwd_kernel<\w+, (64|128),": Rules(warp_mma=True, blocks=2),
+    r"attention_(fwd|bwd_dq|bwd_dkdv|bwd_dbias)_kernel<": Rules(warp_mma=True),
+    r"attention_\w*rows_kernel<": Rules(occupancy=0.5),
     # Few warps, but each thread has three 128-bit loads in flight: 36 KiB a multiprocessor, where memory latency times
     # bandwidth asks for 15 on an H100.
     r"rows_kernel<(__half|__nv_bfloat16), .*GatedBackward": Rules(vector=True, occupancy=0.375),

@@ -63,6 +63,7 @@ def from_function(row: Row, function: sass.Function, warps: int, shared: int, lo
     row.stores_128 = counts["STG.128"] + counts["STG.256"]
     row.narrow = sum(counts[f"{op}.{bits}"] for op in ("LDG", "STG") for bits in (8, 16))
     row.mma = sum(_uses_tensor_core(i.base, row.target) for i in function.instructions)
+    row.warp_mma = _number(function.instructions, ("HMMA",))
     row.barriers = _number(function.instructions, ("BAR",))
     row.warnings = _WARNING.findall(log)[:1]
     if not any(i.base == "EXIT" for i in function.instructions):

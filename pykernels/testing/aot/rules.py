@@ -24,6 +24,7 @@ class Rules:
     narrow: int = 0  #: 8- and 16-bit accesses allowed on that path: scalars that all threads share
     instructions_per_byte: float | None = None  #: on that path; checked where the entry says how many bytes move
     tensor_cores: bool = False  #: the target's own matrix instruction is used
+    warp_mma: bool = False  #: mma.sync is used, which is one instruction on every target
     mma_efficiency: float = 0.0  #: useful over issued flops of the hot loop (`Entry.loop_flops`), sm_90
     occupancy: float = 0.0  #: share of a multiprocessor's warps
     blocks: int = 1  #: blocks on one multiprocessor
@@ -78,7 +79,8 @@ class Row:
     loads_128: int = 0
     stores_128: int = 0
     narrow: int = 0  #: 8- and 16-bit accesses on the path of a full tile
-    mma: int = 0
+    mma: int = 0  #: the target's own matrix instructions
+    warp_mma: int = 0  #: those of mma.sync
     barriers: int = 0
     instructions_per_byte: float | None = None
     issue_share: float | None = None  #: of the instructions the chip can issue while these bytes move
@@ -122,6 +124,7 @@ def check(row: Row, rules: Rules) -> list[str]:
         require(row.barriers <= rules.barriers, f"{row.barriers} barriers, allowed {rules.barriers}")
     if rules.tensor_cores:
         require(row.mma > 0, f"no {MMA_FOR_TARGET[row.target]} instructions: the tensor cores are not used")
+    require(row.warp_mma > 0 or not rules.warp_mma, "no HMMA instructions: the tensor cores are not used")
     limit, found = rules.instructions_per_byte, row.instructions_per_byte
     if limit is not None and found is not None:
         require(found <= limit, f"{found:.2f} instructions a byte, allowed {limit}")
