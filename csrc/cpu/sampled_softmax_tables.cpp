@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor> sum_terms(const RowTerms& terms, at::ScalarType dtype
   const int64_t cols = terms.rows.size(1);
   const Ids ids = ids_of(terms.ids);
   const SortedIds sorted = sort_ids(ids, terms.skipped + 1, terms.skipped, ids.count);
-  const int64_t runs = static_cast<int64_t>(sorted.runs.size());
+  const int64_t runs = sorted.count;
   Tensor found = at::empty({1, sparse ? runs : 0}, at::kLong);
   for (int64_t r = 0; sparse && r < runs; ++r) found.mutable_data_ptr<int64_t>()[r] = sorted.runs[r].id;
   Tensor summed = direct ? zeros_large({terms.count, cols}, options) : empty_large({runs, cols}, terms.rows.options());
@@ -89,10 +89,10 @@ std::tuple<Tensor, Tensor> sum_terms(const RowTerms& terms, at::ScalarType dtype
     args.cols = cols;
     args.bag_of = terms.row_of;
     args.coefficient = terms.coefficient;
-    args.entries = sorted.entries.get();
+    args.entries = sorted.entries;
     args.last = ids.count - 1;
     args.position_mask = (uint64_t{1} << sorted.position_bits) - 1;
-    args.runs = sorted.runs.data();
+    args.runs = sorted.runs;
     const Tensor partials = at::empty({sorted.pieces, cols}, options.dtype(at::kFloat));
     args.partials = partials.mutable_data_ptr();
     args.out = summed.mutable_data_ptr();
