@@ -14,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("activation", "attention", "recurrent", "embedding", "sampled_softmax")
+KNOWN = ("pykernels", "eager", "compile", "copy")
 SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "fwd+bwd"}
 
 
@@ -30,7 +31,7 @@ def table(record: dict[str, Any]) -> str:
         f"of interleaved rounds; copy bandwidth in the same run {record['copy_bytes_per_second'] / 1e9:.1f} GB/s.",
         "",
         "| op | shape | dtype | direction | ours, ms | eager | torch.compile | copy of as many bytes "
-        "| best peer / ours (p20–p80) |",
+        "| best peer / ours (p20–p80); other peers, ms |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
@@ -40,7 +41,9 @@ def table(record: dict[str, Any]) -> str:
             ratio = f"**{row['ratio']['median']:.2f}** ({row['ratio']['p20']:.2f}–{row['ratio']['p80']:.2f})"
         else:
             ratio = "–"
-        providers = " | ".join(_cell(row, p) for p in ("pykernels", "eager", "compile", "copy"))
+        others = {name: _cell(row, name) for name in row["seconds"] if name not in KNOWN}
+        ratio += "".join(f"; {name} {time}" for name, time in others.items())
+        providers = " | ".join(_cell(row, p) for p in KNOWN)
         direction = SHORT.get(row["direction"], row["direction"])
         lines.append(f"| {row['op']} | {row['shape']} | {row['dtype']} | {direction} | {providers} | {ratio} |")
     if record.get("call_overhead"):

@@ -17,12 +17,14 @@ from .. import BackendError
 from .._backends import BACKENDS
 from ..testing import bench, machine
 from ..testing.spec import ROOMS, Case, OpSpec, load
+from ..testing.step import Step, load_steps
+from ..testing.step import row as step_row
 from ..testing.timing import Timing, copy_bandwidth
 from ._output import BadInput, console, json_option, print_json, progress
 from ._plot import Series, bars, standalone
 from .verify import DTYPES, label
 
-_SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "f+b"}
+_SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "f+b", "step": "step"}
 Overhead = dict[str, dict[str, dict[str, Timing]]]
 
 
@@ -77,6 +79,8 @@ def command(
     compile_modes = tuple(mode for mode in modes if mode != "none")
     jobs = [(s, case, DTYPES[dtype]) for dtype in (dtypes or ("float32",)) for s in specs for case in s.bench]
     rows = _rows(jobs, backend, device, compile_modes, rounds, seconds)
+    if device == "cpu" and not ops:
+        rows += _steps(load_steps(room) if "float32" in (dtypes or ("float32",)) else [], rounds, seconds)
     overhead = _overhead(specs, rounds) if device == "cpu" else {}
     limit = copy_bandwidth(device=device)
     if folder:
@@ -129,6 +133,16 @@ def _rows(
     return found
 
 
+def _steps(steps: list[Step], rounds: int, seconds: float) -> list[bench.Row]:
+    found = []
+    with progress(len(steps)) as advance:
+        for step in steps:
+            advance(0, f"{step.name} {step.shape}: step")
+            found.append(step_row(step, rounds, seconds))
+            advance()
+    return found
+
+
 def _overhead(specs: list[OpSpec], rounds: int) -> Overhead:
     found = {}
     with progress(len(specs)) as advance:
@@ -175,7 +189,7 @@ def _speed_table(rows: list[bench.Row]) -> Table:
     for name in ("ours", *peers, "ratio", "p20-p80", "GB/s", "limit"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        head = (row.op, row.shape) if row.direction == bench.DIRECTIONS[0] else ("", "")
+        head = (row.op, row.shape) if row.direction in (bench.DIRECTIONS[0], "step") else ("", "")
         if not row.correct:
             table.add_row(row.op, row.shape, _SHORT[row.direction], Text("CHECK FAILED", style="bold red"))
             continue

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec import Case, Input, OpSpec
+from ._embedding_steps import STEPS as STEPS
 
 
 def _lookup(label: str, ids: tuple[int, ...], rows: int, size: int, dy: str = "contiguous", **options: Any) -> Case:
