@@ -45,7 +45,7 @@ def load_steps(room: str | None = None) -> list[Step]:
 
 
 def row(step: Step, rounds: int = 20, seconds: float = 3.0) -> Row:
-    """One row of a benchmark, direction "step", float32: the first steps of all must leave the same, then they are timed."""
+    """One row of a benchmark, direction "step", float32. The first steps of all must leave the same values."""
     found = Row(step.name, step.shape, "float32", "step", "cpu")
     with one_thread():
         try:
