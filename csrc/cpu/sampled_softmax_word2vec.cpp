@@ -1,0 +1,145 @@
+// The operator `word2vec_step_.cpu`: checks, then sentences dealt out over threads. Its schema is defined in Python.
+#include "sampled_softmax_word2vec.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <mutex>
+
+#include "isa.h"
+
+namespace pk {
+namespace {
+
+using at::Tensor;
+
+constexpr auto kName = "word2vec_step_()";
+
+const Word2VecKernels& kernels() {
+  TORCH_CHECK(isa() != Isa::kNone, isa_refusal());
+  static const Word2VecKernels* const found =
+      isa() == Isa::kAvx512 ? word2vec_kernels_avx512() : word2vec_kernels_avx2();
+  return *found;
+}
+
+template <class T>
+const T* data(const Tensor& x, at::ScalarType dtype, int64_t least, const char* argument) {
+  TORCH_CHECK(x.device().is_cpu() && x.dim() == 1 && x.is_contiguous() && x.scalar_type() == dtype, kName,
+              ": argument '", argument, "' must be a contiguous 1-D ", dtype, " tensor on the CPU");
+  TORCH_CHECK(x.numel() >= least, kName, ": argument '", argument, "' must have at least ", least, " elements, not ",
+              x.numel());
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+float* table(Tensor& x, const char* argument) {
+  TORCH_CHECK(x.device().is_cpu() && x.dim() == 2 && x.stride(1) == 1 && x.scalar_type() == at::kFloat, kName,
+              ": argument '", argument, "' must be a 2-D float32 tensor with contiguous rows on the CPU");
+  return x.mutable_data_ptr<float>();
+}
+
+// Everything that is read from an index is looked at first: a wrong one must leave the tables as they are.
+void check_below(const int32_t* ids, int64_t count, int64_t bound, const char* argument) {
+  uint32_t largest = 0;  // a negative id is a large one
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, static_cast<uint32_t>(ids[i]));
+  if (count == 0 || largest < static_cast<uint64_t>(bound)) return;
+  int64_t i = 0;
+  while (static_cast<uint32_t>(ids[i]) < static_cast<uint64_t>(bound)) ++i;
+  TORCH_CHECK_INDEX(false, kName, ": ", argument, "[", i, "] is ", ids[i], ", which is not in [0, ", bound, ")");
+}
+
+void check_spans(const int64_t* offsets, int64_t count, int64_t total, const char* argument) {
+  TORCH_CHECK_VALUE(offsets[0] == 0, kName, ": ", argument, "[0] must be 0, not ", offsets[0]);
+  for (int64_t i = 0; i < count; ++i) {
+    TORCH_CHECK_VALUE(offsets[i] <= offsets[i + 1], kName, ": ", argument, " must not decrease, but ", argument, "[", i,
+                      "] is ", offsets[i], " and ", argument, "[", i + 1, "] is ", offsets[i + 1]);
+  }
+  TORCH_CHECK_VALUE(offsets[count] == total, kName, ": ", argument, "[-1] must be ", total, ", not ", offsets[count]);
+}
+
+Tensor word2vec_step_(Tensor vectors, Tensor outputs, const Tensor& tokens, const Tensor& offsets, const Tensor& keep,
+                      const std::optional<Tensor>& noise, const std::optional<Tensor>& points,
+                      const std::optional<Tensor>& codes, const std::optional<Tensor>& paths, c10::string_view mode,
+                      int64_t window, int64_t negatives, bool classic, bool with_loss, double first_rate,
+                      double last_rate, int64_t seed, int64_t first_sentence) {
+  Word2VecArgs a;
+  a.vectors = table(vectors, "vectors");
+  a.outputs = table(outputs, "outputs");
+  a.vector_stride = vectors.stride(0);
+  a.output_stride = outputs.stride(0);
+  a.vocabulary = vectors.size(0);
+  a.width = vectors.size(1);
+  TORCH_CHECK_VALUE(outputs.size(1) == a.width, kName, ": outputs must have the ", a.width, " columns of vectors, not ",
+                    outputs.size(1));
+  a.tokens = data<int32_t>(tokens, at::kInt, 0, "tokens");
+  a.offsets = data<int64_t>(offsets, at::kLong, 1, "offsets");
+  a.sentences = offsets.numel() - 1;
+  a.keep = reinterpret_cast<const uint32_t*>(data<int32_t>(keep, at::kInt, a.vocabulary, "keep"));
+  check_below(a.tokens, tokens.numel(), a.vocabulary, "tokens");
+  check_spans(a.offsets, a.sentences, tokens.numel(), "offsets");
+  TORCH_CHECK_VALUE(window >= 1 && window <= kMostWindow, kName, ": window must be in [1, ", kMostWindow, "], not ",
+                    window);
+  a.window = static_cast<int>(window);
+  if (points) {
+    TORCH_CHECK_VALUE(codes && paths, kName, ": points, codes and paths go together");
+    a.points = data<int32_t>(*points, at::kInt, 0, "points");
+    a.codes = data<int8_t>(*codes, at::kChar, points->numel(), "codes");
+    a.paths = data<int64_t>(*paths, at::kLong, a.vocabulary + 1, "paths");
+    check_below(a.points, points->numel(), outputs.size(0), "points");
+    check_spans(a.paths, a.vocabulary, points->numel(), "paths");
+    for (int64_t word = 0; word < a.vocabulary; ++word) {
+      TORCH_CHECK_VALUE(a.paths[word + 1] - a.paths[word] <= kMostRows, kName, ": the path of word ", word, " has ",
+                        a.paths[word + 1] - a.paths[word], " nodes, more than ", kMostRows);
+    }
+  } else {
+    TORCH_CHECK_VALUE(noise, kName, ": noise, or points, codes and paths, must be given");
+    TORCH_CHECK_VALUE(negatives >= 1 && negatives < kMostRows, kName, ": negatives must be in [1, ", kMostRows - 1,
+                      "], not ", negatives);
+    TORCH_CHECK_VALUE(outputs.size(0) >= a.vocabulary, kName, ": outputs must have the ", a.vocabulary,
+                      " rows of vectors, not ", outputs.size(0));
+    a.noise = reinterpret_cast<const uint64_t*>(data<int64_t>(*noise, at::kLong, a.vocabulary, "noise"));
+    for (int64_t word = 0; word < a.vocabulary; ++word) {
+      TORCH_CHECK_VALUE(static_cast<int64_t>(a.noise[word] >> 32) < a.vocabulary, kName, ": noise[", word,
+                        "] leads to word ", a.noise[word] >> 32, " of ", a.vocabulary);
+    }
+    a.negatives = static_cast<int>(negatives);
+  }
+  TORCH_CHECK_VALUE(mode == "pair" || mode == "window" || mode == "cbow", kName,
+                    ": mode must be pair, window or cbow, not '", mode, "'");
+  a.mode = mode == "pair" ? Word2VecMode::kPair : mode == "cbow" ? Word2VecMode::kCbow : Word2VecMode::kWindow;
+  a.classic = classic;
+  a.with_loss = with_loss;
+  a.first_rate = static_cast<float>(first_rate);
+  a.last_rate = static_cast<float>(last_rate);
+  a.seed = static_cast<uint64_t>(seed);
+  a.first_sentence = first_sentence;
+
+  Word2VecCounts total;
+  std::mutex adding;
+  // Threads take runs of sentences with about the same number of words, and write to the tables as they come (Hogwild).
+  const auto sentence_at = [&](int64_t word) {
+    return std::lower_bound(a.offsets, a.offsets + a.sentences, word) - a.offsets;
+  };
+  at::parallel_for(0, tokens.numel(), 4096, [&](int64_t begin, int64_t end) {
+    Word2VecCounts mine;
+    const int64_t last = end == tokens.numel() ? a.sentences : sentence_at(end);
+    kernels().train(a, sentence_at(begin), last, mine);
+    const std::lock_guard<std::mutex> lock(adding);
+    total.words += mine.words;
+    total.pairs += mine.pairs;
+    total.loss += mine.loss;
+  });
+  Tensor counts = at::empty({3}, at::kDouble);
+  double* const out = counts.mutable_data_ptr<double>();
+  out[0] = static_cast<double>(total.words);
+  out[1] = static_cast<double>(total.pairs);
+  out[2] = total.loss;
+  return counts;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(pykernels, CPU, m) { m.impl("word2vec_step_.cpu", &word2vec_step_); }
+
+}  // namespace pk
