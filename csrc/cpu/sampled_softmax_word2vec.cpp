@@ -60,7 +60,7 @@ void check_spans(const int64_t* offsets, int64_t count, int64_t total, const cha
 
 Tensor word2vec_step_(Tensor vectors, Tensor outputs, const Tensor& tokens, const Tensor& offsets, const Tensor& keep,
                       const std::optional<Tensor>& noise, const std::optional<Tensor>& points,
-                      const std::optional<Tensor>& codes, const std::optional<Tensor>& paths, c10::string_view mode,
+                      const std::optional<Tensor>& codes, const std::optional<Tensor>& starts, c10::string_view mode,
                       int64_t window, int64_t negatives, bool classic, bool with_loss, double first_rate,
                       double last_rate, int64_t seed, int64_t first_sentence) {
   Word2VecArgs a;
@@ -82,18 +82,18 @@ Tensor word2vec_step_(Tensor vectors, Tensor outputs, const Tensor& tokens, cons
                     window);
   a.window = static_cast<int>(window);
   if (points) {
-    TORCH_CHECK_VALUE(codes && paths, kName, ": points, codes and paths go together");
+    TORCH_CHECK_VALUE(codes && starts, kName, ": points, codes and starts go together");
     a.points = data<int32_t>(*points, at::kInt, 0, "points");
     a.codes = data<int8_t>(*codes, at::kChar, points->numel(), "codes");
-    a.paths = data<int64_t>(*paths, at::kLong, a.vocabulary + 1, "paths");
+    a.starts = data<int64_t>(*starts, at::kLong, a.vocabulary + 1, "starts");
     check_below(a.points, points->numel(), outputs.size(0), "points");
-    check_spans(a.paths, a.vocabulary, points->numel(), "paths");
+    check_spans(a.starts, a.vocabulary, points->numel(), "starts");
     for (int64_t word = 0; word < a.vocabulary; ++word) {
-      TORCH_CHECK_VALUE(a.paths[word + 1] - a.paths[word] <= kMostRows, kName, ": the path of word ", word, " has ",
-                        a.paths[word + 1] - a.paths[word], " nodes, more than ", kMostRows);
+      TORCH_CHECK_VALUE(a.starts[word + 1] - a.starts[word] <= kMostRows, kName, ": the path of word ", word, " has ",
+                        a.starts[word + 1] - a.starts[word], " nodes, more than ", kMostRows);
     }
   } else {
-    TORCH_CHECK_VALUE(noise, kName, ": noise, or points, codes and paths, must be given");
+    TORCH_CHECK_VALUE(noise, kName, ": noise, or points, codes and starts, must be given");
     TORCH_CHECK_VALUE(negatives >= 1 && negatives < kMostRows, kName, ": negatives must be in [1, ", kMostRows - 1,
                       "], not ", negatives);
     TORCH_CHECK_VALUE(outputs.size(0) >= a.vocabulary, kName, ": outputs must have the ", a.vocabulary,

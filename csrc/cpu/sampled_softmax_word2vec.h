@@ -20,9 +20,9 @@ struct Word2VecArgs {
   int64_t sentences{};
   const uint32_t* keep{};   // a word is kept iff its draw < keep; the largest value: always
   const uint64_t* noise{};  // alias table: threshold in the low half, the other word in the high half
-  const int32_t* points{};  // hierarchical softmax: rows of `outputs` on the word's path, from paths[word]
+  const int32_t* points{};  // hierarchical softmax: rows of `outputs` on the word's path, from starts[word]
   const int8_t* codes{};    // the turn taken there: label 1 - code
-  const int64_t* paths{};
+  const int64_t* starts{};
   Word2VecMode mode{};
   int window{}, negatives{};
   bool classic{};  // CBOW: the whole error to every context word, as the first trainers did

@@ -6,3 +6,4 @@ from .linear import *  # noqa: F403
 from .losses import *  # noqa: F403
 from .samplers import *  # noqa: F403
 from .tables import *  # noqa: F403
+from .word2vec import *  # noqa: F403

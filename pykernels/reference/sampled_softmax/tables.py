@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -75,6 +76,12 @@ class AliasTable:
         support = int((probability > 0).sum())
         threshold = torch.tensor(scaled, dtype=torch.float64)
         return AliasTable(probability, threshold, torch.tensor(alias, dtype=torch.int32), support)
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """Tensor[V] int64: threshold * 2^32 in the low half, alias in the high half; one load a draw."""
+        low = (self.threshold * 2.0**32).clamp(max=2.0**32 - 1).to(torch.int64)
+        return low | (self.alias.to(torch.int64) << 32)
 
     def to(self, device: torch.device | str) -> AliasTable:
         """The same table on another device; itself where it is there already."""
