@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from pykernels.testing.text import Text, default_text
 from pykernels.testing.training import train_both
@@ -50,3 +51,12 @@ def test_a_script_runs_from_the_command_line(tmp_path: Path) -> None:
     assert "GPT (" in done.stdout and "gradients at step 1: equal" in done.stdout and "DIFFERENT" not in done.stdout
     done = run([*command, str(tmp_path / "none.txt")])
     assert done.returncode == 2 and "cannot be read" in done.stderr
+
+
+def test_word2vec_in_its_four_variants(text: Text) -> None:
+    models = importlib.import_module("word2vec").train(text, size=16, epochs=3)
+    assert len(models) == 4
+    for name, model in models.items():
+        assert model.losses[-1] < model.losses[0], name
+    again = importlib.import_module("word2vec").train(text, size=16, epochs=3)
+    assert all(torch.equal(models[name].vectors, again[name].vectors) for name in models)

@@ -1,11 +1,11 @@
-"""The `pykernels` command: what is installed, is it right, is it fast, and the demo."""
+"""The `pykernels` command: what is installed, is it right, is it fast, the demo, and training."""
 
 from __future__ import annotations
 
 import click
 
 from .. import __version__
-from . import bench, demo, info, verify
+from . import bench, demo, info, train, verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -17,7 +17,7 @@ def main() -> None:
     """
 
 
-for _module in (info, verify, bench, demo):
+for _module in (info, verify, bench, demo, train):
     main.add_command(_module.command)
 
 __all__ = ["main"]

@@ -64,7 +64,7 @@ class Options:
     def first_lr(self) -> float:
         if self.lr is not None:
             return self.lr
-        return 0.1 if self.cbow and not self.word2vec_compat else 0.025
+        return 0.05 if self.cbow and not self.word2vec_compat else 0.025
 
 
 class Word2Vec:
@@ -84,7 +84,7 @@ class Word2Vec:
         negatives: noise words a pair.
         distortion: noise words are drawn with probability proportional to count**distortion.
         sample: threshold of subsampling; occurrences of words more frequent than it are dropped at random, 0: none.
-        lr: first learning rate; it falls linearly to `min_lr` over all epochs. None: 0.025, and 0.1 for CBOW with the
+        lr: first learning rate; it falls linearly to `min_lr` over all epochs. None: 0.025, and 0.05 for CBOW with the
             gradient of the mean, which is smaller by the number of contexts.
         epochs: passes over the text.
         window_batched, word2vec_compat: as in `word2vec_step_`.
@@ -194,6 +194,10 @@ class Word2Vec:
         o, sentences, count = self.options, len(offsets) - 1, len(tokens)
         step = self._step_options(compute_loss)
         total = count * max(o.epochs, 1)
+
+        def rate(done: int) -> float:
+            return o.first_lr + (o.min_lr - o.first_lr) * (done / total)
+
         while self._sentences_done < sentences * o.epochs:
             epoch, first = divmod(self._sentences_done, sentences)
             pairs, loss = 0, 0.0
@@ -201,13 +205,11 @@ class Word2Vec:
                 start = int(offsets[first])
                 last = int(torch.searchsorted(offsets, min(start + self._chunk(), count)))
                 words = slice(start, int(offsets[last]))
-                done = (epoch * count + words.start) / total, (epoch * count + words.stop) / total
-                rates = tuple(o.first_lr + (o.min_lr - o.first_lr) * part for part in done)
                 found = F.word2vec_step_(
                     *self._built(),
                     tokens[words],
                     offsets[first : last + 1] - start,
-                    lr=rates,
+                    lr=(rate(epoch * count + start), rate(epoch * count + words.stop)),
                     first_sentence=self._sentences_done,
                     **step,
                 )

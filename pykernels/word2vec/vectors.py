@@ -209,7 +209,8 @@ def _lines(source: str | Path | Iterable[str]) -> Iterator[str]:
 
 
 def _sections(lines: str | Path | Iterable[str]) -> Iterator[tuple[str, list[list[str]]]]:
-    name, questions = "", []
+    name = ""
+    questions: list[list[str]] = []
     for line in _lines(lines):
         if line.startswith(":"):
             if questions:
