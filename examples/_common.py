@@ -18,7 +18,7 @@ from pykernels.testing import stock
 from pykernels.testing.text import Text, TextError, Tokens, default_text, read_text
 from pykernels.testing.training import Batch, Kind, Outcome, Task, train_both
 
-FUNCTIONS = ("attention", "negative_sampling_loss")
+FUNCTIONS = ("attention", "dot_interaction", "embedding_bag_multi", "negative_sampling_loss", "sampled_softmax_loss")
 IGNORED = -100  # F.cross_entropy's mark of a target that does not count
 
 
@@ -27,7 +27,8 @@ def kit(kind: Kind) -> types.SimpleNamespace:
     modules, functions = (nn, stock) if kind == "torch" else (pykernels.nn, pykernels.functional)
     names = {modules: ("Embedding", "EmbeddingBag", "LSTM", "GRU", "GELU", "ReLU"), functions: FUNCTIONS}
     found = {name: getattr(source, name) for source, those in names.items() for name in those}
-    return types.SimpleNamespace(**found)
+    rowwise = stock.RowWiseAdagrad if kind == "torch" else pykernels.optim.RowWiseAdagrad
+    return types.SimpleNamespace(RowWiseAdagrad=rowwise, **found)
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -100,6 +101,8 @@ def show(outcome: Outcome) -> Outcome:
     for name, side in (("stock PyTorch", outcome.stock), ("pykernels", outcome.ours)):
         rate = f"{outcome.rate(side):,.0f} targets a second"
         print(f"  {name:14} loss {side.losses[0]:.5f} -> {side.losses[-1]:.5f}, {rate}, peak {side.peak >> 10} KiB")
+        if side.evaluation is not None:
+            print(f"  {name:14} evaluated: {side.evaluation:.5f}")
     for check, passed in outcome.checks.items():
         print(f"  {check}: {'equal' if passed else 'DIFFERENT'}")
     if outcome.equal:

@@ -36,6 +36,9 @@ def test_trained_with_ours_as_with_stock_pytorch(text: Text, script: str, task: 
     outcome = train_both(replace(made, batches=lambda steps: once * steps), 8)
     assert outcome.equal, (outcome.checks, outcome.first.why, outcome.gradient.why, max(outcome.differences))
     assert max(outcome.differences) < 1e-5
+    assert (outcome.stock.evaluation is None) == (made.evaluate is None)
+    if made.evaluate:
+        assert outcome.ours.evaluation == pytest.approx(outcome.stock.evaluation, rel=1e-5)
     assert outcome.ours.losses[-1] < outcome.ours.losses[0], "one batch seen eight times was not learnt"
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,3 +46,57 @@ def negative_sampling_loss(
     negative = torch.bmm(F.embedding(negatives, weight), input.unsqueeze(2)).squeeze(2)
     loss = -(F.logsigmoid(positive) + F.logsigmoid(-negative).sum(-1))
     return {"none": loss, "mean": loss.mean(), "sum": loss.sum()}[reduction]
+
+
+def sampled_softmax_loss(
+    weights: Tensor,
+    biases: Tensor,
+    labels: Tensor,
+    inputs: Tensor,
+    num_sampled: int,
+    num_classes: int,
+    num_true: int,
+    sampled_values: tuple[Tensor, Tensor, Tensor],
+    remove_accidental_hits: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """TensorFlow's loss over one label a row and a shared sample, accidental hits removed."""
+    sampled, true_expected, sampled_expected = sampled_values
+    true = (inputs * weights[labels]).sum(1) + biases[labels] - true_expected.view(-1).log().to(inputs.dtype)
+    others = F.linear(inputs, weights[sampled], biases[sampled]) - sampled_expected.log().to(inputs.dtype)
+    others = others.masked_fill(labels.unsqueeze(1) == sampled, -torch.inf)
+    logits = torch.cat([true.unsqueeze(1), others], 1)
+    return F.cross_entropy(logits, torch.zeros_like(labels), reduction=reduction)
+
+
+def embedding_bag_multi(indices: Sequence[Tensor], offsets: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Sums of bags of several tables, side by side."""
+    return torch.cat(
+        [F.embedding_bag(i, w, o, mode="sum") for i, o, w in zip(indices, offsets, weights, strict=True)], 1
+    )
+
+
+def dot_interaction(dense: Tensor, sparse: Tensor) -> Tensor:
+    """DLRM's pairwise products: dense (B, D) and sparse (B, F, D) -> (B, D + F (F + 1) / 2)."""
+    x = torch.cat([dense.unsqueeze(1), sparse], 1)
+    rows, columns = torch.tril_indices(x.shape[1], x.shape[1], -1, device=x.device)
+    return torch.cat([dense, torch.bmm(x, x.transpose(1, 2))[:, rows, columns]], 1)
+
+
+class RowWiseAdagrad(torch.optim.Optimizer):
+    """Adagrad with one state a row, the mean square of its gradient, over dense gradients of tables."""
+
+    def __init__(self, params: Any, lr: float = 1e-2, eps: float = 1e-10) -> None:
+        super().__init__(params, {"lr": lr, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["sum"] = weight.new_zeros(weight.shape[0])
+                state["sum"] += weight.grad.square().mean(1)
+                weight -= group["lr"] * weight.grad / (state["sum"].sqrt() + group["eps"]).unsqueeze(1)
