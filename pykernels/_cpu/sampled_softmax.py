@@ -23,6 +23,9 @@ def unsupported(x: torch.Tensor, *features: str) -> str | None:
         return f"the native CPU kernels take float32, bfloat16 and float16, not {x.dtype}"
     if type(x).__name__ == "DTensor":
         return "the native CPU kernels have no sharding rule for DTensor"
-    if features:
-        return f"the native CPU kernels do not serve {' and '.join(features)}"
+    if "word2vec_step_" in features and x.dtype != torch.float32:
+        return f"the native training step of word2vec takes float32, not {x.dtype}"
+    others = [feature for feature in features if feature != "word2vec_step_"]
+    if others:
+        return f"the native CPU kernels do not serve {' and '.join(others)}"
     return _REFUSAL or None
