@@ -287,6 +287,41 @@ for spec in load("attention"):
     assert done.returncode == 0 and not done.stdout.strip(), done.stdout + done.stderr
 
 
+@pytest.mark.skipif("cpu" not in SERVED, reason="the native CPU kernels run on CPU tensors")
+@over_dtypes
+def test_memory_grows_with_the_length(dtype: torch.dtype) -> None:
+    """Peak memory of the process, forward and backward: scratch memory is not torch's allocator's. A buffer of Lq x Lk
+    bytes alone would be 16 MiB at the greater length."""
+    code = f"""
+import torch
+from pathlib import Path
+from pykernels.functional import attention
+
+torch.set_num_threads(1)
+
+def resident(name):
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
+    return int(line.split()[1]) / 1024
+
+def grown(length):
+    q, k, v = (torch.randn(1, 1, length, 64).to({dtype}).requires_grad_() for _ in range(3))
+    padding = torch.arange(length).expand(1, -1) < length - 5
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
+    attention(q, k, v, causal=True, key_padding_mask=padding, backend="cpu").sum().backward()
+    return resident("VmHWM") - before
+
+grown(64)
+print(grown(2048), grown(4096))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lesser, greater = map(float, done.stdout.split())
+    assert lesser > 0 and greater < 2.5 * lesser + 4 and greater < 14, done.stdout
+
+
 def test_explain_names_what_is_not_served() -> None:
     q, k, v = qkv()
     slopes = torch.rand(H, requires_grad=True)
