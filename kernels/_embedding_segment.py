@@ -17,15 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _lib
-from ._embedding_forward import Bags, bag_of, id_at
-
-HEADS = 32  #: partial sums that a program of `segment_join_kernel` adds at once
+from ._embedding_forward import Bags, bag_of, id_at, report_id
+from ._embedding_update import Rule, update_row
 
 
 @triton.jit
 def segment_keys_kernel(
-    ids_ptr, offsets_ptr, keys_ptr, bags, n, rows, padding, LIMITED: tl.constexpr, BLOCK: tl.constexpr
-):
+    ids_ptr, offsets_ptr, keys_ptr, record_ptr, what, bags, n, rows, padding,
+    LIMITED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """What positions are sorted by: the id, or `rows` for those that add to no row."""
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     limit = n
@@ -33,6 +33,9 @@ def segment_keys_kernel(
         limit = tl.minimum(tl.load(offsets_ptr + bags).to(tl.int64), n)
     id, counted = id_at(ids_ptr, position, position < limit, rows, padding)
     tl.store(keys_ptr + position, tl.where(counted, id, rows).to(keys_ptr.dtype.element_ty), mask=position < n)
+    if record_ptr is not None:
+        bad = (position < limit) & ((id < 0) | (id >= rows))
+        report_id(record_ptr, what, ids_ptr, tl.where(bad, position, n), n, rows, 0)
 
 
 @triton.jit
@@ -79,18 +82,22 @@ def entry_row(entry, end, filler, keys_ptr, gradient, rows, cols, col):
 
 
 @triton.jit
-def finish(total, key, target, count, out_ptr, rows, cols, col, BY_FREQUENCY: tl.constexpr):
-    """The sum of one run, rounded once."""
+def finish(total, key, target, count, out_ptr, rule, rows, cols, col, BY_FREQUENCY: tl.constexpr, RULE: tl.constexpr):
+    """What becomes of the sum of one run: it is rounded once and stored, or steps the row of a table."""
     if BY_FREQUENCY:
         total = total / count.to(tl.float32)
-    tl.store(out_ptr + target * cols + col, total.to(out_ptr.dtype.element_ty), mask=(col < cols) & (key < rows))
+    mask = (col < cols) & (key < rows)
+    if RULE == "none":
+        tl.store(out_ptr + target * cols + col, total.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        update_row(total, key, key < rows, mask, out_ptr, rule, cols, col, RULE)
 
 
 @triton.jit
 def segment_kernel(
     keys_ptr, ranks_ptr, source_ptr, factor_ptr, place_ptr, maxima_ptr, dy_ptr, out_ptr, partial_ptr,
-    n, rows, cols, dy_row, dy_col, chunk_length,
-    SPARSE: tl.constexpr, BY_FREQUENCY: tl.constexpr, COLS: tl.constexpr,
+    rule, n, rows, cols, dy_row, dy_col, chunk_length,
+    SPARSE: tl.constexpr, BY_FREQUENCY: tl.constexpr, RULE: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """One chunk of the sorted entries, four rows in flight. partial: (chunks, 2, cols), a head and a tail for each."""
     chunk = tl.program_id(0).to(tl.int64)
@@ -117,7 +124,8 @@ def segment_kernel(
                 if head:
                     tl.store(head_ptr, total, mask=col < cols)
                 else:
-                    finish(total, current, target, i + u - first, out_ptr, rows, cols, col, BY_FREQUENCY)
+                    count = i + u - first
+                    finish(total, current, target, count, out_ptr, rule, rows, cols, col, BY_FREQUENCY, RULE)
                 total = tl.zeros((COLS,), tl.float32)
                 head = key == current
                 target = target + 1 if SPARSE else key
@@ -130,7 +138,7 @@ def segment_kernel(
     elif goes_on:
         tl.store(head_ptr + cols, total, mask=(col < cols) & (current < rows))
     else:
-        finish(total, current, target, end - first, out_ptr, rows, cols, col, BY_FREQUENCY)
+        finish(total, current, target, end - first, out_ptr, rule, rows, cols, col, BY_FREQUENCY, RULE)
 
 
 @triton.jit
@@ -147,8 +155,8 @@ def first_not_below(keys_ptr, low, count, key, stride):
 
 @triton.jit
 def segment_join_kernel(
-    keys_ptr, ranks_ptr, out_ptr, partial_ptr, n, rows, cols, chunk_length,
-    SPARSE: tl.constexpr, BY_FREQUENCY: tl.constexpr, HEADS: tl.constexpr, COLS: tl.constexpr,
+    keys_ptr, ranks_ptr, out_ptr, partial_ptr, rule, n, rows, cols, chunk_length,
+    SPARSE: tl.constexpr, BY_FREQUENCY: tl.constexpr, RULE: tl.constexpr, HEADS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """The run that crosses the end of a chunk, if it begins in that chunk: its tail and its heads, in order."""
     chunk = tl.program_id(0).to(tl.int64)
@@ -174,7 +182,7 @@ def segment_join_kernel(
     last = (past - 1) * chunk_length
     count = first_not_below(keys_ptr, last, tl.minimum(chunk_length, n - last), key + 1, 1) - first
     target = tl.load(ranks_ptr + first).to(tl.int64) if SPARSE else key
-    finish(total + tl.sum(heads, 0), key, target, count, out_ptr, rows, cols, col, BY_FREQUENCY)
+    finish(total + tl.sum(heads, 0), key, target, count, out_ptr, rule, rows, cols, col, BY_FREQUENCY, RULE)
 
 
 def chunk_length(n: int) -> int:
@@ -202,9 +210,12 @@ class Segments(NamedTuple):
     ranks: Tensor | None = None
 
 
-def sort(bags: Bags, rows: int, padding: int, mode: str = "lookup", scale: Tensor | None = None) -> Segments:
-    """The positions of a call, sorted stably by id."""
+def sort(
+    bags: Bags, rows: int, padding: int, mode: str = "lookup", scale: Tensor | None = None, what: int = 0
+) -> Segments:
+    """The positions of a call, sorted stably by id. what: the code that invalid ids are reported with, 0 for none."""
     n, device = bags.n if bags.count else 0, bags.ids.device
+    record = bags.record(what)
     dtype = torch.int32 if rows < 2**31 else torch.int64  # half the passes of the sort
     keys = torch.empty(n, dtype=dtype, device=device)
     if n == 0:
@@ -212,8 +223,8 @@ def sort(bags: Bags, rows: int, padding: int, mode: str = "lookup", scale: Tenso
     blocks, block = (triton.cdiv(n, 1024),), min(1024, triton.next_power_of_2(n))
     limited = bags.constants["LAST"] and bags.constants["OFFSETS"]
     _lib.launch(
-        segment_keys_kernel, blocks, keys, bags.ids, bags.offsets, keys, bags.count, n, rows, padding,
-        LIMITED=limited, BLOCK=block,
+        segment_keys_kernel, blocks, keys, bags.ids, bags.offsets, keys, record, what, bags.count, n, rows,
+        padding, LIMITED=limited, BLOCK=block,
     )  # fmt: skip
     keys, order = torch.sort(keys, stable=True)
     if mode == "lookup":
@@ -239,8 +250,18 @@ def adjacent(segments: Segments) -> tuple[Segments, Tensor]:
     return segments._replace(ranks=ranks), unique.long()
 
 
-def sum_rows(dy: Tensor, segments: Segments, out: Tensor, maxima: Tensor | None, by_frequency: bool) -> None:
-    """out[id], or with ranks out[rank of id], = the sum of the rows of that id. Other rows are left alone."""
+def sum_rows(
+    dy: Tensor,
+    segments: Segments,
+    out: Tensor,
+    maxima: Tensor | None,
+    by_frequency: bool,
+    rule: Rule | None = None,
+) -> None:
+    """out[id], or with ranks out[rank of id], = the sum of the rows of that id. Other rows are left alone.
+
+    With a rule `out` is a table, whose rows take a step by their sums instead.
+    """
     n, cols = segments.keys.numel(), dy.shape[1]
     if n == 0 or cols == 0:
         return
@@ -248,16 +269,24 @@ def sum_rows(dy: Tensor, segments: Segments, out: Tensor, maxima: Tensor | None,
     length = chunk_length(n)
     chunks = triton.cdiv(n, length)
     partial = torch.empty((chunks, 2, cols) if chunks > 1 else (1, 1, 1), dtype=torch.float32, device=dy.device)
-    width = min(128 if dy.dtype == torch.float32 else 256, max(32, triton.next_power_of_2(cols)))
-    options = {"SPARSE": segments.ranks is not None, "BY_FREQUENCY": by_frequency}
-    sizes = n, segments.rows, cols
+    width = max(32, triton.next_power_of_2(cols))
+    joined = triton.next_power_of_2(cols)
+    if rule is None or not rule.whole_rows:
+        width, joined = min(128 if dy.dtype == torch.float32 else 256, width), min(128, joined)
+    options = {
+        "SPARSE": segments.ranks is not None,
+        "BY_FREQUENCY": by_frequency,
+        "RULE": "none" if rule is None else rule.name,
+    }
+    numbers, sizes = None if rule is None else rule.arguments(out), (n, segments.rows, cols)
     _lib.launch(
         segment_kernel, (chunks, triton.cdiv(cols, width)), dy, segments.keys, segments.ranks, segments.source,
-        segments.factor, segments.place, maxima, dy, out, partial, *sizes, dy.stride(0), dy.stride(1), length,
-        **options, COLS=width, num_warps=1,
+        segments.factor, segments.place, maxima, dy, out, partial, numbers, *sizes, dy.stride(0), dy.stride(1), length,
+        **options, COLS=width, num_warps=min(16, max(1, width // 256)),
     )  # fmt: skip
     if chunks > 1:
         _lib.launch(
-            segment_join_kernel, (chunks - 1, triton.cdiv(cols, 128)), dy, segments.keys, segments.ranks, out, partial,
-            *sizes, length, **options, HEADS=HEADS, COLS=min(128, triton.next_power_of_2(cols)),
+            segment_join_kernel, (chunks - 1, triton.cdiv(cols, joined)), dy, segments.keys, segments.ranks, out,
+            partial, numbers, *sizes, length, **options, HEADS=min(32, max(1, 4096 // joined)), COLS=joined,
+            num_warps=4 if joined <= 1024 else 16,
         )  # fmt: skip

@@ -13,10 +13,12 @@ from . import _embedding_forward as forward
 from . import _embedding_segment as segment
 from . import _lib
 from ._embedding_forward import Bags
+from ._embedding_update import WIDEST, Rule
 
 __all__ = [
     "embedding_backward", "embedding_backward_sparse", "embedding_bag_backward", "embedding_bag_backward_sparse",
-    "embedding_bag_backward_weights", "embedding_bag_forward", "embedding_forward", "unsupported",
+    "embedding_bag_backward_weights", "embedding_bag_forward", "embedding_forward", "embedding_update",
+    "unsupported",
 ]  # fmt: skip
 
 
@@ -117,9 +119,45 @@ def embedding_bag_backward_weights(
     return out
 
 
-def _sort_bags(bags: Bags, rows: int, padding: int, mode: str, scale: Tensor | None) -> segment.Segments:
+def embedding_update(
+    weight: Tensor,
+    state: Tensor | None,
+    second_state: Tensor | None,
+    ids: Tensor,
+    dy: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    maxima: Tensor | None,
+    mode: str,
+    include_last_offset: bool,
+    padding_idx: int,
+    by_frequency: bool,
+    rule: str,
+    lr: float,
+    weight_decay: float,
+    eps: float,
+    beta1: float,
+    beta2: float,
+    step: int,
+    seed: Tensor | None,
+    what: int,
+) -> None:
+    rows, cols = weight.shape
+    chosen = Rule(rule, lr, weight_decay, eps, beta1, beta2, step, state, second_state, seed)
+    if chosen.whole_rows and cols > WIDEST:
+        raise NotImplementedError(f"the Triton kernel of row-wise Adagrad takes up to {WIDEST} columns, not {cols}")
+    if mode == "none":
+        segments = segment.sort(_lookup(ids), rows, padding_idx, what=what)
+        dy = dy.reshape(ids.numel(), cols)
+    else:
+        bags = Bags(ids, offsets, include_last_offset)
+        segments = _sort_bags(bags, rows, padding_idx, mode, per_sample_weights, what)
+    segment.sum_rows(dy, segments, weight, maxima, by_frequency, chosen)
+
+
+def _sort_bags(bags: Bags, rows: int, padding: int, mode: str, scale: Tensor | None, what: int = 0) -> segment.Segments:
     scale = None if scale is None else scale.reshape(-1).contiguous()
-    return segment.sort(bags, rows, padding, mode, scale)
+    return segment.sort(bags, rows, padding, mode, scale, what)
 
 
 def _dense(dy: Tensor, segments: segment.Segments, maxima: Tensor | None, by_frequency: bool) -> Tensor:

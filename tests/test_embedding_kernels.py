@@ -120,3 +120,31 @@ def test_rows_more_than_2_31_elements_apart(backend: str) -> None:
     with interpreter.checks(races=False):  # its record of writers is as large as the extent
         assert torch.equal(kernels.embedding_forward(ids, far, 0), far[ids])
         assert torch.equal(kernels.embedding_backward(far, ids, 3, -1, False)[:2], far[ids])
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_stochastic_rounding_draws_the_documented_words(backend: str) -> None:
+    """The reference's bits: what is rounded is exact (multiples of 2^-10), so is the word of each element."""
+    weight = (torch.randint(-64, 64, (9, 20)) / 16).bfloat16().to(DEVICE)
+    dy, ids = (torch.randint(-99, 99, (50, 20)) / 512).bfloat16().to(DEVICE), torch.randint(0, 9, (50,), device=DEVICE)
+    seed = torch.tensor([-77], device=DEVICE)
+    expected = pk.reference.embedding_sgd_(weight.clone(), ids, dy, lr=0.5, stochastic_rounding=True, seed=seed)
+    rest = (None, None, None, "none", False, -1, False, "sgd", 0.5, 0.0, 0.0, 0.0, 0.0, 1, seed, 0)
+    ops(backend).embedding_update(weight, None, None, ids, dy, *rest)
+    assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("columns", (1, 64, 200, 512))
+@pytest.mark.parametrize("backend", KERNELS)
+def test_rowwise_adagrad_of_every_width(backend: str, columns: int) -> None:
+    """A warp with one, two and four vectors a lane; a run that crosses chunks, so that both kernels step rows."""
+    for dtype, step in ((torch.float32, 1), (torch.bfloat16, 2)):
+        ids = torch.cat([torch.full((70,), 1), torch.tensor([0, 3, 3])]).to(DEVICE)
+        weight = torch.randn(4, columns, device=DEVICE).to(dtype)
+        dy, state = torch.randn(73, columns, device=DEVICE).to(dtype), torch.rand(4, device=DEVICE)
+        table, sums = weight.double(), state.double()
+        pk.reference.embedding_rowwise_adagrad_(table, sums, ids, dy.double(), lr=0.1, eps=1e-3, weight_decay=0.1)
+        rest = (None, None, None, "none", False, -1, False, "rowwise_adagrad", 0.1, 0.1, 1e-3, 0.0, 0.0, step, None, 0)
+        ops(backend).embedding_update(weight, state, None, ids, dy, *rest)
+        torch.testing.assert_close(state.double(), sums, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(weight.double(), table, rtol=1e-5 if step == 1 else 1e-2, atol=1e-5)

@@ -14,6 +14,7 @@ void bind_embedding(pybind11::module_& m) {
   def(m, "embedding_keys", &embedding_keys);
   def(m, "embedding_entries", &embedding_entries);
   def(m, "embedding_sum_rows", &embedding_sum_rows);
+  def(m, "embedding_update", &embedding_update);
 }
 
 }  // namespace pk

@@ -33,7 +33,6 @@ struct Segment {
 };
 
 constexpr int kSegmentThreadBits = 7, kSegmentThreads = 1 << kSegmentThreadBits;
-constexpr int kRowsInFlight = 4;
 
 // The columns of one thread: VECS parts of W, `apart` elements from one to the next.
 template <int W, int VECS>
@@ -63,9 +62,64 @@ __device__ __forceinline__ void store_partial(float* slot, const float (&total)[
     if (at.has(v)) store_floats(slot + at[v], total[v]);
 }
 
+// One sorted entry on its way.  Past the end of the chunk: the last key again, and nothing.
+template <class T, int W, int VECS, bool MAX>
+struct Entry {
+  static constexpr int kPlaces = W == 1 ? 1 : 4;
+  int64_t key, source;
+  float factor;
+  int32_t place;
+  bool taken;
+  Vec<T, W> row[VECS];
+  Vec<int32_t, kPlaces> maxima[MAX ? VECS : 1][W / kPlaces];
+
+  __device__ __forceinline__ void load(const Segment<T>& s, int64_t i, int64_t end, int64_t filler,
+                                       const Columns<W, VECS>& at) {
+    key = i < end ? s.keys[i] : filler;
+    taken = i < end && key < s.rows;
+    source = taken ? s.source[i] : 0;
+    factor = taken && s.factor ? s.factor[i] : 1.f;
+    place = taken && s.maxima ? s.place[i] : 0;
+#pragma unroll
+    for (int v = 0; v < VECS; ++v) {
+      row[v] = {};
+      if (taken && at.has(v)) row[v] = load_part<T, W>(s.dy + source * s.dy_row + at[v] * s.dy_col);
+      if constexpr (MAX) {
+#pragma unroll
+        for (int j = 0; j < W / kPlaces; ++j) {
+          maxima[v][j] = {};
+          if (taken && at.has(v))
+            maxima[v][j] = load_part<int32_t, kPlaces>(s.maxima + source * s.cols + at[v] + kPlaces * j);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_to(float (&total)[VECS][W], const Segment<T>& s,
+                                         const Columns<W, VECS>& at) const {
+    if (!taken) return;
+#pragma unroll
+    for (int v = 0; v < VECS; ++v) {
+#pragma unroll
+      for (int j = 0; j < W; ++j) {
+        float x = to_float(row[v].v[j]) * factor;
+        if constexpr (MAX)
+          x = maxima[v][j / kPlaces].v[j % kPlaces] == place ? x : 0.f;
+        else if (s.maxima)
+          x = at.has(v) && s.maxima[source * s.cols + at[v] + j] == place ? x : 0.f;
+        total[v][j] += x;
+      }
+    }
+  }
+};
+
 // MAX: maxima are given, and their loads are in flight with the rows'.
+//
+// Rows are asked for kRowsInFlight entries ahead and move up through registers.  Unrolling would save the moves, but
+// repeat what is done with a finished run; and loads, after that run's stores, would no longer be in flight together.
 template <class T, int W, int VECS, bool MAX, class Finish>
 __global__ void __launch_bounds__(kSegmentThreads) segment_kernel(const Segment<T> s, const Finish finish) {
+  constexpr int kRowsInFlight = VECS > 1 ? 2 : 4;
   const int lanes = s.lanes.count();
   const int64_t chunk =
       (static_cast<int64_t>(blockIdx.x) << (kSegmentThreadBits - s.lanes.bits)) + (threadIdx.x >> s.lanes.bits);
@@ -81,70 +135,29 @@ __global__ void __launch_bounds__(kSegmentThreads) segment_kernel(const Segment<
   int64_t target = s.ranks ? s.ranks[begin] : current, first = begin;
   float* const heads = s.partial + chunk * 2 * s.cols;
   float total[VECS][W] = {};
-  for (int64_t i = begin; i < end; i += kRowsInFlight) {
-    // All loads come before a store: the compiler moves none across.
-    int64_t key[kRowsInFlight], source[kRowsInFlight];
-    float factor[kRowsInFlight];
-    bool taken[kRowsInFlight];
-    Vec<T, W> row[kRowsInFlight][VECS];
-    Vec<int32_t, W == 1 ? 1 : 4> maxima[MAX ? kRowsInFlight : 1][VECS][W == 1 ? 1 : W / 4];
-    int32_t place[kRowsInFlight];
+  Entry<T, W, VECS, MAX> entry[kRowsInFlight + 1];
 #pragma unroll
-    for (int u = 0; u < kRowsInFlight; ++u) {
-      const bool live = i + u < end;
-      key[u] = live ? s.keys[i + u] : filler;
-      taken[u] = live && key[u] < s.rows;
-      source[u] = taken[u] ? s.source[i + u] : 0;
-      factor[u] = taken[u] && s.factor ? s.factor[i + u] : 1.f;
-      place[u] = taken[u] && s.maxima ? s.place[i + u] : 0;
+  for (int u = 0; u < kRowsInFlight; ++u) entry[u].load(s, begin + u, end, filler, at);
+#pragma unroll 1
+  for (int64_t i = begin; i < end; ++i) {
+    entry[kRowsInFlight].load(s, i + kRowsInFlight, end, filler, at);
+    if (entry[0].key != current) {
+      if (head)
+        store_partial(heads, total, at);
+      else
+        finish_run(s, finish, total, at, current, target, i - first);
+#pragma unroll
+      for (int v = 0; v < VECS; ++v)
+#pragma unroll
+        for (int j = 0; j < W; ++j) total[v][j] = 0.f;
+      head = false;
+      target = s.ranks ? target + 1 : entry[0].key;
+      first = i;
+      current = entry[0].key;
     }
+    entry[0].add_to(total, s, at);
 #pragma unroll
-    for (int u = 0; u < kRowsInFlight; ++u) {
-#pragma unroll
-      for (int v = 0; v < VECS; ++v) {
-        row[u][v] = {};
-        if (taken[u] && at.has(v)) row[u][v] = load_part<T, W>(s.dy + source[u] * s.dy_row + at[v] * s.dy_col);
-        if constexpr (MAX) {
-#pragma unroll
-          for (int i4 = 0; i4 < (W == 1 ? 1 : W / 4); ++i4) {
-            maxima[u][v][i4] = {};
-            if (taken[u] && at.has(v))
-              maxima[u][v][i4] = load_part<int32_t, W == 1 ? 1 : 4>(s.maxima + source[u] * s.cols + at[v] + 4 * i4);
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kRowsInFlight; ++u) {
-      if (key[u] != current) {
-        if (head)
-          store_partial(heads, total, at);
-        else
-          finish_run(s, finish, total, at, current, target, i + u - first);
-#pragma unroll
-        for (int v = 0; v < VECS; ++v)
-#pragma unroll
-          for (int j = 0; j < W; ++j) total[v][j] = 0.f;
-        head = false;
-        target = s.ranks ? target + 1 : key[u];
-        first = i + u;
-        current = key[u];
-      }
-      if (!taken[u]) continue;
-#pragma unroll
-      for (int v = 0; v < VECS; ++v) {
-#pragma unroll
-        for (int j = 0; j < W; ++j) {
-          float x = to_float(row[u][v].v[j]) * factor[u];
-          if constexpr (MAX) {
-            x = maxima[u][v][j / 4].v[j % 4] == place[u] ? x : 0.f;
-          } else if (s.maxima) {
-            x = at.has(v) && s.maxima[source[u] * s.cols + at[v] + j] == place[u] ? x : 0.f;
-          }
-          total[v][j] += x;
-        }
-      }
-    }
+    for (int u = 0; u < kRowsInFlight; ++u) entry[u] = entry[u + 1];
   }
   if (current >= s.rows) return;
   if (head)

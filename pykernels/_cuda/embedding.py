@@ -16,7 +16,8 @@ from ._extension import DTYPE_CODES, Extension
 
 __all__ = [
     "embedding_backward", "embedding_backward_sparse", "embedding_bag_backward", "embedding_bag_backward_sparse",
-    "embedding_bag_backward_weights", "embedding_bag_forward", "embedding_forward", "unsupported",
+    "embedding_bag_backward_weights", "embedding_bag_forward", "embedding_forward", "embedding_update",
+    "unsupported",
 ]  # fmt: skip
 
 
@@ -197,17 +198,25 @@ def _chunk_length(n: int) -> int:
     return length
 
 
+def _partial(segments: Segments, cols: int) -> tuple[int, Tensor | None]:
+    """The length of a chunk, and room for what its runs leave to its neighbours."""
+    n = segments.keys.numel()
+    length = _chunk_length(n)
+    chunks = -(-n // length)
+    device = segments.keys.device
+    return length, torch.empty((chunks, 2, cols), dtype=torch.float32, device=device) if chunks > 1 else None
+
+
 def _sum_rows(
     ext: Extension, dy: Tensor, segments: Segments, out: Tensor, maxima: Tensor | None, by_frequency: bool
 ) -> None:
-    n, cols = segments.keys.numel(), dy.shape[1]
-    length = _chunk_length(n)
-    chunks = -(-n // length)
-    partial = torch.empty((chunks, 2, cols), dtype=torch.float32, device=dy.device) if chunks > 1 else None
+    cols = dy.shape[1]
+    length, partial = _partial(segments, cols)
     maxima = None if segments.place is None or maxima is None else maxima.contiguous()
     ext.call(
         "embedding_sum_rows", *_either(segments.keys), segments.ranks, segments.source, segments.factor,
-        segments.place, maxima, dy, out, partial, n, segments.rows, cols, *dy.stride(), length, by_frequency, dy.dtype,
+        segments.place, maxima, dy, out, partial, segments.keys.numel(), segments.rows, cols, *dy.stride(), length,
+        by_frequency, dy.dtype,
     )  # fmt: skip
 
 
@@ -279,3 +288,44 @@ def embedding_bag_backward_sparse(
     bags = Bags(ids, offsets, include_last_offset)
     segments = _sort(ext, bags, rows, padding_idx, mode, per_sample_weights, dy.dtype)
     return _sparse(ext, dy, segments, maxima, by_frequency)
+
+
+def embedding_update(
+    ext: Extension,
+    weight: Tensor,
+    state: Tensor | None,
+    second_state: Tensor | None,
+    ids: Tensor,
+    dy: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    maxima: Tensor | None,
+    mode: str,
+    include_last_offset: bool,
+    padding_idx: int,
+    by_frequency: bool,
+    rule: str,
+    lr: float,
+    weight_decay: float,
+    eps: float,
+    beta1: float,
+    beta2: float,
+    step: int,
+    seed: Tensor | None,
+    what: int,
+) -> None:
+    rows, cols = weight.shape
+    bags = _lookup(ids) if mode == "none" else Bags(ids, offsets, include_last_offset)
+    lookup_or_mode = "lookup" if mode == "none" else mode
+    segments = _sort(ext, bags, rows, padding_idx, lookup_or_mode, per_sample_weights, dy.dtype, what)
+    dy = dy.reshape(bags.count, cols)
+    length, partial = _partial(segments, cols)
+    maxima = None if segments.place is None or maxima is None else maxima.contiguous()
+    scale2 = 1.0
+    if rule == "adam":
+        lr, scale2 = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
+    ext.call(
+        "embedding_update", *_either(segments.keys), segments.source, segments.factor, segments.place, maxima, dy,
+        weight, state, second_state, seed, partial, segments.keys.numel(), rows, cols, *dy.stride(), weight.stride(0),
+        length, by_frequency, rule, lr, weight_decay, eps, 1 - beta1, beta2, 1 - beta2, scale2, weight.dtype,
+    )  # fmt: skip

@@ -27,6 +27,9 @@ SEGMENT = Rules(vector=True, occupancy=0.25, barriers=0)
 #: The other passes move a few bytes for each id, or run for the few ids that cross a chunk.
 PASSES = {"segment_kernel": SEGMENT, "": Rules()}
 
+#: The random words of stochastic rounding, in what is made once per run: 8 bytes are spilled on sm_80, not in the loop.
+UPDATES = {"segment_kernel": dataclasses.replace(SEGMENT, spill_bytes=8), "": Rules()}
+
 
 def call(operator: str, *args: Any) -> Callable[[], Any]:
     return lambda: getattr(room("embedding"), operator)(*args)
@@ -57,6 +60,12 @@ def entries(name: str) -> Iterator[Entry]:
         yield entry(f"embedding bag {mode}", {"bag_fwd_kernel": rows, "": Rules()}, forward)
         backward = call("embedding_bag_backward", dy, many, offsets, factors, *more, ROWS, *args, False)
         yield entry(f"embedding bag {mode} backward", PASSES, backward)
+    wide, narrow, seed = torch.empty(ROWS, cols), torch.empty(ROWS), torch.zeros(1, dtype=torch.int64)
+    for rule, states in (("sgd", (None, None)), ("adagrad", (wide, None)), ("adam", (wide, wide)),
+                         ("rowwise_adagrad", (narrow, None))):  # fmt: skip
+        numbers = rule, 0.1, 0.1, 1e-8, 0.9, 0.99, 3, seed if dtype == torch.bfloat16 else None, 1
+        rows = weight, *states, ids, torch.empty(IDS, cols, dtype=dtype), None, None, None, "none", False, -1, False
+        yield entry(f"embedding update {rule}", UPDATES, call("embedding_update", *rows, *numbers))
     weights = call("embedding_bag_backward_weights", dy, many, weight, offsets, "sum", False, -1)
     yield entry("embedding bag weights backward", Rules(occupancy=0.5), weights)
 
