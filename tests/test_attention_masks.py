@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import BACKENDS
 from torch import Tensor
 
 import pykernels as pk
+from pykernels.testing.compare import assert_equal
 from pykernels.testing.specs.attention import KERNELS
 
 attention = pk.functional.attention
@@ -197,6 +199,29 @@ def test_queries_without_a_key(backend: str, dtype: torch.dtype) -> None:
         assert (found[0][:, :, alone] == 0).all() and (found[1][:, :, alone] == -torch.inf).all()
         assert (found[2][:, :, alone] == 0).all()
         close(found, expected)
+
+
+@over_dtypes
+@over_backends
+def test_scores_that_grow_along_the_keys(backend: str, dtype: torch.dtype) -> None:
+    """Later blocks of keys raise the maximum of some queries by far more than e^10, of others not at all: what is there
+    already must be rescaled, block by block."""
+    q, k, v = qkv(dtype=dtype)
+    slopes = torch.linspace(-1, 3, L).unsqueeze(-1)  # of the score along the keys, by query
+    q = (0.1 * q + slopes).to(dtype)
+    k = (0.1 * k + 0.25 * torch.arange(S).unsqueeze(-1)).to(dtype)
+    weight = torch.linspace(-1, 1, B * KV * L * D).view(B, KV, L, D)
+
+    def differentiated(function: Callable[..., Tensor], to: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(to).requires_grad_() for x in (q[:, :KV].detach(), k, v)]
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, weight.to(dtype).to(to))]
+
+    ours = differentiated(lambda *x: attention(*x, backend=backend), dtype)
+    oracle = differentiated(F.scaled_dot_product_attention, torch.float64)
+    theirs = differentiated(F.scaled_dot_product_attention, dtype)
+    for name, a, b, c in zip(("out", "dq", "dk", "dv"), ours, oracle, theirs, strict=True):
+        assert_equal(name, a, b, c, long_sum=name in ("dk", "dv"))
 
 
 @over_backends
