@@ -164,7 +164,7 @@ void embedding_update(const int32_t* keys, const int64_t* wide_keys, const int64
                          (kind == Kind::kRowwiseAdagrad || (aligned16(state) && aligned16(second_state)));
     dispatch_width<T>(vectors, [&](auto width) {
       constexpr int W = decltype(width)::value;
-      constexpr int kMost = W == 1 ? 4 : 16 / W;  // each is a kernel that takes seconds to compile
+      constexpr int kMost = W == 1 ? 8 : 16 / W;  // each is a kernel that takes seconds to compile
       if (kind != Kind::kRowwiseAdagrad)
         launch_segments<T, W, 1, false>(s, Step<T>{table}, stream);
       else if (W > 1 && cols <= kWarp * W)
@@ -173,7 +173,7 @@ void embedding_update(const int32_t* keys, const int64_t* wide_keys, const int64
         launch_segments<T, W, kMost, false>(s, RowStep<T>{table}, stream);
       else
         throw std::invalid_argument(
-            "row-wise Adagrad on CUDA takes up to 512 columns, 128 where rows are not whole "
+            "row-wise Adagrad on CUDA takes up to 512 columns, 256 where rows are not whole "
             "multiples of 16 bytes; this table has " +
             std::to_string(cols));
     });
