@@ -380,6 +380,7 @@ PACKED = [torch.randn(7, H, D), torch.randn(7, KV, D), torch.randn(7, KV, D)]
         (NotImplementedError, "'sinks'", {"sinks": torch.zeros(H, dtype=torch.int64)}),
         (RuntimeError, "'cu_seqlens_k' .* None", {"cu_seqlens_q": ENDS}),
         (RuntimeError, "'query' .* dimensions", {"cu_seqlens_q": ENDS, "cu_seqlens_k": ENDS}),
+        (RuntimeError, "'max_seqlen_k' must be None without cu_seqlens, not 3", {"max_seqlen_k": 3}),
         (TypeError, "seed", {"dropout_p": 0.5, "seed": 0.5}),
     ],
 )  # fmt: skip
@@ -436,5 +437,14 @@ def test_wrong_shapes_are_named() -> None:
             attention(*tensors)
     with pytest.raises(ValueError, match="max_seqlen_k"):
         attention(*PACKED, cu_seqlens_q=ENDS, cu_seqlens_k=ENDS, max_seqlen_q=4, max_seqlen_k=3)
-    with pytest.raises(ValueError, match="outs and lses"):
-        pk.functional.merge_attention([], [])
+    merge, lse = pk.functional.merge_attention, q[..., 0]
+    for error, text, parts in (
+        (ValueError, "outs and lses", ([], [])),
+        (ValueError, "outs and lses", ([q, q], [lse])),
+        (TypeError, "'outs' must be a sequence of tensors, not Tensor", (q, lse)),
+        (RuntimeError, "'outs' and 'lses' must have one shape", ([q, q], [lse, lse[..., 1:]])),
+        (RuntimeError, "'outs' is torch.float64", ([q, q.double()], [lse, lse])),
+        (RuntimeError, "'lses'", ([q], [lse.to("meta")])),
+    ):
+        with pytest.raises(error, match=text):
+            merge(*parts)

@@ -91,7 +91,7 @@ def attention(
         TypeError: an argument of another type.
         NotImplementedError: query not floating point.
         RuntimeError: different dtypes or devices; dimensions, shapes or numbers of heads that do not fit; a bias, mask
-            or key_padding_mask of another dtype; one of cu_seqlens_q and cu_seqlens_k alone.
+            or key_padding_mask of another dtype; one of cu_seqlens_q and cu_seqlens_k alone; max_seqlen_* without them.
         ValueError: `causal`, `window`, `softcap`, `dropout_p`, `prefix_length`, `max_seqlen_*` or the numbers in
             `cu_seqlens_*` outside what is allowed above (the latter are read on the CPU only).
         BackendError: the named backend cannot serve the call.
@@ -114,6 +114,9 @@ def attention(
                 arguments.longest(name, "max_seqlen_k", max_seqlen_k, cu_seqlens_k),
             )
     else:
+        for label, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+            if longest is not None:
+                raise RuntimeError(f"{name}(): argument '{label}' must be None without cu_seqlens, not {longest}")
         batch, limits = query.shape[0], (query.shape[2], key.shape[2])
     weights = (batch, heads, *limits)
     if bias is not None:
@@ -182,16 +185,21 @@ def merge_attention(
         out of outs' dtype, lse float32 (float64 for float64); 0 and -inf where every part has the lse -inf.
 
     Raises:
-        ValueError: no part, or not as many lses as outs.   RuntimeError: shapes that do not fit.
+        TypeError: not sequences of tensors.   ValueError: no part, or not as many lses as outs.
+        RuntimeError: shapes, dtypes or devices that do not fit.
         BackendError: another backend is named.
     """
     name = "merge_attention"
+    for label, given in (("outs", outs), ("lses", lses)):
+        if not isinstance(given, Sequence):
+            raise TypeError(f"{name}(): argument '{label}' must be a sequence of tensors, not {type(given).__name__}")
     if not outs or len(outs) != len(lses):
         raise ValueError(f"{name}(): outs and lses must be as many, at least one, not {len(outs)} and {len(lses)}")
     for out, lse in zip(outs, lses, strict=True):
         _check.tensor(name, "outs", out)
         _check.tensor(name, "lses", lse)
         _check.same(name, "outs", out, "outs[0]", outs[0])
+        _ids.same_device(name, "lses", lse, "outs[0]", outs[0])
         if out.shape != outs[0].shape or lse.shape != out.shape[:-1]:
             raise RuntimeError(
                 f"{name}(): arguments 'outs' and 'lses' must have one shape, and that without its last dimension, "

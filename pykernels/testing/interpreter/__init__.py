@@ -8,7 +8,8 @@ repairs this in place, for the process, and adds checks that a GPU does not make
 * no two programs of one launch touch the same element when one of them writes it, and no store has two lanes with
   one address;
 * signed offsets stay inside their integer type;
-* the grid respects CUDA's limits, and matrix products the tensor core's smallest shape.
+* the grid respects CUDA's limits, tensor descriptors the copy engine's, and matrix products the tensor core's smallest
+  shape.
 
     from pykernels.testing import interpreter
 

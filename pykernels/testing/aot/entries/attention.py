@@ -111,8 +111,9 @@ def entries() -> Iterator[Entry]:
             yield entry(kernel, BFLOAT16, size, targets=(90, 100), blocks=blocks)
             yield entry(kernel, BFLOAT16, size, "full", blocks=blocks, causal="none")
             yield entry(kernel, BFLOAT16, size, "ampere", targets=(80,))
-            for name in ("bias", "padding", "dropout"):
-                yield entry(kernel, BFLOAT16, size, name, **EXTRAS[name])
+            yield entry(kernel, BFLOAT16, size, "padding", **EXTRAS["padding"])
+            for name in ("bias", "dropout"):
+                yield entry(kernel, BFLOAT16, size, name, targets=(80, 90, 100), **EXTRAS[name])
             yield entry(kernel, FLOAT32, size)
             yield entry(kernel, FLOAT32, size, "blackwell", targets=(100,), tensor_cores=False)
         yield entry(kernel, BFLOAT16, 256, targets=(90, 100))
