@@ -12,8 +12,8 @@ _STEP = ("offset", "rows", "previous", "begun", "following", "staying")
 
 @triton.jit
 def _finish(
-    kept_ptr, cell_ptr, c0_ptr, h0_ptr, output_ptr, dgates_ptr, token, row, unit, hidden, previous, begun, mask,
-    dh, carry, KIND: tl.constexpr, PRECISE: tl.constexpr,
+    kept_ptr, cell_ptr, peephole_ptr, c0_ptr, h0_ptr, output_ptr, dgates_ptr, token, row, unit, hidden, previous,
+    begun, mask, dh, carry, KIND: tl.constexpr, PEEPHOLE: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """Applies the cell's derivative and stores the gates' gradient: (its four parts as they are stored, carry)."""
     WIDTH: tl.constexpr = cells.width_of(KIND)
@@ -29,7 +29,7 @@ def _finish(
     else:
         y = tl.load(output_ptr + token * hidden + unit, mask=mask, other=0.0).to(tl.float32)
     d0, d1, d2, d3, carry = cells.backward_cell(
-        kept_ptr, token, unit, hidden, mask, dh, carry, c, before, y, KIND, PRECISE
+        kept_ptr, peephole_ptr, token, unit, hidden, mask, dh, carry, c, before, y, KIND, PEEPHOLE, PRECISE
     )
     ptrs = dgates_ptr + token * (WIDTH * hidden) + unit
     kind = dgates_ptr.dtype.element_ty
@@ -44,9 +44,9 @@ def _finish(
 
 @triton.jit(do_not_specialize=_STEP)
 def recurrent_step_bwd_kernel(
-    dy_ptr, dh_n_ptr, w_ptr, h0_ptr, c0_ptr, output_ptr, kept_ptr, cell_ptr, dgates_ptr, carry_ptr, hidden, dy_stride,
-    offset, rows, previous, begun, following, staying,
-    KIND: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
+    dy_ptr, dh_n_ptr, w_ptr, peephole_ptr, h0_ptr, c0_ptr, output_ptr, kept_ptr, cell_ptr, dgates_ptr, carry_ptr,
+    hidden, dy_stride, offset, rows, previous, begun, following, staying,
+    KIND: tl.constexpr, PEEPHOLE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One step for a tile of rows and units: dh from the gates' gradient of the step after it, and the cell's part.
@@ -78,8 +78,8 @@ def recurrent_step_bwd_kernel(
         dh += tl.load(dh_n_ptr + state, mask=mask & (row >= staying), other=0.0)
     dh += tl.load(dy_ptr + (row + offset) * dy_stride + unit, mask=mask, other=0.0).to(tl.float32)
     _, _, _, _, carry = _finish(
-        kept_ptr, cell_ptr, c0_ptr, h0_ptr, output_ptr, dgates_ptr, row + offset, row, unit, hidden, previous, begun,
-        mask, dh, carry, KIND, PRECISE,
+        kept_ptr, cell_ptr, peephole_ptr, c0_ptr, h0_ptr, output_ptr, dgates_ptr, row + offset, row, unit,
+        hidden, previous, begun, mask, dh, carry, KIND, PEEPHOLE, PRECISE,
     )  # fmt: skip
     if KIND <= cells.GRU:
         tl.store(carry_ptr + state, carry, mask=mask)
@@ -93,9 +93,9 @@ def _weights(w_ptr, k, unit, hidden, GATE: tl.constexpr):
 
 @triton.jit(do_not_specialize=("batch",))
 def recurrent_loop_bwd_kernel(
-    dy_ptr, w_ptr, h0_ptr, c0_ptr, output_ptr, kept_ptr, cell_ptr, dgates_ptr, dh_ptr, carry_ptr, offset_ptr,
-    steps_ptr, hidden, batch, dy_stride,
-    KIND: tl.constexpr, REVERSE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
+    dy_ptr, w_ptr, peephole_ptr, h0_ptr, c0_ptr, output_ptr, kept_ptr, cell_ptr, dgates_ptr, dh_ptr, carry_ptr,
+    offset_ptr, steps_ptr, hidden, batch, dy_stride,
+    KIND: tl.constexpr, PEEPHOLE: tl.constexpr, REVERSE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """All steps for a tile of rows, last to first. dh_ptr: dh_n (B, H), replaced by dh0; carry_ptr: dc_n, by dc0."""
@@ -134,8 +134,8 @@ def recurrent_loop_bwd_kernel(
         token = row + offset
         total = dh + tl.load(dy_ptr + token * dy_stride + unit, mask=mask, other=0.0).to(tl.float32)
         d0, d1, d2, d3, passed = _finish(
-            kept_ptr, cell_ptr, c0_ptr, h0_ptr, output_ptr, dgates_ptr, token, row, unit, hidden, previous, begun, mask,
-            total, carry, KIND, PRECISE,
+            kept_ptr, cell_ptr, peephole_ptr, c0_ptr, h0_ptr, output_ptr, dgates_ptr, token, row, unit, hidden,
+            previous, begun, mask, total, carry, KIND, PEEPHOLE, PRECISE,
         )  # fmt: skip
         if KIND == cells.GRU:  # parts n, r, z, n': the state's gates r, z, n are the last three
             before = tl.dot(d1, w0, passed, input_precision=PRECISION)

@@ -55,8 +55,18 @@ def bias_tiles(bias_ptr, unit, hidden, KIND: tl.constexpr, BIAS: tl.constexpr):
 
 
 @triton.jit
+def peephole_tiles(peephole_ptr, unit, hidden):
+    """p_i, p_f and p_o of a row of units, in float32."""
+    q0 = tl.load(peephole_ptr + unit, mask=unit < hidden, other=0.0).to(tl.float32)
+    q1 = tl.load(peephole_ptr + hidden + unit, mask=unit < hidden, other=0.0).to(tl.float32)
+    q2 = tl.load(peephole_ptr + 2 * hidden + unit, mask=unit < hidden, other=0.0).to(tl.float32)
+    return q0, q1, q2
+
+
+@triton.jit
 def forward_cell(
-    x_ptrs, hidden, mask, b0, b1, b2, b3, p0, p1, p2, p3, h, c, KIND: tl.constexpr, PRECISE: tl.constexpr
+    x_ptrs, peephole_ptr, unit, hidden, mask, b0, b1, b2, b3, p0, p1, p2, p3, h, c,
+    KIND: tl.constexpr, PEEPHOLE: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """(h', c', and four parts to keep) from the input's gates at x_ptrs, biases, and the products with the state.
 
@@ -64,11 +74,19 @@ def forward_cell(
     """
     a0 = tl.load(x_ptrs, mask=mask, other=0.0) + b0
     if KIND == LSTM:
-        i = _lib.sigmoid(a0 + p0, PRECISE)
-        f = _lib.sigmoid(tl.load(x_ptrs + hidden, mask=mask, other=0.0) + b1 + p1, PRECISE)
+        a0 += p0
+        a1 = tl.load(x_ptrs + hidden, mask=mask, other=0.0) + b1 + p1
+        a3 = tl.load(x_ptrs + 3 * hidden, mask=mask, other=0.0) + b3 + p3
+        if PEEPHOLE:
+            q0, q1, q2 = peephole_tiles(peephole_ptr, unit, hidden)
+            a0 += q0 * c
+            a1 += q1 * c
+        i, f = _lib.sigmoid(a0, PRECISE), _lib.sigmoid(a1, PRECISE)
         g = _lib.tanh(tl.load(x_ptrs + 2 * hidden, mask=mask, other=0.0) + b2 + p2, PRECISE)
-        o = _lib.sigmoid(tl.load(x_ptrs + 3 * hidden, mask=mask, other=0.0) + b3 + p3, PRECISE)
         c = f * c + i * g
+        if PEEPHOLE:
+            a3 += q2 * c
+        o = _lib.sigmoid(a3, PRECISE)
         return o * _lib.tanh(c, PRECISE), c, i, f, g, o
     elif KIND == GRU:
         r = _lib.sigmoid(a0 + p0, PRECISE)
@@ -94,7 +112,8 @@ def store_kept(ptrs, hidden, mask, k0, k1, k2, k3):
 
 @triton.jit
 def backward_cell(
-    kept_ptr, token, unit, hidden, mask, dh, carry, c, before, y, KIND: tl.constexpr, PRECISE: tl.constexpr
+    kept_ptr, peephole_ptr, token, unit, hidden, mask, dh, carry, c, before, y,
+    KIND: tl.constexpr, PEEPHOLE: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """(four parts of the gates' gradient, carry) from dh, the gradient of h', and what was kept.
 
@@ -109,12 +128,18 @@ def backward_cell(
         g = tl.load(kept_ptrs + 2 * hidden, mask=mask, other=0.0).to(tl.float32)
         o = tl.load(kept_ptrs + 3 * hidden, mask=mask, other=0.0).to(tl.float32)
         t = _lib.tanh(c, PRECISE)
+        d3 = dh * t * o * (1.0 - o)
         dc = carry + dh * o * (1.0 - t * t)
+        if PEEPHOLE:
+            q0, q1, q2 = peephole_tiles(peephole_ptr, unit, hidden)
+            dc += q2 * d3
         d0 = dc * g * i * (1.0 - i)
         d1 = dc * before * f * (1.0 - f)
         d2 = dc * i * (1.0 - g * g)
-        d3 = dh * t * o * (1.0 - o)
-        return d0, d1, d2, d3, dc * f
+        dc *= f
+        if PEEPHOLE:
+            dc += q0 * d0 + q1 * d1
+        return d0, d1, d2, d3, dc
     elif KIND == GRU:
         kept_ptrs = kept_ptr + token * (4 * hidden) + unit
         r = tl.load(kept_ptrs, mask=mask, other=0.0).to(tl.float32)

@@ -19,8 +19,9 @@ def _weights(w_ptr, k, unit, hidden, GATE: tl.constexpr):
 
 @triton.jit
 def _finish(
-    x_ptr, kept_ptr, cell_ptr, output_ptr, bias_ptr, token, row, unit, hidden, mask, p0, p1, p2, p3, h, c,
-    KIND: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, GIVEN: tl.constexpr, PRECISE: tl.constexpr,
+    x_ptr, kept_ptr, cell_ptr, output_ptr, bias_ptr, peephole_ptr, token, row, unit, hidden, mask, p0, p1, p2, p3, h, c,
+    KIND: tl.constexpr, BIAS: tl.constexpr, PEEPHOLE: tl.constexpr, KEEP: tl.constexpr, GIVEN: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):  # fmt: skip
     """Applies the cell, stores the output and what is kept; (h' as it is stored, c')."""
     GATES: tl.constexpr = cells.gates_of(KIND)
@@ -39,10 +40,10 @@ def _finish(
 
 @triton.jit(do_not_specialize=_STEP)
 def recurrent_step_fwd_kernel(
-    x_ptr, w_ptr, bias_ptr, h0_ptr, output_ptr, h_n_ptr, c_ptr, kept_ptr, cell_ptr, hidden,
+    x_ptr, w_ptr, bias_ptr, peephole_ptr, h0_ptr, output_ptr, h_n_ptr, c_ptr, kept_ptr, cell_ptr, hidden,
     offset, rows, previous, begun, staying,
-    KIND: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr, BIAS: tl.constexpr, PEEPHOLE: tl.constexpr, KEEP: tl.constexpr, PRECISE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One step for a tile of rows and units: products of h with all gates' weights of these units, and the cell.
 
@@ -72,8 +73,8 @@ def recurrent_step_fwd_kernel(
     if KIND == cells.LSTM:
         c = tl.load(c_ptr + row * hidden + unit, mask=mask, other=0.0)
     h, c = _finish(
-        x_ptr, kept_ptr, cell_ptr, output_ptr, bias_ptr, row + offset, row, unit, hidden, mask, p0, p1, p2, p3, h, c,
-        KIND, BIAS, KEEP, False, PRECISE,
+        x_ptr, kept_ptr, cell_ptr, output_ptr, bias_ptr, peephole_ptr, row + offset, row, unit, hidden, mask,
+        p0, p1, p2, p3, h, c, KIND, BIAS, PEEPHOLE, KEEP, False, PRECISE,
     )  # fmt: skip
     if KIND == cells.LSTM:
         tl.store(c_ptr + row * hidden + unit, c, mask=mask)
@@ -82,10 +83,10 @@ def recurrent_step_fwd_kernel(
 
 @triton.jit(do_not_specialize=("batch",))
 def recurrent_loop_fwd_kernel(
-    x_ptr, w_ptr, product_ptr, bias_ptr, h0_ptr, output_ptr, h_n_ptr, c_ptr, kept_ptr, cell_ptr, offset_ptr, steps_ptr,
-    hidden, batch,
-    KIND: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, REVERSE: tl.constexpr, GIVEN: tl.constexpr,
-    PRECISE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    x_ptr, w_ptr, product_ptr, bias_ptr, peephole_ptr, h0_ptr, output_ptr, h_n_ptr, c_ptr, kept_ptr, cell_ptr,
+    offset_ptr, steps_ptr, hidden, batch,
+    KIND: tl.constexpr, BIAS: tl.constexpr, PEEPHOLE: tl.constexpr, KEEP: tl.constexpr, REVERSE: tl.constexpr,
+    GIVEN: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """All steps for a tile of rows. Rows are independent, so programs never wait for each other; h and c never leave
     the multiprocessor, nor do the weights, which the compiler keeps in shared memory.
@@ -136,8 +137,8 @@ def recurrent_loop_fwd_kernel(
             if GATES > 3:
                 p3 = tl.dot(h, w3, input_precision=PRECISION)
         new_h, new_c = _finish(
-            x_ptr, kept_ptr, cell_ptr, output_ptr, bias_ptr, token, row, unit, hidden, mask, p0, p1, p2, p3,
-            h.to(tl.float32), c, KIND, BIAS, KEEP, GIVEN, PRECISE,
+            x_ptr, kept_ptr, cell_ptr, output_ptr, bias_ptr, peephole_ptr, token, row, unit, hidden, mask,
+            p0, p1, p2, p3, h.to(tl.float32), c, KIND, BIAS, PEEPHOLE, KEEP, GIVEN, PRECISE,
         )  # fmt: skip
         h, c = tl.where(mask, new_h, h), tl.where(mask, new_c, c)
     tl.store(h_n_ptr + state, h, mask=inside)

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._packed import Backward, Floor, Forward
+from .._packed import SERVED, Backward, Floor, Forward
 from . import _lib
 from ._recurrent_backward import recurrent_loop_bwd_kernel, recurrent_step_bwd_kernel
 from ._recurrent_cells import KINDS
@@ -31,8 +31,9 @@ RESIDENT = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 
 def unsupported(x: Tensor, *features: str) -> str | None:
     """Why this backend cannot serve tensors of the dtype and device of x, or one of the features; or None."""
-    if features:
-        return f"the Triton kernels do not serve {' and '.join(features)} yet"
+    missing = [feature for feature in features if feature not in SERVED]
+    if missing:
+        return f"the Triton kernels do not serve {' and '.join(missing)}"
     return _lib.unsupported_tensor(x)
 
 
@@ -74,13 +75,13 @@ class _Floor(Floor):
     def forward(self, f: Forward) -> None:
         batch, hidden = f.h0.shape
         device, given, steps = f.output.device, f.products is not None, f.steps
-        constants = {**_constants(f.kind, f.output), "BIAS": f.bias is not None, "KEEP": f.kept is not None}
+        constants = {**_constants(f), "BIAS": f.bias is not None, "KEEP": f.kept is not None}
         if given or resident(hidden, f.output.dtype):
             tiles = loop_tiles(min(hidden, 64) if given else hidden)
             programs = triton.cdiv(batch, tiles.rows), triton.cdiv(hidden, tiles.units)
             _lib.launch(
                 recurrent_loop_fwd_kernel, programs, f.output,
-                f.gates, f.w_hh, f.products, f.bias, f.h0, f.output, f.h_n, f.c_n, f.kept, f.cells,
+                f.gates, f.w_hh, f.products, f.bias, f.peephole, f.h0, f.output, f.h_n, f.c_n, f.kept, f.cells,
                 steps.offsets_on(device), steps.tile_steps(tiles.rows, device), hidden, batch,
                 REVERSE=steps.reverse, GIVEN=given, BLOCK_B=tiles.rows, BLOCK_H=tiles.units, num_warps=tiles.warps,
                 **constants,
@@ -91,15 +92,15 @@ class _Floor(Floor):
             programs = triton.cdiv(hidden, tiles.units), triton.cdiv(visit.rows, tiles.rows)
             _lib.launch(
                 recurrent_step_fwd_kernel, programs, f.output,
-                f.gates, f.w_hh, f.bias, f.h0, f.output, f.h_n, f.c_n, f.kept, f.cells, hidden,
+                f.gates, f.w_hh, f.bias, f.peephole, f.h0, f.output, f.h_n, f.c_n, f.kept, f.cells, hidden,
                 visit.offset, visit.rows, visit.previous, visit.begun, visit.staying,
                 **constants, **tiles.constants(),
             )  # fmt: skip
 
     def backward(self, b: Backward) -> bool:
         batch, hidden = b.h0.shape
-        device, steps, constants = b.output.device, b.steps, _constants(b.kind, b.output)
-        kept = b.h0, b.c0, b.output, b.kept, b.cells, b.dgates
+        device, steps, constants = b.output.device, b.steps, _constants(b)
+        kept = b.peephole, b.h0, b.c0, b.output, b.kept, b.cells, b.dgates
         if resident(hidden, b.output.dtype):
             tiles = loop_tiles(hidden)
             _lib.launch(
@@ -119,8 +120,10 @@ class _Floor(Floor):
         return False
 
 
-def _constants(kind: str, like: Tensor) -> dict[str, Any]:
-    return {"KIND": KINDS[kind], "PRECISE": like.dtype == torch.float32, "PRECISION": precision()}
+def _constants(given: Forward | Backward) -> dict[str, Any]:
+    precise = given.output.dtype == torch.float32
+    peephole = given.peephole is not None
+    return {"KIND": KINDS[given.kind], "PEEPHOLE": peephole, "PRECISE": precise, "PRECISION": precision()}
 
 
 _floor = _Floor()

@@ -214,7 +214,7 @@ def test_steps(sizes: Tensor | None, reverse: bool) -> None:
             before[token], state = state, output[token]
             first.setdefault(row, token)
     assert torch.equal(steps.before(output, h0), before)
-    assert steps.first(output)[:, 0].tolist() == [float(first[row]) for row in sorted(first)]
+    assert output[steps.first()][:, 0].tolist() == [float(first[row]) for row in sorted(first)]
     assert steps.tile_steps(2, output.device).tolist() == [sum(n > r for n in counts) for r in range(0, batch, 2)]
     assert steps.offsets_on(output.device).tolist() == [*starts, sum(counts)]
 

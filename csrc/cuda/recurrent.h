@@ -32,28 +32,29 @@ struct RecurrentShape {
 
 // weights: W_hh in the order of the tensor cores' fragments (pykernels/_cuda/recurrent.py, `_packed_weights`).
 // x: (N, G H) float, the input's gates; bias: float, (G H), for a GRU the 4 H parts r, z, n, n', or null.
+// peephole: (3 H) float, of an LSTM's i, f and o, or null.
 // c: (B, H) float, in: c0, out: c_n (LSTM).  h_n: a copy of h0, in which the rows that have steps are replaced.
 // kept: gates after their activations, float where dtype is float32 or the cell a GRU, else half; null: not wanted;
 // cells: c of every token.  kept may be x.  offsets: steps + 1; tile_steps: for each 16 rows, the steps that have one
 // of them; arrived: a zero for each such tile.
-void recurrent_forward(const void* weights, const float* x, const float* bias, const void* h0, void* output, void* h_n,
-                       float* c, void* kept, float* cells, const int64_t* offsets, const int* tile_steps,
-                       uint32_t* arrived, int64_t batch, int64_t steps, int hidden, bool reverse, int way, int blocks,
-                       int units, int tiles, int cell, DType dtype, void* stream);
+void recurrent_forward(const void* weights, const float* x, const float* bias, const float* peephole, const void* h0,
+                       void* output, void* h_n, float* c, void* kept, float* cells, const int64_t* offsets,
+                       const int* tile_steps, uint32_t* arrived, int64_t batch, int64_t steps, int hidden, bool reverse,
+                       int way, int blocks, int units, int tiles, int cell, DType dtype, void* stream);
 
 // weights: W_hh^T, packed in the same way.  dh_n: (B, H) float; of a GRU it is `carry`, which comes back as the part of
 // dh0 that bypasses the product.  carry: dc_n in, dc0 out of an LSTM.  dgates: (N, W or H): gradients of i, f, g, o; of
 // n, r, z, n'; of the only gate.
-void recurrent_backward(const void* weights, const void* dy, const float* dh_n, const void* h0, const void* c0,
-                        const void* output, const void* kept, const float* cells, void* dgates, float* carry,
-                        const int64_t* offsets, const int* tile_steps, uint32_t* arrived, int64_t dy_stride,
-                        int64_t batch, int64_t steps, int hidden, bool reverse, int way, int blocks, int units,
-                        int tiles, int cell, DType dtype, void* stream);
+void recurrent_backward(const void* weights, const void* dy, const float* dh_n, const float* peephole, const void* h0,
+                        const void* c0, const void* output, const void* kept, const float* cells, void* dgates,
+                        float* carry, const int64_t* offsets, const int* tile_steps, uint32_t* arrived,
+                        int64_t dy_stride, int64_t batch, int64_t steps, int hidden, bool reverse, int way, int blocks,
+                        int units, int tiles, int cell, DType dtype, void* stream);
 
 // kept and cells from x and the products with the state, (N, G H) float, of all tokens.  LSTM and GRU; kept is of dtype
 // f32 or f16.
-void recurrent_recompute(const float* x, const float* products, const float* bias, float* c, void* kept, float* cells,
-                         const int64_t* offsets, int64_t batch, int64_t steps, int hidden, bool reverse, int cell,
-                         DType dtype, void* stream);
+void recurrent_recompute(const float* x, const float* products, const float* bias, const float* peephole, float* c,
+                         void* kept, float* cells, const int64_t* offsets, int64_t batch, int64_t steps, int hidden,
+                         bool reverse, int cell, DType dtype, void* stream);
 
 }  // namespace pk

@@ -8,7 +8,7 @@ namespace {
 struct Backward {
   const uint4* weights;
   const void* dy;
-  const float* dh_n;
+  const float *dh_n, *peephole;
   const void *h0, *c0, *output, *kept;
   const float* cells;
   void* dgates;
@@ -38,7 +38,8 @@ __device__ __forceinline__ CellGradient gradient_of(const Backward& f, const Vis
   } else {
     y = to_float(output[token * hidden + unit]);
   }
-  return cell_backward<K, std::is_same_v<T, float>>(kept, dh, carry, c, before, y, f.relu);
+  const Peephole peephole = load_peephole(f.peephole, f.loop.hidden, static_cast<int>(unit));
+  return cell_backward<K, std::is_same_v<T, float>>(kept, peephole, dh, carry, c, before, y, f.relu);
 }
 
 template <class T, Kind K>
@@ -114,17 +115,18 @@ int gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 
 
 }  // namespace
 
-void recurrent_backward(const void* weights, const void* dy, const float* dh_n, const void* h0, const void* c0,
-                        const void* output, const void* kept, const float* cells, void* dgates, float* carry,
-                        const int64_t* offsets, const int* tile_steps, uint32_t* arrived, int64_t dy_stride,
-                        int64_t batch, int64_t steps, int hidden, bool reverse, int way, int blocks, int units,
-                        int tiles, int cell, DType dtype, void* stream) {
+void recurrent_backward(const void* weights, const void* dy, const float* dh_n, const float* peephole, const void* h0,
+                        const void* c0, const void* output, const void* kept, const float* cells, void* dgates,
+                        float* carry, const int64_t* offsets, const int* tile_steps, uint32_t* arrived,
+                        int64_t dy_stride, int64_t batch, int64_t steps, int hidden, bool reverse, int way, int blocks,
+                        int units, int tiles, int cell, DType dtype, void* stream) {
   dispatch_cell(cell, dtype, [&](auto t, auto k) {
     using T = typename decltype(t)::type;
     constexpr Kind K = decltype(k)::value;
     const Backward f{static_cast<const uint4*>(weights),
                      dy,
                      dh_n,
+                     peephole,
                      h0,
                      c0,
                      output,

@@ -20,16 +20,28 @@ struct CellResult {
   float kept[4];
 };
 
+// Weights of c in an LSTM's gates i, f (the old c) and o (the new one); zeros without.
+struct Peephole {
+  float i, f, o;
+};
+
+__device__ __forceinline__ Peephole load_peephole(const float* from, int hidden, int unit) {
+  if (!from) return {0.f, 0.f, 0.f};
+  return {from[unit], from[hidden + unit], from[2 * hidden + unit]};
+}
+
 // x: the input's gates, bias: zero or more parts (a GRU's fourth is added to the state's n), p: the products with the
 // state.  Gates are summed as (x + bias) + p: the product comes whole, rounded to the gates' magnitude once.
 template <Kind K, bool PRECISE>
 __device__ __forceinline__ CellResult cell_forward(const float (&x)[kGates<K>], const float (&bias)[4],
-                                                   const float (&p)[kGates<K>], float h, float c, bool relu) {
+                                                   const float (&p)[kGates<K>], const Peephole& peephole, float h,
+                                                   float c, bool relu) {
   CellResult r{};
   if constexpr (K == Kind::lstm) {
-    const float i = sigmoid<PRECISE>(x[0] + bias[0] + p[0]), f = sigmoid<PRECISE>(x[1] + bias[1] + p[1]);
-    const float g = hyperbolic_tangent<PRECISE>(x[2] + bias[2] + p[2]), o = sigmoid<PRECISE>(x[3] + bias[3] + p[3]);
-    const float now = f * c + i * g;
+    const float i = sigmoid<PRECISE>(x[0] + bias[0] + p[0] + peephole.i * c);
+    const float f = sigmoid<PRECISE>(x[1] + bias[1] + p[1] + peephole.f * c);
+    const float g = hyperbolic_tangent<PRECISE>(x[2] + bias[2] + p[2]), now = f * c + i * g;
+    const float o = sigmoid<PRECISE>(x[3] + bias[3] + p[3] + peephole.o * now);
     r = {o * hyperbolic_tangent<PRECISE>(now), now, {i, f, g, o}};
   } else if constexpr (K == Kind::gru) {
     const float reset = sigmoid<PRECISE>(x[0] + bias[0] + p[0]), z = sigmoid<PRECISE>(x[1] + bias[1] + p[1]);
@@ -50,13 +62,13 @@ struct CellGradient {
 // kept: as cell_forward gives it; c, before: an LSTM's c after and before the step; a GRU's `before`: the old h; y: an
 // RNN's output.
 template <Kind K, bool PRECISE>
-__device__ __forceinline__ CellGradient cell_backward(const float (&kept)[4], float dh, float carry, float c,
-                                                      float before, float y, bool relu) {
+__device__ __forceinline__ CellGradient cell_backward(const float (&kept)[4], const Peephole& peephole, float dh,
+                                                      float carry, float c, float before, float y, bool relu) {
   if constexpr (K == Kind::lstm) {
     const float i = kept[0], f = kept[1], g = kept[2], o = kept[3], t = hyperbolic_tangent<PRECISE>(c);
-    const float dc = carry + dh * o * (1.f - t * t);
-    return {{dc * g * i * (1.f - i), dc * before * f * (1.f - f), dc * i * (1.f - g * g), dh * t * o * (1.f - o)},
-            dc * f};
+    const float of_o = dh * t * o * (1.f - o), dc = carry + dh * o * (1.f - t * t) + peephole.o * of_o;
+    const float of_i = dc * g * i * (1.f - i), of_f = dc * before * f * (1.f - f);
+    return {{of_i, of_f, dc * i * (1.f - g * g), of_o}, dc * f + peephole.i * of_i + peephole.f * of_f};
   } else if constexpr (K == Kind::gru) {
     const float r = kept[0], z = kept[1], n = kept[2], inner = kept[3];
     const float dn = dh * (1.f - z) * (1.f - n * n);

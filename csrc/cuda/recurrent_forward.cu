@@ -7,7 +7,7 @@ namespace {
 
 struct Forward {
   const uint4* weights;
-  const float *x, *bias;
+  const float *x, *bias, *peephole;
   const void* h0;
   void *output, *h_n;
   float* c;
@@ -76,7 +76,8 @@ __global__ void __launch_bounds__(kTileThreads) recurrent_forward_kernel(const F
       float before = 0.f;
       if constexpr (K == Kind::gru) before = old[n][e];
       const float c = K == Kind::lstm ? tile.own(row, unit) : 0.f;
-      const CellResult found = cell_forward<K, PRECISE>(gates, bias, products, before, c, f.relu);
+      const Peephole peephole = load_peephole(f.peephole, loop.hidden, static_cast<int>(u));
+      const CellResult found = cell_forward<K, PRECISE>(gates, bias, products, peephole, before, c, f.relu);
       const int64_t token = v.offset + r;
       if constexpr (K != Kind::rnn) {
         if (f.kept) {
@@ -108,15 +109,16 @@ __global__ void __launch_bounds__(kTileThreads) recurrent_forward_kernel(const F
 
 template <class T, Kind K>
 __global__ void __launch_bounds__(kTileThreads)
-    recurrent_recompute_kernel(const float* x, const float* products, const float* bias_ptr, float* state, T* kept,
-                               float* cells, const int64_t* offsets, int64_t batch, int64_t steps, int hidden,
-                               bool reverse) {
+    recurrent_recompute_kernel(const float* x, const float* products, const float* bias_ptr, const float* peephole_ptr,
+                               float* state, T* kept, float* cells, const int64_t* offsets, int64_t batch,
+                               int64_t steps, int hidden, bool reverse) {
   constexpr int G = kGates<K>;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kTileThreads + threadIdx.x;
   if (i >= batch * hidden) return;
   const int64_t row = i / hidden, unit = i % hidden;
   float bias[4], c = K == Kind::lstm ? state[i] : 0.f;
   load_bias<K>(bias, bias_ptr, hidden, static_cast<int>(unit));
+  const Peephole peephole = load_peephole(peephole_ptr, hidden, static_cast<int>(unit));
   for (int64_t turn = 0; turn < steps; ++turn) {
     const Visit v = visit(offsets, steps, turn, reverse);
     if (row >= v.rows) continue;
@@ -127,7 +129,7 @@ __global__ void __launch_bounds__(kTileThreads)
       gates[gate] = x[token * (G * hidden) + gate * hidden + unit];
       p[gate] = products[token * (G * hidden) + gate * hidden + unit];
     }
-    const CellResult found = cell_forward<K, true>(gates, bias, p, 0.f, c, false);
+    const CellResult found = cell_forward<K, true>(gates, bias, p, peephole, 0.f, c, false);
     c = found.c;
 #pragma unroll
     for (int part = 0; part < 4; ++part)
@@ -137,25 +139,27 @@ __global__ void __launch_bounds__(kTileThreads)
 }
 
 template <class T, Kind K>
-void recompute(const float* x, const float* products, const float* bias, float* c, void* kept, float* cells,
-               const int64_t* offsets, int64_t batch, int64_t steps, int hidden, bool reverse, void* stream) {
+void recompute(const float* x, const float* products, const float* bias, const float* peephole, float* c, void* kept,
+               float* cells, const int64_t* offsets, int64_t batch, int64_t steps, int hidden, bool reverse,
+               void* stream) {
   const unsigned blocks = static_cast<unsigned>(ceil_div(batch * hidden, kTileThreads));
-  launch(recurrent_recompute_kernel<T, K>, blocks, kTileThreads, 0, stream, x, products, bias, c, static_cast<T*>(kept),
-         cells, offsets, batch, steps, hidden, reverse);
+  launch(recurrent_recompute_kernel<T, K>, blocks, kTileThreads, 0, stream, x, products, bias, peephole, c,
+         static_cast<T*>(kept), cells, offsets, batch, steps, hidden, reverse);
 }
 
 }  // namespace
 
-void recurrent_forward(const void* weights, const float* x, const float* bias, const void* h0, void* output, void* h_n,
-                       float* c, void* kept, float* cells, const int64_t* offsets, const int* tile_steps,
-                       uint32_t* arrived, int64_t batch, int64_t steps, int hidden, bool reverse, int way, int blocks,
-                       int units, int tiles, int cell, DType dtype, void* stream) {
+void recurrent_forward(const void* weights, const float* x, const float* bias, const float* peephole, const void* h0,
+                       void* output, void* h_n, float* c, void* kept, float* cells, const int64_t* offsets,
+                       const int* tile_steps, uint32_t* arrived, int64_t batch, int64_t steps, int hidden, bool reverse,
+                       int way, int blocks, int units, int tiles, int cell, DType dtype, void* stream) {
   dispatch_cell(cell, dtype, [&](auto t, auto k) {
     using T = typename decltype(t)::type;
     constexpr Kind K = decltype(k)::value;
     const Forward f{static_cast<const uint4*>(weights),
                     x,
                     bias,
+                    peephole,
                     h0,
                     output,
                     h_n,
@@ -169,11 +173,11 @@ void recurrent_forward(const void* weights, const float* x, const float* bias, c
   });
 }
 
-void recurrent_recompute(const float* x, const float* products, const float* bias, float* c, void* kept, float* cells,
-                         const int64_t* offsets, int64_t batch, int64_t steps, int hidden, bool reverse, int cell,
-                         DType dtype, void* stream) {
+void recurrent_recompute(const float* x, const float* products, const float* bias, const float* peephole, float* c,
+                         void* kept, float* cells, const int64_t* offsets, int64_t batch, int64_t steps, int hidden,
+                         bool reverse, int cell, DType dtype, void* stream) {
   const auto go = [&](auto run) {
-    run(x, products, bias, c, kept, cells, offsets, batch, steps, hidden, reverse, stream);
+    run(x, products, bias, peephole, c, kept, cells, offsets, batch, steps, hidden, reverse, stream);
   };
   if (static_cast<Cell>(cell) == Cell::gru) return go(&recompute<float, Kind::gru>);
   dtype == DType::f32 ? go(&recompute<float, Kind::lstm>) : go(&recompute<fp16, Kind::lstm>);

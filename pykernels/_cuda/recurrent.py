@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._packed import GATES, Backward, Floor, Forward
+from .._packed import GATES, SERVED, Backward, Floor, Forward
 from ._extension import DTYPE_CODES, Extension
 
 __all__ = [
@@ -37,8 +37,9 @@ def unsupported(ext: Extension, x: Tensor, *features: str) -> str | None:
     device = "cpu" if ext.name == "_emulator_ext" else "cuda"
     if x.device.type != device:
         return f"{ext.name} serves {device} tensors, not {x.device.type} ones"
-    if features:
-        return f"the CUDA kernels do not serve {' and '.join(features)} yet"
+    missing = [feature for feature in features if feature not in SERVED]
+    if missing:
+        return f"the CUDA kernels do not serve {' and '.join(missing)}"
     return ext.device_reason(x.device)
 
 
@@ -85,7 +86,7 @@ class _Floor(Floor):
         if f.products is not None:
             assert f.kept is not None
             self.ext.call(
-                "recurrent_recompute", f.gates, f.products, f.bias, f.c_n, f.kept, f.cells, offsets, *shape,
+                "recurrent_recompute", f.gates, f.products, f.bias, f.peephole, f.c_n, f.kept, f.cells, offsets, *shape,
                 _CELLS[f.kind], f.kept.dtype,
             )  # fmt: skip
             return
@@ -93,8 +94,8 @@ class _Floor(Floor):
         weights = _packed_weights(f.w_hh.view(GATES[f.kind], hidden, hidden), plan[1] * plan[2])
         tiles = steps.tile_steps(_ROWS, device)
         self.ext.call(
-            "recurrent_forward", weights, f.gates, f.bias, f.h0, f.output, f.h_n, f.c_n, f.kept, f.cells, offsets,
-            tiles, torch.zeros_like(tiles), *shape, *plan, _CELLS[f.kind], f.h0.dtype,
+            "recurrent_forward", weights, f.gates, f.bias, f.peephole, f.h0, f.output, f.h_n, f.c_n, f.kept, f.cells,
+            offsets, tiles, torch.zeros_like(tiles), *shape, *plan, _CELLS[f.kind], f.h0.dtype,
         )  # fmt: skip
 
     def backward(self, b: Backward) -> bool:
@@ -103,9 +104,9 @@ class _Floor(Floor):
         weights = _packed_weights(b.w_hh.t().unsqueeze(0), plan[1] * plan[2])
         tiles = steps.tile_steps(_ROWS, device)
         self.ext.call(
-            "recurrent_backward", weights, b.dy, b.dh, b.h0, b.c0, b.output, b.kept, b.cells, b.dgates, b.carry,
-            steps.offsets_on(device), tiles, torch.zeros_like(tiles), b.dy.stride(0), batch, len(steps.sizes), hidden,
-            steps.reverse, *plan, _CELLS[b.kind], b.h0.dtype,
+            "recurrent_backward", weights, b.dy, b.dh, b.peephole, b.h0, b.c0, b.output, b.kept, b.cells, b.dgates,
+            b.carry, steps.offsets_on(device), tiles, torch.zeros_like(tiles), b.dy.stride(0), batch, len(steps.sizes),
+            hidden, steps.reverse, *plan, _CELLS[b.kind], b.h0.dtype,
         )  # fmt: skip
         return False
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..spec import Case, Input, OpSpec
 
 KERNELS = ("cpu", "triton", "cuda", "emulator")
-PROJECTED = ("cpu",)  # backends that serve projections and peepholes
+PROJECTED = KERNELS  # backends that serve projections and peepholes
 
 _GATES = {"rnn": 1, "lstm": 4, "gru": 3}
 

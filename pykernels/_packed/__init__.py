@@ -1,0 +1,6 @@
+"""What both GPU floors of the recurrent room do in torch, around time loops of their own."""
+
+from .floor import GATES, SERVED, Backward, Floor, Forward
+from .steps import Steps
+
+__all__ = ["GATES", "SERVED", "Backward", "Floor", "Forward", "Steps"]
