@@ -27,7 +27,9 @@ def _finish(
     GATES: tl.constexpr = cells.gates_of(KIND)
     b0, b1, b2, b3 = cells.bias_tiles(bias_ptr, unit, hidden, KIND, BIAS)
     x_ptrs = x_ptr + token * (GATES * hidden) + unit
-    h, c, k0, k1, k2, k3 = cells.forward_cell(x_ptrs, hidden, mask, b0, b1, b2, b3, p0, p1, p2, p3, h, c, KIND, PRECISE)
+    h, c, k0, k1, k2, k3 = cells.forward_cell(
+        x_ptrs, peephole_ptr, unit, hidden, mask, b0, b1, b2, b3, p0, p1, p2, p3, h, c, KIND, PEEPHOLE, PRECISE
+    )
     if KEEP:
         cells.store_kept(kept_ptr + token * (4 * hidden) + unit, hidden, mask, k0, k1, k2, k3)
         if KIND == cells.LSTM:

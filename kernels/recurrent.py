@@ -1,7 +1,7 @@
 """The recurrent room on Triton: one layer in one direction over packed tokens.
 
 The product with the input is one of torch's over all tokens, and so is each of the gradients after the loop
-(pykernels/_packed.py); kernels make what depends on time. Two kinds: small hidden sizes take one launch in which each
+(pykernels/_packed); kernels make what depends on time. Two kinds: small hidden sizes take one launch in which each
 program runs all steps for some rows; others one launch a step, of a kernel that makes the product with W_hh and applies
 the cell to it.
 """

@@ -57,7 +57,9 @@ def take(monkeypatch: pytest.MonkeyPatch) -> Any:
     return taking
 
 
-def layer(kind: str, sizes: Tensor | None, batch: int, hidden: int, dtype: torch.dtype, steps: int = 4) -> Any:
+def layer(
+    kind: str, sizes: Tensor | None, batch: int, hidden: int, dtype: torch.dtype, steps: int = 4, projected: int = 0
+) -> Any:
     """Tensors of one layer; rows of the batch beyond sizes[0] have no steps."""
     generator = torch.Generator().manual_seed(11)
     tokens, gated, size = steps * batch if sizes is None else int(sizes.sum()), GATES[kind] * hidden, 5
@@ -65,9 +67,12 @@ def layer(kind: str, sizes: Tensor | None, batch: int, hidden: int, dtype: torch
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(DEVICE, dtype)
 
-    states = [draw(batch, hidden) for _ in range(2 if kind == "lstm" else 1)]
-    weights = [draw(gated, size, scale=0.5), draw(gated, hidden, scale=hidden**-0.5), draw(gated), draw(gated)]
-    cotangents = [draw(tokens, hidden), *(draw(batch, hidden) for _ in states)]
+    width = projected or hidden
+    states = [draw(batch, width), draw(batch, hidden)][: 2 if kind == "lstm" else 1]
+    weights = [draw(gated, size, scale=0.5), draw(gated, width, scale=width**-0.5), draw(gated), draw(gated)]
+    if projected:  # and peepholes
+        weights += [draw(width, hidden, scale=hidden**-0.5), draw(3 * hidden)]
+    cotangents = [draw(tokens, width), *(draw(*s.shape) for s in states)]
     return SimpleNamespace(
         kind=kind, input=draw(tokens, size), states=states, weights=weights, sizes=sizes, cotangents=cotangents
     )
@@ -85,32 +90,24 @@ def truth(given: Any, reverse: bool, dtype: torch.dtype | None) -> dict[str, Ten
 def named(given: Any, results: Any, dx: Tensor, dstates: Any, dweights: Any) -> dict[str, Tensor]:
     found = dict(zip(("output", "h_n", "c_n"), results, strict=False)) | {"dx": dx}
     found |= dict(zip(("dh0", "dc0"), dstates, strict=False))
-    return found | dict(zip(("dw_ih", "dw_hh", "db_ih", "db_hh"), dweights, strict=True))
+    names = ("dw_ih", "dw_hh", "db_ih", "db_hh", "dw_hr", "dpeephole")
+    return found | dict(zip(names, dweights, strict=False))
 
 
 def run(floor: Any, given: Any, reverse: bool, recompute: bool = False) -> dict[str, Tensor]:
     """Forward and backward through the floor's operators."""
     kind, x, sizes = given.kind, given.input, given.sizes
-    w_ih, w_hh, *_ = given.weights
+    w_ih, w_hh, _, _, *extra = given.weights
     if kind == "lstm":
-        layer = (x, *given.states, *given.weights, None, None, sizes)
+        projected, extra = bool(extra), extra or [None, None]
+        layer = (x, *given.states, *given.weights[:4], *extra, sizes)
         y, h, c, *kept = floor.lstm_forward(*layer, reverse, not recompute)
         kept = floor.lstm_recompute(*layer, y, reverse) if recompute else kept
-        dx, dh, dc, dw_ih, dw_hh, db, *_ = floor.lstm_backward(
-            *given.cotangents,
-            x,
-            *given.states,
-            w_ih,
-            w_hh,
-            None,
-            None,
-            sizes,
-            y,
-            *kept,
-            reverse,
-            (True,) * 6 + (False,) * 2,
-        )
-        return named(given, (y, h, c), dx, (dh, dc), (dw_ih, dw_hh, db, db))
+        dx, dh, dc, dw_ih, dw_hh, db, *rest = floor.lstm_backward(
+            *given.cotangents, x, *given.states, w_ih, w_hh, *extra, sizes, y, *kept, reverse,
+            (True,) * 6 + (projected,) * 2,
+        )  # fmt: skip
+        return named(given, (y, h, c), dx, (dh, dc), (dw_ih, dw_hh, db, db, *(rest if projected else ())))
     layer = (x, *given.states, *given.weights, sizes)
     if kind == "gru":
         y, h, kept = floor.gru_forward(*layer, reverse, not recompute)
@@ -194,6 +191,13 @@ def test_way_of_running_by_size(backend: str) -> None:
     assert way(0, 512) == way(0, 512, backward=True) == 2
     assert way(0, 512, wish=1) == 0 and way(0, 512, wish=3) == 3
     assert way(0, 1 << 20, wish=2) == 0 and way(0, 1 << 20) == 3
+
+
+@pytest.mark.parametrize(("backend", "way"), WAYS)
+@pytest.mark.parametrize("reverse", (False, True), ids=("forward", "reverse"))
+def test_projections_and_peepholes(take: Any, backend: str, way: str, reverse: bool, poisoned: None) -> None:
+    given = layer("lstm", RAGGED, 19, 35, torch.float32, projected=13)
+    check(take(backend, way), given, reverse, recompute=reverse)
 
 
 @pytest.mark.parametrize("reverse", (False, True), ids=("forward", "reverse"))
