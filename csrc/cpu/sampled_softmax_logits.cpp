@@ -19,7 +19,8 @@ using at::Tensor;
 
 namespace {
 
-constexpr int64_t kRows = 256, kColumns = 512;    // a tile: 512 KiB of float32, a quarter of an L2 cache
+// A tile: 480 KiB of float32, a quarter of an L2 cache. Rows of 512 would share the sets of L1.
+constexpr int64_t kRows = 256, kColumns = 480;
 constexpr int64_t kChunks = 8;                    // of the classes in backward, each with a dx of its own
 constexpr int64_t kPartials = int64_t{64} << 20;  // bytes of those dx, if that leaves two chunks
 constexpr int64_t kUnit = 32;                     // rows and columns of tile registers
@@ -162,6 +163,13 @@ Logits::Logits(const Tensor& x, const Tensor& table, const char* function)
   }
 }
 
+// Kept logits lie tile after tile, so that a tile is one stretch of memory.
+void Logits::place(TileArgs& t, const Tensor& kept, const Tensor& z) const {
+  t.z = kept.defined() ? kept.mutable_data_ptr<float>() + batch_ * t.column + t.row * t.columns
+                       : z.mutable_data_ptr<float>();
+  t.z_stride = kept.defined() ? t.columns : kColumns;
+}
+
 template <class Products>
 void Logits::reduce_with(const TileArgs& loss, const Tensor& kept) const {
   const SampledSoftmaxKernels& kernels = sampled_softmax_kernels();
@@ -169,15 +177,14 @@ void Logits::reduce_with(const TileArgs& loss, const Tensor& kept) const {
     const Tensor z = at::empty({kRows, kColumns}, x_.options().dtype(at::kFloat));
     Products products(*this);
     TileArgs t = loss;
+    t.narrow = low_;
     for (t.column = 0; t.column < classes(); t.column += kColumns) {
       t.columns = std::min(kColumns, classes() - t.column);
       t.add = loss.add ? loss.add + t.column : nullptr;
       products.load(t.column, t.columns);
       for (t.row = begin * kRows; t.row < std::min(end * kRows, batch_); t.row += kRows) {
         t.rows = std::min(kRows, batch_ - t.row);
-        t.z = kept.defined() ? kept.mutable_data_ptr<float>() + t.row * classes() + t.column
-                             : z.mutable_data_ptr<float>();
-        t.z_stride = kept.defined() ? classes() : kColumns;
+        place(t, kept, z);
         products.logits(t);
         kernels.finish_logits(t);
         kernels.reduce(t);
@@ -215,12 +222,8 @@ Tensor Logits::gradient_with(const TileArgs& loss, const Tensor& kept, bool want
         products.load(t.column, t.columns);
         for (t.row = 0; t.row < batch_; t.row += kRows) {
           t.rows = std::min(kRows, batch_ - t.row);
-          if (kept.defined()) {
-            t.z = kept.mutable_data_ptr<float>() + t.row * classes() + t.column;
-            t.z_stride = classes();
-          } else {
-            t.z = z.mutable_data_ptr<float>();
-            t.z_stride = kColumns;
+          place(t, kept, z);
+          if (!kept.defined()) {
             products.logits(t);
             kernels.finish_logits(t);
           }

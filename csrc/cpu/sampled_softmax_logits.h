@@ -15,8 +15,8 @@ class Logits {
 
   int64_t classes() const { return table_.size(0); }
 
-  // Runs `reduce` over all tiles. `loss` has what a tile needs beside its place and memory. kept: (batch, classes)
-  // float32, to be filled, or not defined.
+  // Runs `reduce` over all tiles. `loss` has what a tile needs beside its place and memory. kept: float32,
+  // batch * classes of them in an order of its own, to be filled, or not defined.
   void reduce(const TileArgs& loss, const at::Tensor& kept) const;
 
   // dx (batch, cols) float32, or not defined. store(column, columns, rows, stride, sums) takes the gradient of so many
@@ -29,6 +29,7 @@ class Logits {
  private:
   friend class Wide;
   friend class Low;
+  void place(TileArgs& tile, const at::Tensor& kept, const at::Tensor& z) const;
   template <class Products>
   void reduce_with(const TileArgs& loss, const at::Tensor& kept) const;
   template <class Products>

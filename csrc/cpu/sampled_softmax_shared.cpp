@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "embedding_tables.h"
+#include "pages.h"
 #include "sampled_softmax_logits.h"
 
 namespace pk {
@@ -132,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> sampled_rows_forward(const Tensor& input, con
     rows.sum(i) = s.kind == LossKind::kSoftmax ? sum : 0.f;
     std::copy_n(own, s.labels, &rows.sum(i) + 1);
   }
-  Tensor kept = keep ? at::empty({s.batch, s.count}, options) : Tensor();
+  const Tensor kept = keep ? empty_large({s.batch, s.count}, options) : Tensor();
   TileArgs tile{s.kind};
   tile.add = s.add.const_data_ptr<float>();
   tile.hits = s.hits();
