@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from .ops._library import draw_seed
-from .ops.embedding._pending import Positions, Rule, Table, register
+from .ops._pending import Positions, Rule, Table, register
 from .ops.embedding.update import apply_rule
 
 __all__ = ["SGD", "Adagrad", "Adam", "RowWiseAdagrad"]

@@ -250,3 +250,19 @@ def test_explain() -> None:
     assert pk.explain(F.linear_cross_entropy, X, W, LABELS[:, 0]).room == "sampled_softmax"
     chances = torch.rand(B, V)
     assert pk.explain(F.linear_cross_entropy, X, W, chances).backend == "reference"
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_row_optimizers_step_the_same(name: str) -> None:
+    """pykernels.optim steps the rows that a loss used, without a gradient; two backward passes count together."""
+    start = torch.randn(V, D)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    fused, dense = pk.optim.SGD([ours], 0.5), torch.optim.SGD([theirs], 0.5)
+    for backwards in (1, 2):
+        for w, optimizer in ((ours, fused), (theirs, dense)):
+            for _ in range(backwards):
+                SPARSE[name](w).backward()
+            optimizer.step()
+            assert (w.grad is None) == (w is ours)
+            optimizer.zero_grad()
+        torch.testing.assert_close(ours, theirs)

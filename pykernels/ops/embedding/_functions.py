@@ -19,7 +19,7 @@ from torch.autograd import Function
 from ... import _backends, reference
 from .._function import second_derivative
 from .._library import define
-from ._pending import Positions, note
+from .._pending import Positions, note
 
 ROOM = _backends.Room("embedding")
 

@@ -9,6 +9,7 @@ from ... import reference
 from ..._backends import is_compiling
 from ...reference.embedding.lookup import renormalise_
 from .. import _check, _ids
+from .._pending import any_registered, outside_graphs, table_of
 from ._checks import (
     after,
     before,
@@ -21,7 +22,6 @@ from ._checks import (
     report_code,
 )
 from ._functions import ROOM, Bag, Lookup, embedding_bag_forward, embedding_forward
-from ._pending import any_registered, outside_graphs, table_of
 
 __all__ = ["embedding", "embedding_bag"]
 

@@ -13,6 +13,7 @@ from torch.autograd import Function
 from ... import reference
 from ..._backends import is_compiling
 from .. import _check, _ids
+from .._pending import any_registered, note, outside_graphs, table_of
 from ._checks import (
     after,
     before,
@@ -24,7 +25,6 @@ from ._checks import (
     report_code,
 )
 from ._functions import ROOM, BagGrad, bag_gradients, bag_positions, define
-from ._pending import any_registered, note, outside_graphs, table_of
 
 __all__ = ["embedding_bag_multi"]
 

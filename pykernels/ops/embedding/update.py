@@ -12,6 +12,7 @@ from ..._backends import is_compiling
 from ...reference.embedding.update import row_gradients
 from .. import _check, _ids
 from .._library import as_seed
+from .._pending import Positions, Rule
 from ._checks import (
     after,
     before,
@@ -30,7 +31,6 @@ from ._functions import (
     embedding_bag_backward_sparse,
     embedding_bag_forward,
 )
-from ._pending import Positions, Rule
 
 __all__ = ["embedding_adagrad_", "embedding_adam_", "embedding_rowwise_adagrad_", "embedding_sgd_"]
 

@@ -24,6 +24,7 @@ from ... import _backends
 from ...reference.sampled_softmax import linear, losses, samplers
 from .._function import second_derivative
 from .._library import LIBRARY, define
+from .._pending import Positions, expects, note
 
 ROOM = _backends.Room("sampled_softmax")
 
@@ -150,11 +151,12 @@ Gradients = Callable[..., tuple["Tensor | None", ...]]
 def _function(
     name: str, forward: Forward, gradients: Gradients, reference: Callable[..., Tensor], learned: int, tensors: int
 ) -> type[Function]:
-    """A Function `apply(backend, sparse, *tensors, *options)` -> loss of each row.
+    """A Function `apply(backend, sparse, table, *tensors, *options)` -> loss of each row.
 
     Args:
         forward: (backend, needed, *tensors, *options) -> (loss, *kept for backward).
-        gradients: (backend, sparse, mask, dloss, kept, *tensors, *options) -> gradients of the first `learned` tensors.
+        gradients: (backend, sparse, table, mask, dloss, kept, *tensors, *options) -> gradients of the first `learned`
+            tensors. table: what an optimizer that steps the rows of `weight` itself takes notes in, or None.
         reference: (*tensors, *options) -> the same loss; its derivatives serve second derivatives.
     """
 
@@ -164,7 +166,7 @@ def _function(
             kept, arguments = rest[:count], rest[count:]
             ctx.save_for_backward(dloss, *arguments[:tensors])
             ctx.mask, ctx.options, ctx.count = mask, arguments[tensors:], count
-            return gradients(backend, False, mask, dloss, kept, *arguments)
+            return gradients(backend, False, None, mask, dloss, kept, *arguments)
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
@@ -192,10 +194,11 @@ def _function(
 
     class Loss(Function):
         @staticmethod
-        def forward(ctx: Any, backend: str, sparse: bool, *arguments: Any) -> Tensor:
+        def forward(ctx: Any, backend: str, sparse: bool, table: Any, *arguments: Any) -> Tensor:
             needed = any(ctx.needs_input_grad)
             loss, *kept = forward(backend, needed, *arguments)
-            ctx.backend, ctx.sparse, ctx.options, ctx.count = backend, sparse, arguments[tensors:], len(kept)
+            ctx.backend, ctx.sparse, ctx.table, ctx.count = backend, sparse, table, len(kept)
+            ctx.options = arguments[tensors:]
             ctx.save_for_backward(*arguments[:tensors], *kept)
             return loss
 
@@ -203,15 +206,15 @@ def _function(
         def backward(ctx: Any, dloss: Tensor) -> Any:
             saved = ctx.saved_tensors
             given, kept, options = saved[:tensors], saved[tensors:], ctx.options
-            mask = ctx.needs_input_grad[2 : 2 + learned]
+            mask = ctx.needs_input_grad[3 : 3 + learned]
             if torch.is_grad_enabled():
                 found = Gradient.apply(ctx.backend, mask, dloss, ctx.count, *kept, *given, *options)
                 if ctx.sparse and mask[1]:
                     found = (found[0], found[1].to_sparse(1), *found[2:])
             else:
-                found = gradients(ctx.backend, ctx.sparse, mask, dloss, kept, *given, *options)
+                found = gradients(ctx.backend, ctx.sparse, ctx.table, mask, dloss, kept, *given, *options)
             grads = (g if m else None for g, m in zip(found, mask, strict=True))
-            return None, None, *grads, *(None,) * (tensors - learned + len(options))
+            return None, None, None, *grads, *(None,) * (tensors - learned + len(options))
 
     Loss.__name__ = Loss.__qualname__ = name
     Gradient.__name__ = Gradient.__qualname__ = f"{name}Grad"
@@ -223,9 +226,21 @@ def _rows_forward(backend: str, needed: bool, *arguments: Any) -> tuple[Tensor, 
     return found
 
 
+def _bags(dloss: Tensor, input: Tensor, ids: Tensor, padded: bool, coefficient: Tensor) -> Positions:
+    """The gradient of the table as that of a sum of weighted bags: row i of `input` goes to ids[i], by the slopes."""
+    slopes = (coefficient * dloss.unsqueeze(1)).to(input.dtype)
+    if not padded:
+        return Positions(ids, input, per_sample_weights=slopes, mode="sum")
+    inside = ids >= 0
+    ends = inside.sum(1).cumsum(0)
+    offsets = torch.cat([ends.new_zeros(1), ends])
+    return Positions(ids[inside], input, offsets, slopes[inside], mode="sum", include_last_offset=True)
+
+
 def _rows_gradients(
     backend: str,
     sparse: bool,
+    table: Any,
     mask: tuple[bool, ...],
     dloss: Tensor,
     kept: tuple[Tensor, ...],
@@ -237,7 +252,9 @@ def _rows_gradients(
     coefficient, unit = kept
     dinput = (unit * dloss.unsqueeze(1)).to(input.dtype) if mask[0] else None
     dweight = None
-    if mask[1] and sparse:
+    if mask[1] and note(table, lambda: _bags(dloss, input, ids, signs is not None, coefficient)):
+        pass
+    elif mask[1] and sparse:
         found = row_gradient_sparse[backend](dloss, input, ids, coefficient, weight.shape[0])
         dweight = _sparse(found, weight.shape[0])
     elif mask[1]:
@@ -254,10 +271,18 @@ def _sampled_forward(backend: str, needed: bool, *arguments: Any) -> tuple[Tenso
 
 
 def _sampled_gradients(
-    backend: str, sparse: bool, mask: tuple[bool, ...], dloss: Tensor, kept: tuple[Tensor, ...], *arguments: Any
+    backend: str,
+    sparse: bool,
+    table: Any,
+    mask: tuple[bool, ...],
+    dloss: Tensor,
+    kept: tuple[Tensor, ...],
+    *arguments: Any,
 ) -> tuple[Tensor | None, ...]:
-    if sparse and mask[1]:
+    if mask[1] and (sparse or expects(table)):
         dinput, ids, values, dbias = sampled_rows_backward_sparse[backend](dloss, *kept, *arguments, mask)
+        if note(table, lambda: Positions(ids[0], values)):
+            return dinput, None, dbias
         return dinput, _sparse((ids, values), arguments[1].shape[0]), dbias
     return sampled_rows_backward[backend](dloss, *kept, *arguments, mask)  # type: ignore[no-any-return]
 
@@ -268,7 +293,13 @@ def _linear_forward(backend: str, needed: bool, *arguments: Any) -> tuple[Tensor
 
 
 def _linear_gradients(
-    backend: str, sparse: bool, mask: tuple[bool, ...], dloss: Tensor, kept: tuple[Tensor, ...], *arguments: Any
+    backend: str,
+    sparse: bool,
+    table: Any,
+    mask: tuple[bool, ...],
+    dloss: Tensor,
+    kept: tuple[Tensor, ...],
+    *arguments: Any,
 ) -> tuple[Tensor | None, ...]:
     return linear_rows_backward[backend](dloss, *kept, *arguments, mask)  # type: ignore[no-any-return]
 

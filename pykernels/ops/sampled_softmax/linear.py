@@ -102,7 +102,7 @@ def linear_cross_entropy(
         )
     factors = None if weight is None else weight.detach()
     arguments = (input, linear_weight, linear_bias, target, factors, ignored, label_smoothing, z_loss)
-    loss = LinearRows.apply(backend, False, *arguments)
+    loss = LinearRows.apply(backend, False, None, *arguments)
     return reduce_weighted(loss, target, factors, ignored, reduction, input.dtype)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..._backends import is_compiling
 from ...reference import sampled_softmax as reference
 from ...reference.sampled_softmax.losses import reduce
 from ...reference.sampled_softmax.tables import HuffmanTree
 from .. import _autocast, _check, _ids
+from .._pending import any_registered, outside_graphs, table_of
 from ._checks import check_count, check_ids, check_labels, check_matrices, check_positive, check_reduction, check_shape
 from ._functions import ROOM, LogisticRows, SampledRows
 from .samplers import Sampled, log_uniform_candidate_sampler
@@ -57,6 +61,9 @@ def negative_sampling_loss(
         BackendError: the named backend cannot serve the call.
     """
     name = "negative_sampling_loss"
+    if is_compiling() and any_registered():
+        arguments = (input, weight, target, negatives, reduction)
+        return outside_graphs(negative_sampling_loss, *arguments, sparse=sparse, backend=backend)
     for key, value in (("input", input), ("weight", weight), ("target", target), ("negatives", negatives)):
         _check.tensor(name, key, value)
     input, weight = _autocast.float32((input, weight), input.device)
@@ -74,10 +81,10 @@ def negative_sampling_loss(
         return reference.negative_sampling_loss(input, weight, target, negatives, reduction, sparse=sparse)
     if negatives.dim() == 1:
         fixed = (None, target.unsqueeze(1), negatives, None, None, "logistic", False)
-        loss = SampledRows.apply(backend, sparse, input, weight, *fixed)
+        loss = SampledRows.apply(backend, sparse, table_of(weight), input, weight, *fixed)
     else:
         ids = torch.cat([target.unsqueeze(1), negatives.to(target.dtype)], 1)
-        loss = LogisticRows.apply(backend, sparse, input, weight, ids, None)
+        loss = LogisticRows.apply(backend, sparse, table_of(weight), input, weight, ids, None)
     return reduce(loss, reduction, input.dtype)
 
 
@@ -117,6 +124,9 @@ def hierarchical_softmax_loss(
         IndexError: a target is outside [0, V), named with its position. Read on the CPU in eager mode.
     """
     name = "hierarchical_softmax_loss"
+    if is_compiling() and any_registered():
+        arguments = (input, weight, target, tree, reduction)
+        return outside_graphs(hierarchical_softmax_loss, *arguments, sparse=sparse, backend=backend)
     for key, value in (("input", input), ("weight", weight), ("target", target)):
         _check.tensor(name, key, value)
     if not isinstance(tree, HuffmanTree):
@@ -132,7 +142,8 @@ def hierarchical_softmax_loss(
     if backend == "reference":
         return reference.hierarchical_softmax_loss(input, weight, target, tree, reduction, sparse=sparse)
     nodes, signs = tree.to(target.device).paths(target)
-    return reduce(LogisticRows.apply(backend, sparse, input, weight, nodes, signs), reduction, input.dtype)
+    loss = LogisticRows.apply(backend, sparse, table_of(weight), input, weight, nodes, signs)
+    return reduce(loss, reduction, input.dtype)
 
 
 def sampled_softmax_loss(
@@ -190,6 +201,9 @@ def sampled_softmax_loss(
         BackendError: the named backend cannot serve the call.
     """
     fixed = (labels, inputs, num_sampled, num_classes, num_true, sampled_values, remove_accidental_hits)
+    if is_compiling() and any_registered():
+        options: dict[str, Any] = {"seed": seed, "sparse": sparse, "backend": backend}
+        return outside_graphs(sampled_softmax_loss, weights, biases, *fixed, reduction, **options)
     return _sampled_loss("sampled_softmax_loss", "softmax", weights, biases, *fixed, reduction, seed, sparse, backend)
 
 
@@ -220,6 +234,9 @@ def nce_loss(
     Arguments, results and errors as in `sampled_softmax_loss`.
     """
     fixed = (labels, inputs, num_sampled, num_classes, num_true, sampled_values, remove_accidental_hits)
+    if is_compiling() and any_registered():
+        options: dict[str, Any] = {"seed": seed, "sparse": sparse, "backend": backend}
+        return outside_graphs(nce_loss, weights, biases, *fixed, reduction, **options)
     return _sampled_loss("nce_loss", "logistic", weights, biases, *fixed, reduction, seed, sparse, backend)
 
 
@@ -272,7 +289,7 @@ def _sampled_loss(
     if backend == "reference":
         loss = reference.losses.sampled_rows(*arguments, sparse=sparse)
     else:
-        loss = SampledRows.apply(backend, sparse, *arguments)
+        loss = SampledRows.apply(backend, sparse, table_of(weights), *arguments)
     return reduce(loss, reduction, inputs.dtype)
 
 

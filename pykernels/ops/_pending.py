@@ -1,9 +1,8 @@
 """What the backward of a lookup leaves for an optimizer that steps rows itself, in place of a gradient.
 
-An optimizer registers its tables (parameters). The backward of `embedding`, `embedding_bag` and `embedding_bag_multi`
-on
-such a parameter computes no gradient for it: it notes the ids and the gradient of the output, and the optimizer's
-`step()` consumes the notes with the fused row updates.
+An optimizer registers its tables (parameters). The backward of `embedding`, `embedding_bag`, `embedding_bag_multi` and
+of the losses over sampled classes on such a parameter computes no gradient for it: it notes the ids and the gradient of
+the output, and the optimizer's `step()` consumes the notes with the fused row updates.
 """
 
 from __future__ import annotations
@@ -93,6 +92,11 @@ def register(weight: Tensor) -> Table:
 def table_of(weight: Tensor) -> weakref.ref[Table] | None:
     """The parameter's Table, if an optimizer registered it; weak, so that a graph keeps no optimizer's table alive."""
     return _tables.get(id(weight)) if _tables else None
+
+
+def expects(table: weakref.ref[Table] | None) -> bool:
+    """Whether there is still an optimizer to take a note, and no graph of the gradient is wanted."""
+    return table is not None and not torch.is_grad_enabled() and table() is not None
 
 
 def note(table: weakref.ref[Table] | None, make: Callable[[], Positions]) -> bool:
