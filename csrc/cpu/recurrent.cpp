@@ -13,7 +13,6 @@
 #include <ATen/ops/zeros.h>
 
 #include "isa.h"
-#include "scratch.h"
 
 namespace pk {
 namespace {
@@ -194,47 +193,37 @@ Forward recompute_float(Cell cell, const Sequence& sequence, const Layer& layer,
 
 namespace {
 
-// The gradient of a weight (width, columns) as a sum over chunks of tokens of d^T x. Few tokens are one product of
-// torch's; of many, our own is faster and adds up partial sums of short chains.
+// The gradient of a weight (width, columns) as a sum over chunks of tokens of d^T x.
 class WeightGradient {
  public:
   WeightGradient(bool wanted, int64_t width, int64_t columns, int64_t tokens)
-      : wanted_(wanted), width_(width), columns_(columns), own_(tokens >= 4 * 64) {
-    if (!wanted_ || !own_) return;
-    const int64_t size = kernels().gradient_sums(1, width);
-    sums_ = at::zeros({std::max<int64_t>(columns, 1), size}, at::kFloat);
-  }
+      : wanted_(wanted), transposed_(tokens >= kMany), width_(width), columns_(columns) {}
 
   void add(const Tensor& d, const Tensor& x) {
     if (!wanted_) return;
-    if (!own_) {
-      sums_ = sums_.defined() ? sums_.addmm_(d.t(), x) : at::mm(d.t(), x);
-      return;
+    const Tensor &left = transposed_ ? x : d, &right = transposed_ ? d : x;
+    // Small products are made in partial sums of kPartial tokens: torch adds the tokens of one up in a single chain,
+    // whose error grows with its length.
+    const int64_t tokens = d.size(0), step = width_ * columns_ <= kSmall ? kPartial : std::max<int64_t>(tokens, 1);
+    for (int64_t t = 0; t < tokens; t += step) {
+      const int64_t n = std::min(step, tokens - t);
+      const Tensor a = left.narrow(0, t, n).t(), b = right.narrow(0, t, n);
+      sums_.defined() ? sums_.addmm_(a, b) : (sums_ = at::mm(a, b), sums_);
     }
-    const RecurrentKernels& table = kernels();
-    constexpr int64_t kColumns = 24;  // a multiple of every block's columns; fewer are not worth a thread
-    const int64_t pitch = sums_.size(1);
-    at::parallel_for(0, (columns_ + kColumns - 1) / kColumns, 4, [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * kColumns, mine = std::min(end * kColumns, columns_) - first;
-      GradientArgs args{read(x) + first, read(d),    write(sums_) + first * pitch, nullptr, mine, width_,
-                        x.stride(0),     d.stride(0)};
-      args.scratch = static_cast<float*>(scratch(table.gradient_scratch(mine) * sizeof(float)));
-      table.add_gradient(args, x.size(0));
-    });
   }
 
   Tensor result() const {
     if (!wanted_) return Tensor();
-    if (!own_) return sums_.defined() ? sums_ : at::zeros({width_, columns_}, at::kFloat);
-    Tensor out = at::empty({width_, columns_}, at::kFloat);
-    kernels().transpose_sums(read(sums_), columns_, width_, write(out));
-    return out;
+    if (!sums_.defined()) return at::zeros({width_, columns_}, at::kFloat);
+    return transposed_ ? sums_.t().contiguous() : sums_;
   }
 
  private:
-  bool wanted_;
+  static constexpr int64_t kPartial = 128, kSmall = int64_t{1} << 16;  // tokens, elements
+  // Of many tokens torch's product is faster as x^T d (by a tenth for 256 units, a third for 64).
+  static constexpr int64_t kMany = 256;
+  bool wanted_, transposed_;
   int64_t width_, columns_;
-  bool own_;
   Tensor sums_;
 };
 

@@ -82,20 +82,6 @@ struct BackwardArgs {
   float* dprojected;                   // gradients of the projected h (tokens, P) of the steps processed in this call
 };
 
-// out (rows, columns) = left (rows, depth) w, rows left_stride and out_stride apart; w as pack_columns leaves it.
-struct PlainArgs {
-  const float *left, *weight;
-  float* out;
-  int64_t depth, columns, left_stride, out_stride;
-};
-
-// sums += x^T d for x (tokens, columns) and d (tokens, width), rows x_stride and d_stride apart.
-struct GradientArgs {
-  const float *x, *d;
-  float *sums, *scratch;
-  int64_t columns, width, x_stride, d_stride;
-};
-
 struct RecurrentKernels {
   // floats that pack_forward writes for a weight of (gates_of * H, depth): W_hh, or W_ih
   int64_t (*packed_forward)(Cell, int64_t hidden, int64_t depth);
@@ -107,13 +93,8 @@ struct RecurrentKernels {
   void (*forward)(const ForwardArgs&, int64_t first, int64_t last, int64_t row, int64_t row_end);
   // The same steps, last to first.
   void (*backward)(const BackwardArgs&, int64_t first, int64_t last, int64_t row, int64_t row_end);
-  void (*product)(const PlainArgs&, int64_t row, int64_t row_end);
-  // sums[c] += sum of the rows of a (rows, cols)
+  // sums[c] += sum over rows of a[r][c], in partial sums of 64 rows: one running sum would lose digits on long inputs.
   void (*add_column_sums)(const float* a, int64_t rows, int64_t cols, float* sums);
-  int64_t (*gradient_scratch)(int64_t columns);              // floats
-  int64_t (*gradient_sums)(int64_t columns, int64_t width);  // floats
-  void (*add_gradient)(const GradientArgs&, int64_t tokens);
-  void (*transpose_sums)(const float* sums, int64_t columns, int64_t width, float* out);  // out (width, columns)
 };
 
 // The LSTM in bfloat16 on AMX: as above, with words of bfloat16 (dhn, carry, cells and c0 are float32) and
