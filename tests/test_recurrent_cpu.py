@@ -80,6 +80,11 @@ def test_sizes(name: str, hidden: int, batch: int) -> None:
     check(name, 4, batch, 19, hidden)
 
 
+@pytest.mark.parametrize("name", MODES)
+def test_large_hidden_size(name: str) -> None:
+    check(name, 2, 3, 40, 768)
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bfloat16", "float16"))
 @pytest.mark.parametrize(("batch", "hidden"), ((17, 33), (40, 100), (33, 193)))
 def test_sizes_in_16_bits(dtype: torch.dtype, batch: int, hidden: int) -> None:
@@ -123,7 +128,7 @@ def test_ragged(name: str, dtype: torch.dtype, both: bool) -> None:
 
 
 @pytest.mark.parametrize("name", MODES)
-@pytest.mark.parametrize("outputs", ((0,), (1,), (2,), (1, 2)), ids=("output", "h_n", "c_n", "h_n+c_n"))
+@pytest.mark.parametrize("outputs", ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2)), ids=str)
 def test_gradients_of_some_outputs(name: str, outputs: tuple[int, ...]) -> None:
     if outputs == (2,) and name != "LSTM":
         outputs = (1,)
@@ -146,6 +151,17 @@ def test_two_threads_give_the_same_bits(name: str) -> None:
             torch.set_num_threads(1)
     for again in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+
+@pytest.mark.parametrize("recompute", (False, True), ids=("saved", "recomputed"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("name", MODES)
+def test_two_backwards_give_the_same_bits(name: str, dtype: torch.dtype, recompute: bool) -> None:
+    """Nothing that autograd saved is written to."""
+    module = getattr(pk.nn, name)(9, 40, bidirectional=True, recompute=recompute, dtype=dtype, backend="cpu")
+    y, _ = module(PackedSequence(torch.randn(37, 9).to(dtype), torch.tensor([17, 12, 6, 2])))
+    once, twice = (torch.autograd.grad(y.data.sum(), module.parameters(), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
 @pytest.mark.parametrize("name", MODES)

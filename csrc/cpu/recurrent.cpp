@@ -32,12 +32,17 @@ const RecurrentKernels& kernels() {
 const float* read(const Tensor& t) { return t.const_data_ptr<float>(); }
 const float* read_or_null(const Tensor& t) { return t.defined() ? read(t) : nullptr; }
 float* write(const Tensor& t) { return t.mutable_data_ptr<float>(); }
-Tensor dense(const Tensor& t) { return t.to(at::kFloat).contiguous(); }
+// Conversions and cuts that change nothing are left out: each costs a microsecond, which a single cell notices.
+Tensor as_float(const Tensor& t) { return t.scalar_type() == at::kFloat ? t : t.to(at::kFloat); }
+Tensor dense(const Tensor& t) { return as_float(t).contiguous(); }
+Tensor cut(const Tensor& t, int64_t dim, int64_t at, int64_t count) {
+  return count == t.size(dim) ? t : t.narrow(dim, at, count);
+}
 Tensor dense_or_none(const Optional& t) { return t ? dense(*t) : Tensor(); }
 
 // Rows of unit stride, any distance apart (halves of a two-directional gradient, expanded gradients), without a copy.
 Tensor rows_of(const Tensor& t) {
-  const Tensor x = t.to(at::kFloat);
+  const Tensor x = as_float(t);
   return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous();
 }
 
@@ -63,7 +68,7 @@ struct Wide {
         batch(layer.h0.size(0)),
         x(rows_of(layer.input)),
         h(dense(layer.h0)),
-        w_ih(layer.w_ih.to(at::kFloat)),
+        w_ih(as_float(layer.w_ih)),
         w(dense(layer.w_hh)),
         w_hr(dense_or_none(layer.w_hr)),
         peephole(dense_or_none(layer.peephole)) {}
@@ -72,8 +77,8 @@ struct Wide {
 // Adds the products of h before each token to the gates from the input. The GRU's n' goes behind the input's three.
 void add_state_products(Cell cell, const Wide& wide, Tensor gates, const Tensor& previous) {
   const int64_t hidden = wide.hidden, shared = cell == Cell::kGru ? 2 * hidden : wide.depth;
-  Tensor sums = gates.narrow(1, 0, shared);
-  sums.addmm_(previous, (cell == Cell::kGru ? wide.w.narrow(0, 0, shared) : wide.w).t());
+  Tensor sums = cut(gates, 1, 0, shared);
+  sums.addmm_(previous, cut(wide.w, 0, 0, shared).t());
   if (cell != Cell::kGru) return;
   Tensor rest = gates.narrow(1, 3 * hidden, hidden);
   at::mm_out(rest, previous, wide.w.narrow(0, shared, hidden).t());
@@ -119,11 +124,11 @@ Forward forward_float(Cell cell, const Sequence& sequence, const Layer& layer, b
   const bool fused = !ready && cell != Cell::kGru && wide.x.size(1) > 0 && both * 4 <= kFusedBytes;
   const Tensor packed_x = fused ? pack(wide.w_ih.contiguous()) : Tensor();
   const Tensor projection = wide.w_hr.defined() ? packed_columns(wide.w_hr.t().contiguous()) : Tensor();
-  const Tensor unprojected = at::empty({projection.defined() ? wide.batch : 0, hidden}, at::kFloat);
+  const Tensor unprojected = projection.defined() ? at::empty({wide.batch, hidden}, at::kFloat) : Tensor();
 
   Forward out;
   out.output = at::empty({tokens, wide.state_size}, at::kFloat);
-  if (layer.c0) out.c_n = layer.c0->to(at::kFloat).clone(at::MemoryFormat::Contiguous);
+  if (layer.c0) out.c_n = float_copy(layer.c0, *layer.c0);
   out.cells = at::empty({keep && layer.c0 ? tokens : 0, hidden}, at::kFloat);
   // Activations overwrite the gates they come from; a vanilla RNN's are its output.
   const int64_t held = keep ? tokens : sequence.largest_chunk(kForwardTokens);
@@ -142,9 +147,9 @@ Forward forward_float(Cell cell, const Sequence& sequence, const Layer& layer, b
   for (const Chunk& chunk : sequence.chunks(kForwardTokens)) {
     const int64_t at = keep || vanilla ? chunk.token : 0;
     if (!fused) {
-      const Tensor gates = out.gates.narrow(0, at, chunk.tokens);
-      Tensor of_input = gates.narrow(1, 0, wide.depth);
-      at::mm_out(of_input, wide.x.narrow(0, chunk.token, chunk.tokens), w_in);
+      const Tensor gates = cut(out.gates, 0, at, chunk.tokens);
+      Tensor of_input = cut(gates, 1, 0, wide.depth);
+      at::mm_out(of_input, cut(wide.x, 0, chunk.token, chunk.tokens), w_in);
       if (ready) add_state_products(cell, wide, gates, wide.h);
     }
     args.gates = write(out.gates) + (at - chunk.token) * width;
@@ -170,7 +175,7 @@ Forward recompute_float(Cell cell, const Sequence& sequence, const Layer& layer,
   Forward out;
   out.gates = at::empty({wide.tokens, wide.width}, at::kFloat);
   if (layer.c0) {
-    out.c_n = layer.c0->to(at::kFloat).clone(at::MemoryFormat::Contiguous);
+    out.c_n = float_copy(layer.c0, *layer.c0);
     out.cells = at::empty({wide.tokens, wide.hidden}, at::kFloat);
   }
   const Tensor before = at::empty({sequence.largest_chunk(kForwardTokens), wide.state_size}, at::kFloat);
@@ -207,7 +212,7 @@ class WeightGradient {
     const int64_t tokens = d.size(0), step = width_ * columns_ <= kSmall ? kPartial : std::max<int64_t>(tokens, 1);
     for (int64_t t = 0; t < tokens; t += step) {
       const int64_t n = std::min(step, tokens - t);
-      const Tensor a = left.narrow(0, t, n).t(), b = right.narrow(0, t, n);
+      const Tensor a = cut(left, 0, t, n).t(), b = cut(right, 0, t, n);
       sums_.defined() ? sums_.addmm_(a, b) : (sums_ = at::mm(a, b), sums_);
     }
   }
@@ -247,8 +252,9 @@ Gradients backward_float(Cell cell, const Sequence& sequence, const Tensor& dy, 
   const int64_t hidden = wide.hidden, width = wide.width, depth = wide.depth, size = wide.state_size;
   const int64_t tokens = wide.tokens, batch = wide.batch, kChunk = hidden <= 128 ? 512 : 2048;
   const bool gru = cell == Cell::kGru, one_step = sequence.count() == 1, projected = wide.w_hr.defined();
+  const bool at_once = one_step && tokens == batch;  // the state before is h0, and every gradient reaches it
   const Tensor output = dense(saved.output), gradient = rows_of(dy);
-  const Tensor last = dhn ? dense(*dhn) : at::zeros(wide.h.sizes(), at::kFloat);
+  const Tensor last = dhn ? dense(*dhn) : at::zeros({batch, size}, at::kFloat);
   Tensor w_in = wide.w_ih;
   if (gru && wanted.input) {  // rows n, r, z
     w_in = at::cat({w_in.narrow(0, 2 * hidden, hidden), w_in.narrow(0, 0, 2 * hidden)});
@@ -261,18 +267,18 @@ Gradients backward_float(Cell cell, const Sequence& sequence, const Tensor& dy, 
   WeightGradient of_w_ih(wanted.w_ih, depth, wide.x.size(1), tokens), of_w_hh(wanted.w_hh, depth, size, tokens);
   WeightGradient of_w_hr(wanted.w_hr, size, hidden, tokens);
   Tensor sums = at::zeros({wanted.bias ? width : 0}, at::kFloat), carry;
-  Tensor began = at::zeros({wanted.h0 ? batch : 0, depth}, at::kFloat);
-  if (layer.c0) carry = initial_carry(dcn, *layer.c0);
+  Tensor began = wanted.h0 && !at_once ? at::zeros({batch, depth}, at::kFloat) : Tensor();
+  if (layer.c0) carry = float_copy(dcn, *layer.c0);
   if (gru) carry = last.clone();
   if (wanted.peephole) out.peephole = at::zeros({3 * hidden}, at::kFloat);
 
   const std::vector<Chunk> chunks = sequence.chunks(kChunk);
   const int64_t held = sequence.largest_chunk(kChunk);
   const Tensor dgates = at::empty({held, width}, at::kFloat);
-  const Tensor later = at::empty({chunks.size() > 1 ? batch : 0, width}, at::kFloat);
-  const Tensor previous = at::empty({wanted.w_hh ? held : 0, size}, at::kFloat);
-  const Tensor before = at::empty({wanted.peephole ? held : 0, hidden}, at::kFloat);
-  const Tensor dprojected = at::empty({projected ? held : 0, size}, at::kFloat);
+  const Tensor later = chunks.size() > 1 ? at::empty({batch, width}, at::kFloat) : Tensor();
+  const Tensor previous = wanted.w_hh && !at_once ? at::empty({held, size}, at::kFloat) : Tensor();
+  const Tensor before = wanted.peephole ? at::empty({held, hidden}, at::kFloat) : Tensor();
+  const Tensor dprojected = projected ? at::empty({held, size}, at::kFloat) : Tensor();
   const Tensor gates = dense_or_none(saved.gates), c0 = dense_or_none(layer.c0);
 
   BackwardArgs args{};
@@ -294,21 +300,21 @@ Gradients backward_float(Cell cell, const Sequence& sequence, const Tensor& dy, 
   args.projection = read_or_null(projection);
   for (auto chunk = chunks.rbegin(); chunk != chunks.rend(); ++chunk) {
     args.dgates = write(dgates) - chunk->token * width;
-    args.dprojected = write(dprojected) - chunk->token * size;
-    args.later = read(later);
+    args.dprojected = projected ? write(dprojected) - chunk->token * size : nullptr;
+    args.later = read_or_null(later);
     over_rows(args.steps, chunk->first, chunk->last, kRowsForThread,
               [&](int64_t row, int64_t end) { table.backward(args, chunk->first, chunk->last, row, end); });
 
-    const Tensor d = dgates.narrow(0, 0, chunk->tokens), xs = wide.x.narrow(0, chunk->token, chunk->tokens);
-    const Tensor d_in = d.narrow(1, 0, depth), d_state = d.narrow(1, width - depth, depth);
+    const Tensor d = cut(dgates, 0, 0, chunk->tokens), xs = cut(wide.x, 0, chunk->token, chunk->tokens);
+    const Tensor d_in = cut(d, 1, 0, depth), d_state = cut(d, 1, width - depth, depth);
     if (wanted.input) {
-      Tensor dx = out.input.narrow(0, chunk->token, chunk->tokens);
+      Tensor dx = cut(out.input, 0, chunk->token, chunk->tokens);
       at::mm_out(dx, d_in, w_in);
     }
     of_w_ih.add(d_in, xs);
     if (wanted.w_hh) {
-      gather_previous(args.steps, *chunk, output, wide.h, previous);
-      of_w_hh.add(d_state, previous.narrow(0, 0, chunk->tokens));
+      if (!at_once) gather_previous(args.steps, *chunk, output, wide.h, previous);
+      of_w_hh.add(d_state, at_once ? wide.h : cut(previous, 0, 0, chunk->tokens));
     }
     if (wanted.w_hr) {
       const Tensor activations = gates.narrow(0, chunk->token, chunk->tokens);
@@ -322,7 +328,13 @@ Gradients backward_float(Cell cell, const Sequence& sequence, const Tensor& dy, 
                             out.peephole);
     }
     if (wanted.bias) table.add_column_sums(read(d), chunk->tokens, width, write(sums));
-    if (wanted.h0) gather_first(args.steps, *chunk, d_state, began);
+    if (wanted.h0) {
+      if (at_once) {
+        began = d_state;
+      } else {
+        gather_first(args.steps, *chunk, d_state, began);
+      }
+    }
     if (chunks.size() > 1) {  // the next chunk's last step reads this one's gate gradients
       const int64_t t = args.steps.at(chunk->first);
       std::memcpy(write(later), read(d) + (args.steps.offsets[t] - chunk->token) * width,

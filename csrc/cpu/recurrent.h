@@ -86,7 +86,9 @@ inline void check_final(const char* op, const Optional& gradient, const Tensor& 
 inline std::pair<Tensor, Tensor> biases(Cell cell, int64_t hidden, const Optional& b_ih, const Optional& b_hh) {
   const int64_t gates = gates_of(cell) * hidden, shared = cell == Cell::kGru ? 2 * hidden : gates;
   const Tensor bias = at::empty({gates}, at::kFloat), bias_n = at::empty({gates - shared}, at::kFloat);
-  const auto widened = [](const Optional& b) { return b ? b->to(at::kFloat).contiguous() : Tensor(); };
+  const auto widened = [](const Optional& b) {
+    return !b ? Tensor() : b->scalar_type() == at::kFloat ? b->contiguous() : b->to(at::kFloat).contiguous();
+  };
   const Tensor of_input = widened(b_ih), of_state = widened(b_hh);
   const float* a = b_ih ? of_input.const_data_ptr<float>() : nullptr;
   const float* b = b_hh ? of_state.const_data_ptr<float>() : nullptr;
@@ -95,10 +97,10 @@ inline std::pair<Tensor, Tensor> biases(Cell cell, int64_t hidden, const Optiona
   for (int64_t i = shared; i < gates; ++i) rest[i - shared] = b ? b[i] : 0.f;
   return {bias, bias_n};
 }
-// The gradient of c before the last step: dcn as float32, or zeros; memory of its own.
-inline Tensor initial_carry(const Optional& dcn, const Tensor& c0) {
-  if (!dcn) return at::zeros(c0.sizes(), at::kFloat);
-  return dcn->to(at::kFloat).clone(at::MemoryFormat::Contiguous);
+// t as float32 in memory of its own, dense; zeros where there is none.
+inline Tensor float_copy(const Optional& t, const Tensor& like) {
+  if (!t) return at::zeros(like.sizes(), at::kFloat);
+  return t->to(at::kFloat, /*non_blocking=*/false, /*copy=*/true, at::MemoryFormat::Contiguous);
 }
 
 // body(row, end) for the rows of each thread, at least `least` of them.

@@ -61,7 +61,7 @@ Forward forward_bfloat16(const Sequence& sequence, const Layer& layer, bool keep
   Forward out;
   out.output = at::empty({tokens, hidden}, at::kBFloat16);
   out.h_n = h.clone();
-  out.c_n = layer.c0->to(at::kFloat).clone(at::MemoryFormat::Contiguous);
+  out.c_n = float_copy(layer.c0, *layer.c0);
   out.cells = at::empty({keep ? tokens : 0, hidden}, at::kFloat);
   out.gates = at::empty({keep ? tokens : sequence.largest_chunk(kChunk), width}, at::kHalf);
 
@@ -105,7 +105,7 @@ Gradients backward_bfloat16(const Sequence& sequence, const Tensor& dy, const Op
   const Tensor dgates = at::empty({tokens, width}, at::kBFloat16);
 
   Gradients out;
-  out.c0 = initial_carry(dcn, *layer.c0);
+  out.c0 = float_copy(dcn, *layer.c0);
   AmxBackwardArgs args{};
   args.steps = sequence.steps();
   args.hidden = hidden;

@@ -86,14 +86,15 @@ def sequence_arguments(
         if weight.dtype is not dtype or weight.device != device:
             _check.same(function, f"weights[{i}]", weight, "input", input)
     for key in ("dropout", "recurrent_dropout"):
-        probability(function, key, options[key])
+        if options[key] != 0:
+            probability(function, key, options[key])
     zoneout = options["zoneout"]
     if function == "lstm" and isinstance(zoneout, (tuple, list)):
         if len(zoneout) != 2:
             raise RuntimeError(f"lstm(): argument 'zoneout' must be one number or two (h, c), not {len(zoneout)}")
         for value in zoneout:
             probability(function, "zoneout", value)
-    else:
+    elif zoneout != 0:
         probability(function, "zoneout", zoneout)
     batch = _check_layout(function, input, options)
     hidden, width = _check_weights(function, input.shape[-1], weights, options)

@@ -280,7 +280,9 @@ class Layer(Function):
 
 def run_layer(mode: Mode, layer: Tensors, states: Tensors) -> Tensors:
     """(output, *final states) of a layer's tensors (see above; some may be None) and initial states."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*layer, *states)):
-        results: Tensors = Layer.apply(mode, *layer, *states)
-        return results
+    if torch.is_grad_enabled():
+        for t in (*layer, *states):
+            if t is not None and t.requires_grad:
+                results: Tensors = Layer.apply(mode, *layer, *states)
+                return results
     return _forward(mode, layer, states, False)[0]

@@ -222,11 +222,8 @@ def _run(
     seed: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Layers and directions over the operators: (output, final states)."""
-    layers, directions, batch_sizes = (
-        options["num_layers"],
-        2 if options["bidirectional"] else 1,
-        options["batch_sizes"],
-    )
+    layers, directions = options["num_layers"], 2 if options["bidirectional"] else 1
+    batch_sizes = options["batch_sizes"]
     each = len(weights) // (layers * directions)
     extra = extra_names(mode, options["proj_size"] > 0, options["peephole"], False)
     swap = options["batch_first"]
@@ -252,7 +249,7 @@ def _run(
             w = unflatten(weights[k * each : (k + 1) * each], extra)
             if connect > 0 and seed is not None:
                 w = w._replace(w_hh=dropped(w.w_hh, seed, 1, k, connect))
-            states = tuple(s[k] for s in hx)
+            states = tuple([s.select(0, k) for s in hx])
             if order is not None:
                 states = tuple(order.initial(s, direction) for s in states)
             tensors = (x, w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr, w.peephole, batch_sizes)
@@ -263,7 +260,10 @@ def _run(
         if between > 0 and layer < layers - 1:
             assert seed is not None
             x = _dropped(x, seed, layer, between, shape.numel(), order)
-    final_states = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
+    if len(finals) == 1:
+        final_states = tuple([s.unsqueeze(0) for s in finals[0]])
+    else:
+        final_states = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
     if order is not None:
         x = x.new_zeros(shape.numel(), x.shape[1]).index_copy(0, order.tokens, x)
     x = x.reshape(*shape, x.shape[1])
