@@ -255,10 +255,6 @@ Gradients backward_float(Cell cell, const Sequence& sequence, const Tensor& dy, 
   const bool at_once = one_step && tokens == batch;  // the state before is h0, and every gradient reaches it
   const Tensor output = dense(saved.output), gradient = rows_of(dy);
   const Tensor last = dhn ? dense(*dhn) : at::zeros({batch, size}, at::kFloat);
-  Tensor w_in = wide.w_ih;
-  if (gru && wanted.input) {  // rows n, r, z
-    w_in = at::cat({w_in.narrow(0, 2 * hidden, hidden), w_in.narrow(0, 0, 2 * hidden)});
-  }
   const Tensor packed = one_step && !projected ? Tensor() : packed_columns(wide.w);
   const Tensor projection = projected ? packed_columns(wide.w_hr) : Tensor();
 
@@ -309,7 +305,12 @@ Gradients backward_float(Cell cell, const Sequence& sequence, const Tensor& dy, 
     const Tensor d_in = cut(d, 1, 0, depth), d_state = cut(d, 1, width - depth, depth);
     if (wanted.input) {
       Tensor dx = cut(out.input, 0, chunk->token, chunk->tokens);
-      at::mm_out(dx, d_in, w_in);
+      if (gru) {  // the gates' gradients are in the order n, r, z
+        at::mm_out(dx, d_in.narrow(1, hidden, 2 * hidden), wide.w_ih.narrow(0, 0, 2 * hidden));
+        dx.addmm_(d_in.narrow(1, 0, hidden), wide.w_ih.narrow(0, 2 * hidden, hidden));
+      } else {
+        at::mm_out(dx, d_in, wide.w_ih);
+      }
     }
     of_w_ih.add(d_in, xs);
     if (wanted.w_hh) {

@@ -53,7 +53,8 @@ def check_case(spec: OpSpec, case: Case, backend: str, dtype: torch.dtype, devic
         found += [Comparison(name, False, float("inf"), 0.0, 0.0, f"{name}: no gradient came back") for name in missing]
         for name, value in ours.items():
             long_sum = name[1:] in spec.long_sums
-            found.append(compare(name, value, truth[name], torchs.get(name), long_sum=long_sum))
+            rounding = case.rounding.get(name, 1.0)
+            found.append(compare(name, value, truth[name], torchs.get(name), long_sum=long_sum, rounding=rounding))
     return found
 
 

@@ -85,12 +85,21 @@ SPECIAL = (
 
 @dataclass(frozen=True)
 class Case:
-    """One call: tensor arguments by name, the other arguments, and the layout of the incoming gradient."""
+    """One call: tensor arguments by name, the other arguments, and the layout of the incoming gradient.
+
+    rounding: of tensors (as "dx") whose error may be more than one eps beyond torch's: how many; `why` says why.
+    """
 
     label: str
     inputs: Mapping[str, Input]
     options: Mapping[str, Any] = field(default_factory=dict)
     dy_layout: str = "contiguous"
+    rounding: Mapping[str, float] = field(default_factory=dict)
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.rounding) != bool(self.why):
+            raise ValueError(f"case {self.label!r}: `rounding` and its `why` go together")
 
     def make(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
         """The tensors of this case: the same numbers on every call, device and backend."""
