@@ -3,7 +3,9 @@ tiles, rows that come and go in either direction, hidden sizes that fill no tile
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -198,6 +200,52 @@ def test_way_of_running_by_size(backend: str) -> None:
 def test_projections_and_peepholes(take: Any, backend: str, way: str, reverse: bool, poisoned: None) -> None:
     given = layer("lstm", RAGGED, 19, 35, torch.float32, projected=13)
     check(take(backend, way), given, reverse, recompute=reverse)
+
+
+def _forget(name: str) -> Callable[[Any], None]:
+    def forgetting(given: Any) -> None:
+        getattr(given, name).zero_()
+
+    return forgetting
+
+
+def _another_order(b: Any) -> None:
+    b.dgates.copy_(b.dgates.roll(b.h0.shape[1], 1))
+
+
+#: (which loop, whether before or after it, what goes wrong)
+MISTAKES: dict[str, tuple[str, str, Callable[[Any], None]]] = {
+    "the right one": ("forward", "before", lambda f: None),
+    "initial h lost": ("forward", "before", lambda f: setattr(f, "h0", torch.zeros_like(f.h0))),
+    "initial c lost": ("forward", "before", _forget("c_n")),
+    "bias left out": ("forward", "before", lambda f: setattr(f, "bias", None)),
+    "gates of another direction": ("forward", "before", lambda f: setattr(f, "steps", f.steps.flipped())),
+    "gradient of h_n lost": ("backward", "before", _forget("dh")),
+    "gradient of c_n lost": ("backward", "before", _forget("carry")),
+    "W_hh of other units": ("backward", "before", lambda b: setattr(b, "w_hh", b.w_hh.roll(1, 1))),
+    "gates in another order": ("backward", "after", _another_order),
+    "a gradient that is a little off": ("backward", "after", lambda b: b.dgates.mul_(1.001)),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_planted_mistakes_are_seen(mistake: str, take: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, (direction, when, plant) = WAYS[-1][0], MISTAKES[mistake]
+    owner = triton_floor._Floor if backend == "triton" else cuda._Floor
+    loop = getattr(owner, direction)
+
+    def planted(floor: Any, given: Any) -> Any:
+        if when == "before":
+            plant(given)
+        found = loop(floor, given)
+        if when == "after":
+            plant(given)
+        return found
+
+    monkeypatch.setattr(owner, direction, planted)
+    given = layer("lstm", RAGGED, 19, 35, torch.float32)
+    with contextlib.nullcontext() if mistake == "the right one" else pytest.raises(AssertionError):
+        check(take(backend, WAYS[-1][1]), given)
 
 
 @pytest.mark.parametrize("reverse", (False, True), ids=("forward", "reverse"))
