@@ -124,7 +124,7 @@ def test_no_thread_count_changes_a_bit() -> None:
 
 
 def test_instruction_sets_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AVX2 and AVX-512 add in the same order, so all but dot products (scales, mean squares, interaction) are the same."""
+    """AVX2 and AVX-512 add in the same order; dot products (scales, mean squares, interaction) are left out."""
     code = _CODE.replace("[weight, *more.values()]", "[weight]").replace('("rowwise_adagrad", 1), ', "")
     code = "\n".join(line for line in code.splitlines() if not line.endswith("# interaction"))
     found = {}

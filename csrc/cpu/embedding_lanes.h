@@ -93,20 +93,20 @@ struct HalfRow : SixteenBitRow<HalfRow> {
 #endif
 };
 
-// Takes x and its place where x is larger than the best so far, or the first NaN.
-template <class V>
+// Takes x, and with kPlaces its place, where x is larger than the best so far, or the first NaN.
+template <bool kPlaces, class V>
 PK_INLINE void take_larger(V& best, V& at, V x, V place) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<V, VecF>) {
     const __mmask16 better = _mm512_cmp_ps_mask(x, best, _CMP_NLE_UQ) & _mm512_cmp_ps_mask(best, best, _CMP_ORD_Q);
     best = _mm512_mask_mov_ps(best, better, x);
-    at = _mm512_mask_mov_ps(at, better, place);
+    if constexpr (kPlaces) at = _mm512_mask_mov_ps(at, better, place);
     return;
   }
 #endif
   const V better = (x > best) | ((x != x) & (best == best));
   best = V::blendv(best, x, better);
-  at = V::blendv(at, place, better);
+  if constexpr (kPlaces) at = V::blendv(at, place, better);
 }
 
 // Lines of a row that is needed soon. More than these would push out what is in use; long rows are the hardware's.
