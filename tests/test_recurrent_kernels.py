@@ -202,6 +202,46 @@ def test_projections_and_peepholes(take: Any, backend: str, way: str, reverse: b
     check(take(backend, way), given, reverse, recompute=reverse)
 
 
+@pytest.mark.parametrize("backend", CUDA)
+@pytest.mark.parametrize("kind", ("lstm", "gru", "tanh"))
+def test_long_with_orthogonal_recurrence(take: Any, backend: str, kind: str) -> None:
+    """Spectral radius 1: what one step gets wrong, of products made of bfloat16 parts, is not damped in the others."""
+    given = layer(kind, None, 2, 33, torch.float32, steps=256)
+    for block in given.weights[1].split(33):
+        block.copy_(torch.linalg.qr(block)[0])
+    check(take(backend, "loop"), given)
+
+
+@pytest.mark.parametrize(("backend", "way"), WAYS)
+def test_final_states_without_gradients(take: Any, backend: str, way: str) -> None:
+    """No gradient of h_n or c_n is a gradient of zeros."""
+    floor, given = take(backend, way), layer("lstm", RAGGED, 19, 20, torch.float32)
+    found = []
+    for cotangents in ([given.cotangents[0], None, None], [given.cotangents[0], *map(torch.zeros_like, given.states)]):
+        found.append(run(floor, SimpleNamespace(**{**vars(given), "cotangents": cotangents}), False))
+    assert all(torch.equal(a, found[1][name]) for name, a in found[0].items())
+
+
+@pytest.mark.parametrize("backend", sorted({b for b, _ in WAYS}))
+def test_operators_refuse_what_would_read_outside(backend: str) -> None:
+    """Operators may be called on their own (a saved graph); they check what guards memory."""
+    floor, given = floor_of(backend), layer("lstm", None, 2, 4, torch.float32)
+    x, (h, c), (w_ih, w_hh, b, _) = given.input, given.states, given.weights
+    wrong = {
+        "w_ih": (x, h, c, w_ih[:8], w_hh, b, b), "w_hh": (x, h, c, w_ih, w_hh[:8], b, b),
+        "c0": (x, h, c[:1], w_ih, w_hh, b, b), "b_hh": (x, h, c, w_ih, w_hh, b, b[1:]),
+    }  # fmt: skip
+    for name, layer_ in wrong.items():
+        with pytest.raises(RuntimeError, match=name):
+            floor.lstm_forward(*layer_, None, None, None, False, True)
+    with pytest.raises(RuntimeError, match="batch_sizes"):
+        floor.lstm_forward(x, h, c, w_ih, w_hh, b, b, None, None, torch.tensor([1, 2, 5]), False, True)
+    y, _, _, gates, cells = floor.lstm_forward(x, h, c, w_ih, w_hh, b, b, None, None, None, False, True)
+    for name, saved in {"output": (y[1:], gates, cells), "gates": (y, gates[1:], cells)}.items():
+        with pytest.raises(RuntimeError, match=name):
+            floor.lstm_backward(y, h, c, x, h, c, w_ih, w_hh, None, None, None, *saved, False, (True,) * 8)
+
+
 def _forget(name: str) -> Callable[[Any], None]:
     def forgetting(given: Any) -> None:
         getattr(given, name).zero_()

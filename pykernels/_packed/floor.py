@@ -161,6 +161,8 @@ class Floor:
         """known: the output of an earlier run, whose gates are wanted again."""
         tokens, hidden = input.shape[0], h0.shape[1] if c0 is None else c0.shape[1]
         steps = Steps(tokens, h0.shape[0], batch_sizes, reverse)
+        _check_layer(kind, input, h0, c0, weights, hidden)
+        _check_shapes(output=(known, (tokens, h0.shape[1])))
         h0, w_hh, w_hr = dense(h0), dense(weights.w_hh), weights.w_hr
         gates = product(input, weights.w_ih.t())
         kept = cells = None
@@ -199,6 +201,13 @@ class Floor:
         hidden, gru, w_ih, w_hr = h0.shape[1] if c0 is None else c0.shape[1], kind == "gru", weights.w_ih, weights.w_hr
         gated, output, rows = GATES[kind] * hidden, dense(saved.output), _rows(steps)
         dy, dh_n, dc_n = cotangents
+        _check_layer(kind, input, h0, c0, weights, hidden)
+        tokens, batch = input.shape[0], h0.shape[0]
+        _check_shapes(
+            dy=(dy, (tokens, h0.shape[1])), dhn=(dh_n, h0.shape), dcn=(dc_n, (batch, hidden)),
+            output=(output, (tokens, h0.shape[1])), gates=(saved.kept, (tokens, 4 * hidden)),
+            cells=(saved.cells, (tokens, hidden)),
+        )  # fmt: skip
         dh = h0.new_zeros(h0.shape, dtype=torch.float32) if dh_n is None else copied(dh_n)
         carry = dh if gru else None
         if c0 is not None:
@@ -244,6 +253,24 @@ class Floor:
             dpeephole,
         )
         return tuple(input.new_empty(0) if t is None else t.to(input.dtype) for t in found)
+
+
+def _check_layer(kind: str, input: Tensor, h0: Tensor, c0: Tensor | None, weights: Weights, hidden: int) -> None:
+    """What guards memory: operators may be called on their own (a saved graph)."""
+    gated, width = GATES[kind] * hidden, h0.shape[1]
+    _check_shapes(
+        c0=(c0, (h0.shape[0], hidden)), w_ih=(weights.w_ih, (gated, input.shape[1])),
+        w_hh=(weights.w_hh, (gated, width)), b_ih=(weights.b_ih, (gated,)), b_hh=(weights.b_hh, (gated,)),
+        w_hr=(weights.w_hr, (width, hidden)), peephole=(weights.peephole, (3 * hidden,)),
+    )  # fmt: skip
+    if weights.w_hr is None and width != hidden:
+        raise RuntimeError(f"h0 has {width} columns, c0 {hidden}, and there is no projection")
+
+
+def _check_shapes(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    for name, (tensor, shape) in tensors.items():
+        if tensor is not None and tensor.shape != shape:
+            raise RuntimeError(f"{name} must have the shape {tuple(shape)}, not {tuple(tensor.shape)}")
 
 
 def dense(x: Tensor) -> Tensor:
