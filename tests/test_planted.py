@@ -11,12 +11,17 @@ from conftest import DEVICE
 from torch import Tensor
 
 from pykernels.ops.activation import _functions as fn
+from pykernels.ops.embedding import interaction, multi, update
 from pykernels.testing.compare import assert_equal, compare
 from pykernels.testing.run import check_case
 from pykernels.testing.spec import OpSpec, load
 
 NAME = {(s.name, tuple(s.cases[0].options.values())): s for s in load("activation")}
 GELU, SWIGLU, GLU = NAME["gelu", ()], NAME["swiglu", ()], NAME["glu", (-1,)]
+UPDATES = {s.name: s for s in load("embedding") if not s.differentiable}
+TABLES, INTERACTION = (
+    next(s for s in load("embedding") if s.name == name) for name in ("embedding_bag_multi", "dot_interaction")
+)
 BACKEND = "cpu" if DEVICE == "cpu" else "triton"
 
 
@@ -54,6 +59,29 @@ MISTAKES: dict[str, tuple[OpSpec, dict[str, Any], Callable[..., Any]]] = {
     "gradient reads the output": (GELU, fn.unary_backward, lambda k, dy, x, *a: k(dy, torch.nn.functional.gelu(x), *a)),
     "halves swapped": (GLU, fn.glu_forward, lambda k, x, dim, act, first: k(x, dim, act, not first)),
     "gradients swapped": (SWIGLU, fn.gated_backward, lambda k, *a: k(*a)[::-1]),
+    "updates without weight decay": (
+        UPDATES["embedding_sgd_"], update.embedding_update, lambda k, *a: k(*a[:14], 0.0, *a[15:])
+    ),
+    "padding that is stepped": (
+        UPDATES["embedding_adagrad_"], update.embedding_update, lambda k, *a: k(*a[:10], -1, *a[11:])
+    ),
+    "a state that is not kept exactly": (
+        UPDATES["embedding_rowwise_adagrad_"], update.embedding_update, lambda k, w, s, *a: k(w, s.mul_(1.01), *a)
+    ),
+    "moments corrected for another step": (
+        UPDATES["embedding_adam_"], update.embedding_update, lambda k, *a: k(*a[:18], a[18] + 1, *a[19:])
+    ),
+    "columns of the first two tables swapped": (
+        TABLES, multi.embedding_bag_multi_forward, lambda k, *a: (k(*a)[0].roll(1, 1), k(*a)[1])
+    ),
+    "products in another order": (
+        INTERACTION, interaction.dot_interaction_forward, lambda k, d, s, own: k(d, s.flip(1), own)
+    ),
+    "the gradient of a pair for one of its rows only": (
+        INTERACTION,
+        interaction.dot_interaction_backward,
+        lambda k, dy, d, s, *a: (dy[:, : d.shape[1]], k(dy, d, s, *a)[1]),
+    ),
     "strides ignored": (
         GELU,
         fn.unary_backward,
