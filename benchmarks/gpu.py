@@ -30,6 +30,7 @@ SHARE = {"build": 150, "tests": 170, "sanitizer": 50, "bench": 150}
 GPU_TESTS = (
     "tests/test_contract.py",
     "tests/test_activation.py",
+    "tests/test_recurrent_kernels.py",
     "tests/test_backends.py",
     "tests/test_emulator_collectives.py",  # on a GPU these compare our definitions with the hardware
 )

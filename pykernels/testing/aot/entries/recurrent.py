@@ -18,7 +18,9 @@ LOOP = {torch.bfloat16: 64, torch.float32: 32}
 STEP_HIDDEN = 512
 
 
-def call(kind: str, direction: str, dtype: torch.dtype, batch: int, hidden: int) -> Callable[[], Any]:
+def call(
+    kind: str, direction: str, dtype: torch.dtype, batch: int, hidden: int, peephole: bool = False
+) -> Callable[[], Any]:
     """One direction of the operator, or what `recompute` runs."""
     tokens, gated = STEPS * batch, GATES[kind] * hidden
 
@@ -28,7 +30,7 @@ def call(kind: str, direction: str, dtype: torch.dtype, batch: int, hidden: int)
     x, y, h = empty(tokens, SIZE), empty(tokens, hidden), empty(batch, hidden)
     w_ih, w_hh, bias = empty(gated, SIZE), empty(gated, hidden), empty(gated)
     states, floor = ((h, h) if kind == "lstm" else (h,)), room("recurrent")
-    extra = (None, None) if kind == "lstm" else ()
+    extra = (None, empty(3 * hidden) if peephole else None) if kind == "lstm" else ()
     name = "rnn" if kind == "tanh" else kind
     if direction == "recompute":
         layer = (x, *states, w_ih, w_hh, bias, bias, *extra, None, y, False)
@@ -71,6 +73,10 @@ def entries() -> Iterator[Entry]:
                 launch = call(kind, direction, dtype, 64, STEP_HIDDEN)
                 step = f"recurrent step {kind} {direction} {name} {STEP_HIDDEN}"
                 yield Entry(step, launch, PRODUCTS, (80, 90) if kind == "lstm" else (90,))
+    for direction in ("forward", "backward"):
+        for way, batch, hidden in (("loop", 16, LOOP[torch.bfloat16]), ("step", 64, STEP_HIDDEN)):
+            launch = call("lstm", direction, torch.bfloat16, batch, hidden, peephole=True)
+            yield Entry(f"recurrent peephole {way} {direction} bfloat16 {hidden}", launch, targets=(90,))
     for kind in ("lstm", "gru"):
         launch = call(kind, "recompute", torch.bfloat16, 64, STEP_HIDDEN)
         yield Entry(f"recurrent recompute {kind} bfloat16 {STEP_HIDDEN}", launch, targets=(90,))
