@@ -143,8 +143,8 @@ class Low {
 
 Logits::Logits(const Tensor& x, const Tensor& table, const char* function)
     : low_(x.scalar_type() == at::kBFloat16 && has_tile_registers()),
-      x_(with_rows(x)),
-      table_(with_rows(table)),
+      x_(with_rows(x.detach())),  // torch's products run on threads that do not know that we are below autograd
+      table_(with_rows(table.detach())),
       batch_(x.size(0)),
       cols_(x.size(1)),
       dtype_(loss_dtype(table, function)) {

@@ -1,0 +1,160 @@
+"""Native kernels of the sampled_softmax room: threads, kept and recomputed logits, tiles, memory, instruction sets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pykernels as pk
+from pykernels.ops.sampled_softmax import _functions
+from pykernels.testing.compare import assert_equal
+from pykernels.testing.memory import peak_bytes
+
+F, R = pk.functional, pk.reference
+MIB = 1 << 20
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def _calls(dtype: torch.dtype) -> dict[str, tuple[Any, tuple[Tensor, ...]]]:
+    """Sizes of several tiles (256 rows, 480 classes), chunks and runs, none a multiple."""
+    torch.manual_seed(3)
+    x, w = torch.randn(600, 37).to(dtype).requires_grad_(), torch.randn(4100, 37).to(dtype).requires_grad_()
+    bias = torch.randn(4100).to(dtype).requires_grad_()
+    target = torch.randint(0, 4100, (600,))
+    hot = torch.randint(0, 3, (600, 9))  # runs of more than a thousand
+    values = F.log_uniform_candidate_sampler(target.unsqueeze(1), 1, 2000, True, 4100, seed=1)
+    tree = F.HuffmanTree.from_counts(torch.arange(1, 4102))
+    some = torch.where(target % 5 == 0, -100, target)
+    options = {"label_smoothing": 0.1, "z_loss": 1e-3}
+    return {
+        "negative": (lambda: F.negative_sampling_loss(x, w, target, hot, "sum"), (x, w)),
+        "hierarchical": (lambda: F.hierarchical_softmax_loss(x, w, target, tree, "sum"), (x, w)),
+        "softmax": (lambda: F.sampled_softmax_loss(w, bias, target, x, 2000, 4100, 1, values), (x, w, bias)),
+        "nce": (lambda: F.nce_loss(w, bias, target, x, 2000, 4100, 1, values), (x, w, bias)),
+        "linear": (lambda: F.linear_cross_entropy(x, w, some, linear_bias=bias, **options), (x, w, bias)),
+    }
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("name", ("negative", "hierarchical", "softmax", "nce", "linear"))
+def test_threads_change_no_bit(name: str, dtype: torch.dtype, two_threads: None) -> None:
+    function, inputs = _calls(dtype)[name]
+
+    def run() -> list[Tensor]:
+        loss = function()
+        return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+    two = run()
+    torch.set_num_threads(1)
+    for ours, other in zip(run(), two, strict=True):
+        assert torch.equal(ours, other)
+
+
+@pytest.mark.parametrize("name", ("softmax", "nce"))
+def test_kept_and_recomputed_logits_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, inputs = _calls(torch.float32)[name]
+    kept = torch.autograd.grad(function(), inputs)
+    monkeypatch.setattr(_functions, "KEPT_LOGITS", 0)
+    for ours, other in zip(torch.autograd.grad(function(), inputs), kept, strict=True):
+        assert torch.equal(ours, other)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("batch", (1, 255, 257))
+@pytest.mark.parametrize("classes", (1, 31, 479, 480, 481, 961))
+def test_edges_of_tiles(batch: int, classes: int, dtype: torch.dtype) -> None:
+    """Against the reference in float64, allowed what the reference in this dtype misses by."""
+    torch.manual_seed(classes)
+    x, w = torch.randn(batch, 31).to(dtype), torch.randn(classes, 31).to(dtype)
+    target = torch.randint(0, classes, (batch,))
+
+    def run(function: Any, wide: bool, **options: Any) -> tuple[Tensor, ...]:
+        leaves = [(t.double() if wide else t).detach().requires_grad_() for t in (x, w)]
+        loss = function(*leaves, target, reduction="sum", **options)
+        return (loss.detach(), *torch.autograd.grad(loss, leaves))
+
+    truth, own = run(R.linear_cross_entropy, True), run(R.linear_cross_entropy, False)
+    for name, ours, oracle, same in zip(
+        ("out", "dx", "dw"), run(F.linear_cross_entropy, False, backend="cpu"), truth, own, strict=True
+    ):
+        assert_equal(name, ours, oracle, None if classes == 1 else same, long_sum=True)
+
+
+def test_memory_of_linear_cross_entropy() -> None:
+    """512 x 20,000 logits would be 39 MiB; beyond its gradients the call takes tiles and partial sums of dx."""
+    x, w = torch.randn(512, 64, requires_grad=True), torch.randn(20_000, 64, requires_grad=True)
+    target = torch.randint(0, 20_000, (512,))
+    gradients = 4 * (x.numel() + w.numel())
+    step = lambda: torch.autograd.grad(F.linear_cross_entropy(x, w, target), (x, w))
+    step()
+    assert peak_bytes(step) < gradients + 4 * MIB
+    with torch.no_grad():
+        assert peak_bytes(lambda: F.linear_cross_entropy(x, w, target)) < MIB
+
+
+def test_memory_of_sampled_losses() -> None:
+    """Nothing of B x K x D (64 MiB here) and, with a sparse gradient, nothing of V x D (49 MiB)."""
+    x, w = torch.randn(256, 64, requires_grad=True), torch.randn(200_000, 64, requires_grad=True)
+    target, negatives = torch.randint(0, 200_000, (256,)), torch.randint(0, 200_000, (1000,))
+    rows = 4 * 64 * (1000 + 256)
+    shared = lambda: torch.autograd.grad(
+        F.negative_sampling_loss(x, w, target, negatives, sparse=True), (x, w)
+    )
+    own = (
+        lambda: torch.autograd.grad(
+            F.negative_sampling_loss(x, w, target, negatives[:40].expand(256, 40), sparse=True), (x, w)
+        )
+    )
+    for step, most in ((shared, 6 * rows + 4 * 256 * 1000), (own, 2 * rows)):
+        step()
+        assert peak_bytes(step) < most + 2 * MIB
+
+
+def test_bad_ids_reach_no_memory() -> None:
+    """The operators look for themselves: in a compiled graph the public function does not."""
+    ops = torch.ops.pykernels
+    x, w = torch.randn(2, 4), torch.randn(3, 4)
+    bad = torch.tensor([[0, 7], [1, 2]])
+    with pytest.raises(IndexError, match=r"ids\[0, 1\] is 7"):
+        ops.logistic_rows_forward.cpu(x, w, bad, None, False)
+    with pytest.raises(IndexError, match=r"ids\[0, 1\] is 7"):
+        ops.row_gradient.cpu(x[:, 0], x, bad, torch.ones(2, 2), 3)
+    with pytest.raises(IndexError, match=r"labels\[0, 1\] is 7"):
+        ops.sampled_rows_forward.cpu(x, w, None, bad, bad[1], None, None, "softmax", True, False)
+    with pytest.raises(IndexError, match=r"sampled\[1\] is 7"):
+        ops.sampled_rows_forward.cpu(x, w, None, bad[1:].T, bad[0], None, None, "softmax", True, False)
+    with pytest.raises(IndexError, match=r"target\[1\] is 7"):
+        ops.linear_rows_forward.cpu(x, w, None, bad[0], None, -100, 0.0, 0.0)
+
+
+_AVX2 = """
+import torch, pykernels as pk
+from pykernels.testing.run import check_case
+from pykernels.testing.spec import load
+torch.set_num_threads(1)
+assert pk.explain(pk.functional.uniform_candidate_sampler, torch.zeros(1, 1).long(), 1, 2, False, 9).backend == "cpu"
+for spec in load("sampled_softmax"):
+    for case in spec.cases:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            wrong = [c.why for c in check_case(spec, case, "cpu", dtype) if not c.passed]
+            assert not wrong, (spec.name, case.label, dtype, wrong)
+"""
+
+
+def test_avx2() -> None:
+    """The other instruction set gives results of the same quality."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
+    subprocess.run([sys.executable, "-c", _AVX2], env=environment, check=True, timeout=120)
