@@ -35,7 +35,7 @@ SUBJECTS = {
 }
 SYNCHRONISATION = re.compile(
     r"\b(__syncthreads|__syncwarp|__threadfence|grid_sync|cp_async_commit|cp_async_wait<\d>|named_barrier_\w+|mbar_\w+"
-    r"|fence_proxy_async|wgmma_(?:fence|commit|wait<\d>)|tma_store_(?:commit|wait_read<\d>)|await|arrive)\([^;]*\);"
+    r"|fence_proxy_async|wgmma_(?:fence|commit|wait<\d>)|tma_store_(?:commit|wait_read<\d>)|await|arrive)\([^;{]*\);"
 )
 # "file: statement" -> why it may be dropped
 REDUNDANT = {

@@ -52,6 +52,7 @@ def room_of(module: str) -> str | None:
 FLOORS = {
     # floor: what of pykernels it may import (prefixes), beside its own package's helpers
     "pykernels.reference": ("pykernels.reference",),
+    "pykernels._packed": ("pykernels._packed",),
     "pykernels._triton": ("pykernels._triton", "pykernels._errors", "pykernels._packed"),
     "pykernels._cuda": (
         "pykernels._cuda",

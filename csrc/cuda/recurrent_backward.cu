@@ -98,10 +98,12 @@ __global__ void __launch_bounds__(kTileThreads) recurrent_backward_kernel(const 
           tile.put(row, (part - (W - G)) * loop.hidden + static_cast<int>(u), to_float(d));
       }
     });
-    if (loop.sizes.local)
+    if (loop.sizes.local) {
       __syncthreads();
-    else if (turn > turns.first)
-      arrive(arrived), ++meetings;
+    } else if (turn > turns.first) {
+      arrive(arrived);
+      ++meetings;
+    }
   }
   if constexpr (K != Kind::rnn) {
     tile.for_elements([&](int, int, int row, int unit) {

@@ -94,10 +94,12 @@ __global__ void __launch_bounds__(kTileThreads) recurrent_forward_kernel(const F
       if (r >= v.staying) static_cast<T*>(f.h_n)[r * hidden + u] = h;
       if (loop.sizes.local) tile.put(row, static_cast<int>(u), to_float(h));
     });
-    if (loop.sizes.local)
+    if (loop.sizes.local) {
       __syncthreads();
-    else if (turn + 1 < turns.last)
-      arrive(arrived), ++meetings;
+    } else if (turn + 1 < turns.last) {
+      arrive(arrived);
+      ++meetings;
+    }
   }
   if constexpr (K == Kind::lstm) {
     tile.for_elements([&](int, int, int row, int unit) {

@@ -1,5 +1,7 @@
 """What both GPU floors of the recurrent room do in torch, around time loops of their own."""
 
+from __future__ import annotations
+
 from .floor import GATES, SERVED, Backward, Floor, Forward
 from .steps import Steps
 
