@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _lib
 from ._attention_place import Masks, Numbers, Plane, Rows, Sizes
+from ._attention_seen import attention_seen_kernel
 from ._attention_table import DROPOUT, POSITIONS, TABLE, TENSORS, Tiles
 
 LOG2E = 1.4426950408889634
@@ -123,8 +124,7 @@ def plane(x: Tensor | None) -> Plane | None:
 def seen_keys(
     mask: Tensor | None, key_padding_mask: Tensor | None, bias: Tensor | None, keys: int
 ) -> tuple[Tensor, Tensor] | None:
-    """Which keys any query sees, as far as masks given as tensors say; uint8 (B or 1, H or 1, keys). And the first and
-    one past the last of them, int32 (B or 1, H or 1, 2): what lies outside is not visited.
+    """Which keys any query sees by one of these masks alone; uint8 (B or 1, H or 1, keys). And `span_of` them.
 
     Keys that nobody sees may hold NaN, which a weight of 0 does not silence: the kernels read them as 0.
     """
@@ -140,11 +140,32 @@ def seen_keys(
     seen = found[0]
     for other in found[1:]:
         seen = seen & other
-    seen = seen.expand(*seen.shape[:2], keys)
+    seen = seen.expand(*seen.shape[:2], keys).view(torch.uint8)
+    return seen, span_of(seen)
+
+
+def span_of(seen: Tensor) -> Tensor:
+    """The first key that is seen and one past the last, int32 (..., 2): what lies outside is not visited."""
+    keys = seen.shape[-1]
     upward = torch.arange(1, keys + 1, dtype=torch.int32, device=seen.device)
     last = (seen * upward).amax(-1)
     first = keys - (seen * upward.flip(0)).amax(-1)
-    return seen.view(torch.uint8), torch.stack((first, last), -1)
+    return torch.stack((first, last), -1)
+
+
+def seen_together(query: Tensor, shared: dict[str, Any]) -> Masks:
+    """The masks with `seen` and `span` of all of them together; a pass over the tensors among them."""
+    size, masks = shared["size"], shared["masks"]
+    seen = torch.zeros(size.batch, size.heads, size.max_k, dtype=torch.uint8, device=query.device)
+    block = 64
+    a_head, count = programs(size, block, of_keys=True)
+    named = {name: shared[name] for name in ("size", "TOP_LEFT", "LOWEST", "SEQUENCES")}
+    bare = {"masks": masks._replace(slopes=None), "numbers": shared["numbers"]._replace(seed=None)}
+    _lib.launch(
+        attention_seen_kernel, (count,), query, seen, tiles=a_head, **named, **bare, BLOCK_Q=block, BLOCK_K=block
+    )
+    span = span_of(seen)
+    return masks._replace(seen=Rows(seen, *broadcast_strides(seen)), span=Rows(span, *broadcast_strides(span)[:2], 1))
 
 
 def shared_arguments(
@@ -163,9 +184,11 @@ def shared_arguments(
         prefix = None
     elif prefix is None:
         right = 0
-    seen, span = seen_keys(mask, key_padding_mask, bias, size.max_k) or (None, None)
+    together = (mask is not None) + (bias is not None) + (left >= 0 or right >= 0) > 1
+    alone = (None, key_padding_mask, None) if together else (mask, key_padding_mask, bias)
+    seen, span = seen_keys(*alone, size.max_k) or (None, None)
     longest = size.lq + size.lk  # as good as unbounded, and 32 bits hold it
-    return {
+    shared = {
         "q": rows(query),
         "k": rows(key),
         "v": rows(value),
@@ -196,6 +219,9 @@ def shared_arguments(
         "LOWEST": torch.finfo(bias.dtype).min if bias is not None else -math.inf,
         "SEQUENCES": 0 if size.cu_q is None else triton.next_power_of_2(max(size.batch, 1)),
     }
+    if together:
+        shared["masks"] = seen_together(query, shared)
+    return shared
 
 
 def descriptors(tiles: Tiles, shared: dict[str, Any]) -> dict[str, TensorDescriptor | None]:
