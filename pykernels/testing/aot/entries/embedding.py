@@ -66,6 +66,12 @@ def entries(name: str) -> Iterator[Entry]:
         numbers = rule, 0.1, 0.1, 1e-8, 0.9, 0.99, 3, seed if dtype == torch.bfloat16 else None, 1
         rows = weight, *states, ids, torch.empty(IDS, cols, dtype=dtype), None, None, None, "none", False, -1, False
         yield entry(f"embedding update {rule}", UPDATES, call("embedding_update", *rows, *numbers))
+    dense, sparse = torch.empty(BAGS, cols, dtype=dtype), torch.empty(BAGS, 26, cols, dtype=dtype)
+    products = Rules(occupancy=0.25)
+    yield entry("embedding interaction", products, call("dot_interaction_forward", dense, sparse, False))
+    dpairs = torch.empty(BAGS, cols + 27 * 26 // 2, dtype=dtype)
+    backward = call("dot_interaction_backward", dpairs, dense, sparse, False, (True, True))
+    yield entry("embedding interaction backward", products, backward)
     weights = call("embedding_bag_backward_weights", dy, many, weight, offsets, "sum", False, -1)
     yield entry("embedding bag weights backward", Rules(occupancy=0.5), weights)
 
