@@ -68,24 +68,15 @@ def bag_ends(bag, mask, offsets_ptr, bags, length, n, OFFSETS: tl.constexpr, LAS
 
 
 @triton.jit
-def bag_fwd_kernel(
-    ids_ptr, weight_ptr, offsets_ptr, scale_ptr, out_ptr, maxima_ptr, record_ptr,
-    what, bags, length, n, rows, cols, padding, weight_row, weight_col,
+def reduce_bags(
+    bag, col, live, ids_ptr, weight_ptr, offsets_ptr, scale_ptr, record_ptr,
+    what, table, bags, length, n, rows, cols, padding, weight_row, weight_col,
     MODE: tl.constexpr, OFFSETS: tl.constexpr, LAST: tl.constexpr, BAGS: tl.constexpr, COLS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
-    bag = tl.program_id(0).to(tl.int64) * BAGS + tl.arange(0, BAGS)
-    col = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)[None, :]
-    live, used = bag < bags, col < cols
-    table = weight_ptr + col * weight_col
-    out = out_ptr + bag[:, None] * cols + col
-    if MODE == "lookup":  # padding is -1: its row is returned like any other
-        only, valid = id_at(ids_ptr, bag, live, rows, padding)
-        found = tl.load(table + only[:, None] * weight_row, mask=valid[:, None] & used, other=0.0)
-        tl.store(out, found, mask=live[:, None] & used)
-        if record_ptr is not None:
-            report_id(record_ptr, what, ids_ptr, tl.where(live & (valid == 0), bag, n), n, rows, 0)
-        return
+    """The sums, means or maxima of BAGS bags in COLS columns, and where in their bags the maxima are."""
+    used = col < cols
+    from_row = weight_ptr + col * weight_col
     begin, end = bag_ends(bag, live, offsets_ptr, bags, length, n, OFFSETS, LAST)
     longest = tl.max(tl.where(live, end - begin, 0), 0).to(tl.int32)
     total = tl.full((BAGS, COLS), -float("inf") if MODE == "max" else 0.0, tl.float32)
@@ -96,7 +87,7 @@ def bag_fwd_kernel(
         position = begin + i
         inside = live & (position < end)
         id, counted = id_at(ids_ptr, position, inside, rows, padding)
-        row = tl.load(table + id[:, None] * weight_row, mask=counted[:, None] & used, other=0.0).to(tl.float32)
+        row = tl.load(from_row + id[:, None] * weight_row, mask=counted[:, None] & used, other=0.0).to(tl.float32)
         if MODE == "max":  # the first of equal ones; of a bag with NaN the first NaN
             better = (place < 0) | (row > total) | ((row != row) & (total == total))
             better = better & counted[:, None]
@@ -112,13 +103,39 @@ def bag_fwd_kernel(
             bad = tl.where(inside & ((id < 0) | (id >= rows)) & (bad < 0), i, bad)
     if MODE == "max":
         total = tl.where(place < 0, 0.0, total)
-        if maxima_ptr is not None:
-            tl.store(maxima_ptr + bag[:, None] * cols + col, place, mask=live[:, None] & used)
     if MODE == "mean":
         total = total / tl.maximum(count, 1).to(tl.float32)[:, None]
     if record_ptr is not None:
-        report_id(record_ptr, what, ids_ptr, tl.where(bad < 0, n, begin + bad), n, rows, 0)
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=live[:, None] & used)
+        report_id(record_ptr, what, ids_ptr, tl.where(bad < 0, n, begin + bad), n, rows, table)
+    return total, place
+
+
+@triton.jit
+def bag_fwd_kernel(
+    ids_ptr, weight_ptr, offsets_ptr, scale_ptr, out_ptr, maxima_ptr, record_ptr,
+    what, bags, length, n, rows, cols, padding, weight_row, weight_col,
+    MODE: tl.constexpr, OFFSETS: tl.constexpr, LAST: tl.constexpr, BAGS: tl.constexpr, COLS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):  # fmt: skip
+    bag = tl.program_id(0).to(tl.int64) * BAGS + tl.arange(0, BAGS)
+    col = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)[None, :]
+    live, used = bag < bags, col < cols
+    out = bag[:, None] * cols + col
+    if MODE == "lookup":  # padding is -1: its row is returned like any other
+        id, valid = id_at(ids_ptr, bag, live, rows, padding)
+        row = weight_ptr + col * weight_col + id[:, None] * weight_row
+        tl.store(out_ptr + out, tl.load(row, mask=valid[:, None] & used, other=0.0), mask=live[:, None] & used)
+        if record_ptr is not None:
+            report_id(record_ptr, what, ids_ptr, tl.where(live & (valid == 0), bag, n), n, rows, 0)
+    else:
+        total, place = reduce_bags(
+            bag, col, live, ids_ptr, weight_ptr, offsets_ptr, scale_ptr, record_ptr,
+            what, 0, bags, length, n, rows, cols, padding, weight_row, weight_col,
+            MODE, OFFSETS, LAST, BAGS, COLS, UNROLL,
+        )  # fmt: skip
+        if MODE == "max" and maxima_ptr is not None:
+            tl.store(maxima_ptr + out, place, mask=live[:, None] & used)
+        tl.store(out_ptr + out, total.to(out_ptr.dtype.element_ty), mask=live[:, None] & used)
 
 
 @triton.jit
@@ -208,8 +225,8 @@ class Bags:
         """Turns of a binary search over the bags."""
         return 0 if self.offsets is None else max(self.count - 1, 0).bit_length()
 
-    def record(self, what: int) -> Tensor | None:
-        """Where kernels report invalid ids; offsets are looked at here. what: 0 for no reports."""
+    def record(self, what: int, table: int = 0) -> Tensor | None:
+        """Where kernels report invalid ids; offsets are looked at here. what: 0 for no reports; table: its number."""
         if what == 0:
             return None
         record = _errors.record(self.ids.device)
@@ -217,7 +234,7 @@ class Bags:
             count, block = self.offsets.numel(), 256
             _lib.launch(
                 check_offsets_kernel, (triton.cdiv(count, block),), self.ids, self.offsets, record, what, count,
-                self.n, 0, BLOCK=block,
+                self.n, table, BLOCK=block,
             )  # fmt: skip
         return record
 

@@ -105,7 +105,7 @@ def _options(x: Tensor, rows: int, cols: int, self_interaction: bool) -> dict[st
         "SELF": self_interaction,
         "PRECISION": "ieee" if exact else "tf32",
         "ROWS": min(64, max(16, triton.next_power_of_2(rows))),
-        "COLS": min(64, max(16, triton.next_power_of_2(cols))),
+        "COLS": min(32 if x.dtype == torch.float32 else 64, max(16, triton.next_power_of_2(cols))),
         "num_stages": 1,  # two turns at most for usual widths: room for more blocks is worth more than a pipeline
     }
 

@@ -14,12 +14,21 @@ from . import _embedding_segment as segment
 from . import _lib
 from ._embedding_forward import Bags
 from ._embedding_interaction import dot_interaction_backward, dot_interaction_forward
+from ._embedding_multi import embedding_bag_multi_forward
 from ._embedding_update import WIDEST, Rule
 
 __all__ = [
-    "dot_interaction_backward", "dot_interaction_forward",
-    "embedding_backward", "embedding_backward_sparse", "embedding_bag_backward", "embedding_bag_backward_sparse",
-    "embedding_bag_backward_weights", "embedding_bag_forward", "embedding_forward", "embedding_update",
+    "dot_interaction_backward",
+    "dot_interaction_forward",
+    "embedding_backward",
+    "embedding_backward_sparse",
+    "embedding_bag_backward",
+    "embedding_bag_backward_sparse",
+    "embedding_bag_backward_weights",
+    "embedding_bag_forward",
+    "embedding_bag_multi_forward",
+    "embedding_forward",
+    "embedding_update",
     "unsupported",
 ]  # fmt: skip
 

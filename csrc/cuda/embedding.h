@@ -51,4 +51,19 @@ void embedding_update(const int32_t* keys, const int64_t* wide_keys, const int64
                       const std::string& rule, float lr, float weight_decay, float eps, float one_minus_beta1,
                       float beta2, float one_minus_beta2, float scale2, DType dtype, void* stream);
 
+// Bags of many tables side by side in out (bags, width).  tables: ten int64 a table: the addresses of ids, table,
+// offsets (or 0) and factors (or 0), length, n, rows, cols, row stride, first column.  most_cols: of any of them.
+void embedding_bag_multi_forward(const int64_t* tables, void* out, int32_t* maxima, int64_t* record, int64_t what,
+                                 int64_t count, int64_t bags, int64_t width, int64_t most_cols, bool narrow, bool last,
+                                 bool vectors, const std::string& mode, DType dtype, void* stream);
+
+// rows: the dense features and the sparse ones.  ddense or dsparse may be null: not wanted.
+void dot_interaction_forward(const void* dense, const void* sparse, void* out, int64_t batch, int64_t rows,
+                             int64_t cols, int64_t pairs, int64_t dense_b, int64_t dense_d, int64_t sparse_b,
+                             int64_t sparse_f, int64_t sparse_d, bool self, DType dtype, void* stream);
+void dot_interaction_backward(const void* dy, const void* dense, const void* sparse, void* ddense, void* dsparse,
+                              int64_t batch, int64_t rows, int64_t cols, int64_t pairs, int64_t dy_b, int64_t dy_c,
+                              int64_t dense_b, int64_t dense_d, int64_t sparse_b, int64_t sparse_f, int64_t sparse_d,
+                              bool self, DType dtype, void* stream);
+
 }  // namespace pk

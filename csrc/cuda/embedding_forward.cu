@@ -20,9 +20,10 @@ struct BagForward {
   const T* scale;
   T* out;
   int32_t* maxima;
-  int64_t rows, cols, padding, weight_row, weight_col;
+  int64_t rows, cols, padding, weight_row, weight_col, out_row;
   bool mean;
   Lanes lanes;
+  int64_t table;
 };
 
 // The rows at the positions from `first` on, up to `end`, as many in flight; which of them take part; the last invalid
@@ -47,7 +48,7 @@ __device__ __forceinline__ void gather(const BagForward<T>& a, int64_t first, in
 
 template <class T>
 __device__ __forceinline__ void report_id(const BagForward<T>& a, int64_t position, int64_t col) {
-  if (position >= 0 && col == 0) a.record.report(position, a.ids[position], a.rows, 0);
+  if (position >= 0 && col == 0) a.record.report(position, a.ids[position], a.rows, a.table);
 }
 
 template <class T, int W, Mode MODE>
@@ -82,13 +83,13 @@ __device__ __forceinline__ void reduce_bag(const BagForward<T>& a, int64_t bag, 
   }
   if (MODE == Mode::kMax && a.maxima) {
 #pragma unroll
-    for (int i = 0; i < W; ++i) a.maxima[bag * a.cols + col + i] = place[i];
+    for (int i = 0; i < W; ++i) a.maxima[bag * a.out_row + col + i] = place[i];
   }
   if (a.mean && size > 1) {
 #pragma unroll
     for (int i = 0; i < W; ++i) total[i] /= static_cast<float>(size);
   }
-  store_part<T, W>(a.out + bag * a.cols + col, total);
+  store_part<T, W>(a.out + bag * a.out_row + col, total);
   report_id(a, invalid, col);
 }
 
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(kThreads) bag_forward_kernel(const BagForward<
     gather<T, W>(a, first, end, col, row, counted, invalid);
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
-      T* const to = a.out + (first + u) * a.cols + col;
+      T* const to = a.out + (first + u) * a.out_row + col;
       if (first + u >= end) continue;
       if constexpr (W == 1)
         *to = row[u].v[0];
@@ -117,6 +118,36 @@ __global__ void __launch_bounds__(kThreads) bag_forward_kernel(const BagForward<
   } else {
     if (group < a.bags.count) reduce_bag<T, W, MODE>(a, group, col);
   }
+}
+
+constexpr int kFields = 10;
+
+// The table is the block's third coordinate.
+template <class T, int W, Mode MODE>
+__global__ void __launch_bounds__(kThreads)
+    bag_multi_kernel(const int64_t* tables, T* out, int32_t* maxima, const Record record, int64_t bags, int64_t width,
+                     bool narrow, bool last, bool mean, const Lanes lanes) {
+  const int64_t* const f = tables + static_cast<int64_t>(blockIdx.z) * kFields;
+  const int64_t bag = (static_cast<int64_t>(blockIdx.x) << (kThreadBits - lanes.bits)) + (threadIdx.x >> lanes.bits);
+  const int64_t col = (static_cast<int64_t>(blockIdx.y) * lanes.count() + (threadIdx.x & (lanes.count() - 1))) * W;
+  if (bag >= bags || col >= f[7]) return;
+  const BagForward<T> a{{reinterpret_cast<const void*>(f[0]), narrow},
+                        {reinterpret_cast<const int64_t*>(f[2]), bags, f[4], f[5], last},
+                        record,
+                        reinterpret_cast<const T*>(f[1]),
+                        reinterpret_cast<const T*>(f[3]),
+                        out + f[9],
+                        maxima ? maxima + f[9] : nullptr,
+                        f[6],
+                        f[7],
+                        -1,
+                        f[8],
+                        1,
+                        width,
+                        mean,
+                        lanes,
+                        static_cast<int64_t>(blockIdx.z)};
+  reduce_bag<T, W, MODE>(a, bag, col);
 }
 
 __global__ void check_offsets_kernel(const int64_t* offsets, const Record record, int64_t count, int64_t n,
@@ -196,8 +227,10 @@ void embedding_bag_forward(const void* ids, const void* weight, const int64_t* o
                     padding,
                     weight_row,
                     weight_col,
+                    cols,
                     mode == "mean",
-                    {}};
+                    {},
+                    0};
     const bool vectors = whole_vectors<T>(weight, weight_row, weight_col, cols) && aligned16(out);
     dispatch_width<T>(vectors, [&](auto width) {
       constexpr int W = decltype(width)::value;
@@ -209,6 +242,25 @@ void embedding_bag_forward(const void* ids, const void* weight, const int64_t* o
                           : mode == "max"  ? bag_forward_kernel<T, W, Mode::kMax>
                                            : bag_forward_kernel<T, W, Mode::kSum>;
       launch(kernel, grid, kThreads, 0, stream, a);
+    });
+  });
+}
+
+void embedding_bag_multi_forward(const int64_t* tables, void* out, int32_t* maxima, int64_t* record, int64_t what,
+                                 int64_t count, int64_t bags, int64_t width, int64_t most_cols, bool narrow, bool last,
+                                 bool vectors, const std::string& mode, DType dtype, void* stream) {
+  if (bags <= 0 || most_cols <= 0) return;
+  dispatch(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    dispatch_width<T>(vectors && aligned16(out), [&](auto vector) {
+      constexpr int W = decltype(vector)::value;
+      const Lanes lanes = lanes_for(ceil_div(most_cols, W), kThreadBits);
+      const dim3 grid(static_cast<unsigned>(ceil_div(bags, kThreads >> lanes.bits)),
+                      static_cast<unsigned>(ceil_div(most_cols, static_cast<int64_t>(lanes.count()) * W)),
+                      static_cast<unsigned>(count));
+      const auto kernel = mode == "max" ? bag_multi_kernel<T, W, Mode::kMax> : bag_multi_kernel<T, W, Mode::kSum>;
+      launch(kernel, grid, kThreads, 0, stream, tables, static_cast<T*>(out), maxima, Record{record, what}, bags, width,
+             narrow, last, mode == "mean", lanes);
     });
   });
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import threading
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -69,13 +70,14 @@ class Extension:
             return None
         return f"{self.name} was built for {', '.join(built)}, this GPU is sm_{major}{minor}; {_REBUILD[self.name]}"
 
-    def call(self, launcher: str, *args: Any) -> None:
+    def call(self, launcher: str, *args: Any, reached: Sequence[torch.Tensor] = ()) -> None:
         """Runs a launcher on the current stream of the tensors' device.
 
         Args:
             launcher: its name in the module.
             *args: its arguments without the stream. A tensor is passed as its address, None as the null pointer, a
                 dtype as its code, anything else as it is. The tensors stay alive until the launch is queued.
+            reached: tensors whose addresses the launcher finds in the memory of others.
 
         Raises:
             RuntimeError: the extension is not available, the launch failed, or the emulator found an error in the
@@ -99,7 +101,7 @@ class Extension:
         if not self._emulated:
             function(*raw, _raw_stream(tensors))
             return
-        buffers = [(t.data_ptr(), t.element_size(), t.shape, t.stride()) for t in tensors]
+        buffers = [(t.data_ptr(), t.element_size(), t.shape, t.stride()) for t in (*tensors, *reached)]
         with self._lock:
             self.module.set_buffers(buffers)
             function(*raw, 0)

@@ -6,6 +6,7 @@ strides are read in place, 16 bytes at a time where their rows allow it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,9 +16,10 @@ from .. import _errors
 from ._extension import DTYPE_CODES, Extension
 
 __all__ = [
+    "dot_interaction_backward", "dot_interaction_forward",
     "embedding_backward", "embedding_backward_sparse", "embedding_bag_backward", "embedding_bag_backward_sparse",
-    "embedding_bag_backward_weights", "embedding_bag_forward", "embedding_forward", "embedding_update",
-    "unsupported",
+    "embedding_bag_backward_weights", "embedding_bag_forward", "embedding_bag_multi_forward", "embedding_forward",
+    "embedding_update", "unsupported",
 ]  # fmt: skip
 
 
@@ -46,13 +48,13 @@ class Bags:
         self.count = ids.shape[0] if offsets is None else offsets.shape[0] - int(include_last_offset)
         self.length = ids.shape[1] if offsets is None else 0
 
-    def record(self, ext: Extension, what: int) -> Tensor | None:
-        """Where kernels report invalid ids; offsets are looked at here. what: 0 for no reports."""
+    def record(self, ext: Extension, what: int, table: int = 0) -> Tensor | None:
+        """Where kernels report invalid ids; offsets are looked at here. what: 0 for no reports; table: its number."""
         if what == 0:
             return None
         record = _errors.record(self.ids.device)
         if self.offsets is not None:
-            ext.call("embedding_check_offsets", self.offsets, record, what, self.offsets.numel(), self.n, 0)
+            ext.call("embedding_check_offsets", self.offsets, record, what, self.offsets.numel(), self.n, table)
         return record
 
     def sizes(self, ext: Extension, mode: str, rows: int, padding: int) -> Tensor | None:
@@ -329,3 +331,78 @@ def embedding_update(
         weight, state, second_state, seed, partial, segments.keys.numel(), rows, cols, *dy.stride(), weight.stride(0),
         length, by_frequency, rule, lr, weight_decay, eps, 1 - beta1, beta2, 1 - beta2, scale2, weight.dtype,
     )  # fmt: skip
+
+
+def embedding_bag_multi_forward(
+    ext: Extension,
+    ids: Sequence[Tensor],
+    offsets: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    per_sample_weights: Sequence[Tensor],
+    mode: str,
+    include_last_offset: bool,
+    with_maxima: bool,
+    what: int,
+) -> tuple[Tensor, Tensor]:
+    narrow = all(x.dtype == torch.int32 for x in ids)
+    bags = [
+        Bags(x if narrow else x.long(), o, include_last_offset and o is not None)
+        for x, o in zip(ids, offsets, strict=True)
+    ]
+    weights = [w if w.stride(1) == 1 or w.shape[1] <= 1 else w.contiguous() for w in weights]
+    scales = [scale.reshape(-1).contiguous() for scale in per_sample_weights]
+    count, width = bags[0].count, sum(w.shape[1] for w in weights)
+    out = weights[0].new_empty((count, width))
+    wanted = mode == "max" and with_maxima
+    maxima = out.new_empty(out.shape if wanted else (0,), dtype=torch.int32)
+    record, fields, column, vectors = None, [], 0, True
+    for table, (bag, weight) in enumerate(zip(bags, weights, strict=True)):
+        record = bag.record(ext, what, table)
+        starts, scale = bag.offsets, scales[table] if scales else None
+        addresses = (0 if x is None else x.data_ptr() for x in (bag.ids, weight, starts, scale))
+        fields.append((*addresses, bag.length, bag.n, *weight.shape, weight.stride(0), column))
+        column += weight.shape[1]
+        step = 16 // weight.element_size()
+        vectors &= weight.data_ptr() % 16 == 0 and weight.shape[1] % step == 0 and weight.stride(0) % step == 0
+    tensors = (*(bag.ids for bag in bags), *weights, *(bag.offsets for bag in bags), *scales)
+    ext.call(
+        "embedding_bag_multi_forward", torch.tensor(fields, device=out.device), out, maxima if wanted else None, record,
+        what, len(weights), count, width, max(w.shape[1] for w in weights), narrow, include_last_offset, vectors, mode,
+        out.dtype, reached=[x for x in tensors if x is not None],
+    )  # fmt: skip
+    return out, maxima
+
+
+def _pairs(rows: int, self_interaction: bool) -> int:
+    return rows * (rows + 1) // 2 if self_interaction else rows * (rows - 1) // 2
+
+
+def dot_interaction_forward(ext: Extension, dense: Tensor, sparse: Tensor, self_interaction: bool) -> Tensor:
+    (batch, cols), rows = dense.shape, sparse.shape[1] + 1
+    pairs = _pairs(rows, self_interaction)
+    out = dense.new_empty((batch, cols + pairs))
+    ext.call(
+        "dot_interaction_forward", dense, sparse, out, batch, rows, cols, pairs, *dense.stride(), *sparse.stride(),
+        self_interaction, dense.dtype,
+    )  # fmt: skip
+    return out
+
+
+def dot_interaction_backward(
+    ext: Extension,
+    dy: Tensor,
+    dense: Tensor,
+    sparse: Tensor,
+    self_interaction: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    (batch, cols), rows = dense.shape, sparse.shape[1] + 1
+    ddense = dense.new_empty(dense.shape if output_mask[0] else (0,))
+    dsparse = sparse.new_empty(sparse.shape if output_mask[1] else (0,))
+    if any(output_mask):
+        ext.call(
+            "dot_interaction_backward", dy, dense, sparse, ddense if output_mask[0] else None,
+            dsparse if output_mask[1] else None, batch, rows, cols, _pairs(rows, self_interaction), *dy.stride(),
+            *dense.stride(), *sparse.stride(), self_interaction, dense.dtype,
+        )  # fmt: skip
+    return ddense, dsparse

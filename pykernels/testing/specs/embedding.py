@@ -104,8 +104,7 @@ def _saved(case: Case, dtype: torch.dtype) -> int:
 _LONG = frozenset(("weight", "per_sample_weights"))
 _KERNELS = ("cpu", "triton", "cuda", "emulator")
 _UPDATE_KERNELS = _KERNELS
-_INTERACTION_KERNELS = ("cpu", "triton")
-_TABLES_KERNELS = ("cpu",)
+_TABLES_KERNELS = _INTERACTION_KERNELS = _KERNELS
 _BENCH = (_lookup("100kx128-64k", (65536,), 100_000, 128),)
 
 
