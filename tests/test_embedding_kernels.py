@@ -16,7 +16,11 @@ from pykernels import _errors
 from pykernels._cuda import embedding as cuda
 from pykernels._cuda._extension import Extension
 from pykernels._triton import embedding as triton_floor
+from pykernels.ops.embedding import _functions as fn
+from pykernels.ops.embedding import interaction
 from pykernels.testing import interpreter
+from pykernels.testing.run import check_case
+from pykernels.testing.spec import load
 
 KERNELS = tuple(b for b in BACKENDS if b != "cpu")
 
@@ -148,3 +152,62 @@ def test_rowwise_adagrad_of_every_width(backend: str, columns: int) -> None:
         ops(backend).embedding_update(weight, state, None, ids, dy, *rest)
         torch.testing.assert_close(state.double(), sums, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(weight.double(), table, rtol=1e-5 if step == 1 else 1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_ids_beyond_the_last_offset_are_in_no_bag(backend: str) -> None:
+    kernels = ops(backend)
+    ids, offsets = torch.tensor([1, 2, 3, 4, 5], device=DEVICE), torch.tensor([0, 2, 3], device=DEVICE)
+    weight, dy = torch.randn(7, 5, device=DEVICE), torch.randn(2, 5, device=DEVICE)
+    out = kernels.embedding_bag_forward(ids, weight, offsets, None, "sum", True, -1, False, 0)[0]
+    torch.testing.assert_close(out, torch.stack([weight[1] + weight[2], weight[3]]))
+    dweight = kernels.embedding_bag_backward(dy, ids, offsets, None, None, 7, "sum", True, -1, False)
+    assert torch.equal(dweight[1:4], dy[[0, 0, 1]]) and not dweight[[0, 4, 5, 6]].any()
+    dscale = kernels.embedding_bag_backward_weights(dy, ids, weight, offsets, "sum", True, -1)
+    expected = torch.cat([(dy[[0, 0, 1]] * weight[1:4]).sum(1), torch.zeros(2, device=DEVICE)])
+    torch.testing.assert_close(dscale, expected)
+
+
+SPECS = {(spec.name, spec.cases[0].options.get("mode")): spec for spec in reversed(load("embedding"))}
+
+# label -> spec, the case that must find it, the operator, its mistake
+MISTAKES: dict[str, tuple[Any, str, dict[str, Any], Any]] = {
+    "padding takes part": (
+        SPECS["embedding_bag", "sum"], "padding", fn.embedding_bag_forward,
+        lambda kernel, *a: kernel(*a[:6], -1, *a[7:]),
+    ),
+    "padding gets a gradient": (
+        SPECS["embedding", None], "padding", fn.embedding_backward, lambda kernel, *a: kernel(*a[:3], -1, a[4])
+    ),
+    "mean's gradient is not divided": (
+        SPECS["embedding_bag", "mean"], "offsets", fn.embedding_bag_backward,
+        lambda kernel, *a: kernel(*a[:6], "sum", *a[7:]),
+    ),
+    "max gives every id the gradient": (
+        SPECS["embedding_bag", "max"], "repeated", fn.embedding_bag_backward,
+        lambda kernel, *a: kernel(*a[:6], "sum", *a[7:]),
+    ),
+    "a partial sum is lost": (
+        SPECS["embedding", None], "repeated", fn.embedding_backward,
+        lambda kernel, dy, ids, *a: kernel(dy, torch.cat([ids[:64], (ids[64:65] + 1) % 3, ids[65:]]), *a),
+    ),
+    "the diagonal once": (
+        SPECS["dot_interaction", None], "self", interaction.dot_interaction_backward,
+        lambda kernel, dy, dense, sparse, own, mask: tuple(
+            dx - 1e-3 * x for dx, x in zip(kernel(dy, dense, sparse, own, mask), (dense, sparse), strict=True)
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_planted_mistake_is_found(
+    backend: str, mistake: str, monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> None:
+    spec, label, table, wrong = MISTAKES[mistake]
+    case = next(c for c in spec.cases if c.label == label)
+    kernel = table[backend]
+    assert all(c.passed for c in check_case(spec, case, backend, torch.float32, DEVICE))
+    monkeypatch.setitem(table, backend, lambda *arguments: wrong(kernel, *arguments))
+    assert not all(c.passed for c in check_case(spec, case, backend, torch.float32, DEVICE))
