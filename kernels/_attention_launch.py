@@ -157,12 +157,12 @@ def seen_together(query: Tensor, shared: dict[str, Any]) -> Masks:
     """The masks with `seen` and `span` of all of them together; a pass over the tensors among them."""
     size, masks = shared["size"], shared["masks"]
     seen = torch.zeros(size.batch, size.heads, size.max_k, dtype=torch.uint8, device=query.device)
-    block = 64
-    a_head, count = programs(size, block, of_keys=True)
+    block_q, block_k = 16, 64  # eight elements a thread, whose addresses are 64 bits each
+    a_head, count = programs(size, block_k, of_keys=True)
     named = {name: shared[name] for name in ("size", "TOP_LEFT", "LOWEST", "SEQUENCES")}
     bare = {"masks": masks._replace(slopes=None), "numbers": shared["numbers"]._replace(seed=None)}
     _lib.launch(
-        attention_seen_kernel, (count,), query, seen, tiles=a_head, **named, **bare, BLOCK_Q=block, BLOCK_K=block
+        attention_seen_kernel, (count,), query, seen, tiles=a_head, **named, **bare, BLOCK_Q=block_q, BLOCK_K=block_k
     )
     span = span_of(seen)
     return masks._replace(seen=Rows(seen, *broadcast_strides(seen)), span=Rows(span, *broadcast_strides(span)[:2], 1))

@@ -98,7 +98,7 @@ def entry(
     return Entry(
         name=f"attention {kernel} {name} {str(dtype)[6:]} {size}",
         launch=launch,
-        rules={"attention_rows_kernel": Rules(occupancy=0.5), "": products},
+        rules={**dict.fromkeys(("attention_rows_kernel", "attention_seen_kernel"), Rules(occupancy=0.5)), "": products},
         targets=targets,
         loop_flops=2 * turns * tiles.queries * tiles.keys * width or None,
     )
