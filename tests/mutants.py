@@ -22,10 +22,20 @@ BUGS, COLLECTIVES = "tests/test_emulator.py", "tests/test_emulator_collectives.p
 RECURRENT = ["tests/test_recurrent_kernels.py", "-p", "tests.conftest", "-k"]
 LOOPS = [*RECURRENT, "emulator and lstm and (ragged or sixteen) or terms"]
 
+# on the emulator whatever the machine; one test for each path through a kernel
+ATTENTION = ["tests/test_attention_cuda.py", "-p", "tests.conftest", "-k"]
+TILES = [*ATTENTION, "differ or (masks_by_position and 64) or wide_heads or any_order"]
+
 # file -> (the source to compile again, the tests that run its kernels)
 SUBJECTS = {
     "csrc/emulator/selftest_attention.cu": ("selftest_attention.cu", [BUGS, "-k", "test_attention"]),
     "csrc/emulator/selftest_lstm.cu": ("selftest_lstm.cu", [BUGS, "-k", "test_lstm"]),
+    "csrc/cuda/attention_dbias.cu": ("attention_dbias.cu", [*ATTENTION, "bias_over"]),
+    "csrc/cuda/attention_dkdv.cu": ("attention_dkdv.cu", TILES),
+    "csrc/cuda/attention_dq.cu": ("attention_dq.cu", TILES),
+    "csrc/cuda/attention_forward.cu": ("attention_forward.cu", TILES),
+    "csrc/cuda/attention_head.h": ("attention_forward.cu", TILES),
+    "csrc/cuda/attention_products.h": ("attention_dq.cu", TILES),
     "csrc/cuda/collectives.cu": ("collectives.cu", [COLLECTIVES, "-k", "ldmatrix or cp_async or grid_sync"]),
     "csrc/cuda/collectives_sm90.cu": ("collectives_sm90.cu", [COLLECTIVES, "-k", "wgmma or tma"]),
     "csrc/cuda/recurrent_forward.cu": ("recurrent_forward.cu", LOOPS),
@@ -34,7 +44,7 @@ SUBJECTS = {
     "csrc/cuda/reduce.h": ("collectives.cu", [COLLECTIVES, "-k", "block_reductions or last_block"]),
 }
 SYNCHRONISATION = re.compile(
-    r"\b(__syncthreads|__syncwarp|__threadfence|grid_sync|cp_async_commit|cp_async_wait<\d>|named_barrier_\w+|mbar_\w+"
+    r"\b(__syncthreads|__syncwarp|__threadfence|grid_sync|cp_async_commit|cp_async_wait<[^>]*>|named_barrier_\w+|mbar_\w+"
     r"|fence_proxy_async|wgmma_(?:fence|commit|wait<\d>)|tma_store_(?:commit|wait_read<\d>)|await|arrive)\([^;{]*\);"
 )
 # "file: statement" -> why it may be dropped

@@ -1,8 +1,9 @@
-"""Attention kernels of csrc/cuda: each instantiation over several tiles, what masks by position alone take, hidden keys,
-packed ends that lie, tf32. On the emulator; on a GPU the same tests run on the device."""
+"""Attention kernels of csrc/cuda: each instantiation over several tiles, hidden keys, packed ends that lie, tf32,
+planted mistakes. On the emulator; on a GPU the same tests run there."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,11 +15,15 @@ import pykernels.functional as pk
 from pykernels import BackendError, explain, reference
 from pykernels._cuda import attention as floor
 from pykernels._cuda._extension import Extension
+from pykernels.ops.attention import _functions as fn
+from pykernels.testing.run import check_case
+from pykernels.testing.spec import OpSpec, load
 
 BACKEND = "cuda" if DEVICE == "cuda" else "emulator"
 extension = Extension(f"_{BACKEND}_ext")
 pytestmark = pytest.mark.skipif(not extension.available, reason=str(extension.reason))
 
+ATTENTION = next(spec for spec in load("attention") if spec.name == "attention")
 LENGTHS = (150, 140)  # two tiles of queries, three to nine of keys, and their edges
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -68,8 +73,9 @@ def test_masks_by_position(size: int, options: dict[str, Any]) -> None:
     assert_close(tensors(size=size), **options)
 
 
-@pytest.mark.parametrize("lengths", ((150, 40), (40, 150), (129, 33)), ids=str)
+@pytest.mark.parametrize("lengths", ((150, 20), (40, 150), (129, 33)), ids=str)
 def test_lengths_that_differ(lengths: tuple[int, int]) -> None:
+    """Also tiles of queries, and of keys, that see nothing."""
     for causal in (True, "top_left"):
         assert_close(tensors(lengths, dtype=torch.float16), causal=causal)
 
@@ -226,3 +232,51 @@ def test_wide_heads_are_refused_with_the_reason() -> None:
     with pytest.raises(BackendError, match="head sizes above 256"):
         pk.attention(q, q, q, backend=BACKEND)
     assert "emulator" in explain(pk.attention, q, q, q).refused
+
+
+def _caught(spec: OpSpec, *labels: str) -> bool:
+    cases = [case for case in spec.cases if case.label in labels]
+    assert len(cases) == len(labels)
+    return not all(c.passed for case in cases for c in check_case(spec, case, BACKEND, torch.float16, DEVICE))
+
+
+def _changed(place: int, value: Any) -> Callable[..., Any]:
+    return lambda kernel, *a: kernel(*a[:place], value, *a[place + 1 :])
+
+
+def _result(place: int, change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    def wrong(kernel: Callable[..., Any], *a: Any) -> Any:
+        made = list(kernel(*a))
+        made[place] = change(made[place])
+        return tuple(made)
+
+    return wrong
+
+
+# the case that must find it, the operator, what becomes of its arguments or results
+MISTAKES: dict[str, tuple[str, dict[str, Any], Callable[..., Any]]] = {
+    "dq of the wrong sign": ("plain", fn.attention_backward, _result(0, torch.neg)),
+    "dk without the scale": ("plain", fn.attention_backward, _result(1, lambda x: x * 8**0.5)),
+    "dv of the next head": ("gqa", fn.attention_backward, _result(2, lambda x: x.roll(1, 1))),
+    "lse in powers of two": ("lse", fn.attention_forward, _result(1, lambda x: x * 1.4427)),
+    "lse whose gradient is dropped": ("lse", fn.attention_backward, lambda k, y, z, *a: k(y, torch.zeros_like(z), *a)),
+    "the other alignment": ("long-key", fn.attention_forward, _changed(12, "top_left")),
+    "a window one too wide": ("window", fn.attention_backward, _changed(18, 11)),
+    "a prefix that is not seen": ("prefix", fn.attention_forward, _changed(7, None)),
+    "a padding mask that is dropped": ("padding", fn.attention_backward, _changed(11, None)),
+    "ALiBi without the slopes": ("alibi", fn.attention_backward, _changed(13, None)),
+    "a cap without its slope": ("softcap-saturated", fn.attention_backward, _changed(20, 0.0)),
+    "a sink without gradient": ("sinks", fn.attention_backward, _result(4, torch.zeros_like)),
+    "a bias gradient of one batch": ("bias-heads", fn.attention_backward, _result(3, lambda x: x / 2)),
+    "another dropout mask backward": ("dropout", fn.attention_backward, _changed(16, torch.tensor([1], device=DEVICE))),
+    "a sequence that is one longer": ("packed", fn.attention_backward, lambda k, *a: k(*a[:14], a[14] + 1, *a[15:])),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_is_found(mistake: str, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
+    label, table, wrong = MISTAKES[mistake]
+    assert not _caught(ATTENTION, label)
+    kernel = table[BACKEND]
+    monkeypatch.setitem(table, BACKEND, lambda *arguments: wrong(kernel, *arguments))
+    assert _caught(ATTENTION, label)
