@@ -99,7 +99,8 @@ __global__ void __launch_bounds__(BiasTiles<T, D>::kThreads)
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const float d = kept >> (4 * n + e) & 1 ? dp[0][n][e] * a.x.keep_scale : 0.f;
-            acc[n][e] += ex2(fmaf(s[0][n][e], features.factor, -base[e / 2])) * (d - delta[e / 2]);
+            const float p = ex2(fmaf(s[0][n][e], features.factor, -base[e / 2]));
+            if (p != 0.f) acc[n][e] += p * (d - delta[e / 2]);
           }
       }
     }

@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(KeyTiles<T, D, GENERAL>::kThreads, KeyTiles<T,
 #pragma unroll
                 for (int e = 0; e < 4; ++e)
                   p[m][n][e] = !GENERAL ? s[m][n][e] : kept >> (4 * n + e) & 1 ? s[m][n][e] * a.x.keep_scale : 0.f;
-            product_of_registers<T, D, GENERAL, M, N>(adv, p, tile + C::kStepBytes, value_columns, exact);
+            product_of_registers<false, T, D, GENERAL, M, N>(adv, p, tile + C::kStepBytes, value_columns, exact, {});
           }
         }
         if constexpr (DK) {
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(KeyTiles<T, D, GENERAL>::kThreads, KeyTiles<T,
                   s[m][n][e] = s[m][n][e] == 0.f ? 0.f : s[m][n][e] * y;
                 }
             }
-            product_of_registers<T, D, GENERAL, M, N>(adk, s, tile, columns, exact);
+            product_of_registers<false, T, D, GENERAL, M, N>(adk, s, tile, columns, exact, {});
           }
         }
       }

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(QueryTiles<T, D, GENERAL>::kThreads, QueryTile
   const Head& x = head[0];
   const Features<T, GENERAL> features(a, x);
   const TileColumns<T, D, GENERAL> columns(a.n.d), value_columns(a.n.dv);
-  const bool exact = a.n.exact;
+  const bool exact = a.n.exact, mask_tensors = a.mask || a.bias;
   const int kv_head = x.h / static_cast<int>(a.n.group);
   const T* q = static_cast<const T*>(a.q) + x.b * a.n.q[0] + x.h * a.n.q[1] + x.q_first * a.n.q[2];
   const T* k = static_cast<const T*>(a.k) + x.b * a.n.k[0] + kv_head * a.n.k[1] + x.k_first * a.n.k[2];
@@ -95,6 +95,8 @@ __global__ void __launch_bounds__(QueryTiles<T, D, GENERAL>::kThreads, QueryTile
       for (int r = 0; r < 2 * M; ++r) allowed[r] = x.keys_of(row + lane / 4 + 8 * r);
       mask_by_position(s, allowed, column);
     }
+    uint32_t seen[N / 8] = {};
+    if constexpr (GENERAL) seen_columns(seen, s, mask_tensors);
     float dp[M][N / 8][4] = {};
     product<T, D, GENERAL, M, N>(dp, douts, own, tile + C::kStepBytes, value_columns, exact);
     const uint32_t kept = features.template kept<false, N / 8>(row + lane / 4, column);
@@ -108,10 +110,11 @@ __global__ void __launch_bounds__(QueryTiles<T, D, GENERAL>::kThreads, QueryTile
           const float p = ex2(fmaf(s[m][n][e], features.factor, -base[r]));
           float d = dp[m][n][e];
           if constexpr (GENERAL) d = kept >> (4 * n + e) & 1 ? d * a.x.keep_scale : 0.f;
-          d = p * (d - delta[r]);
-          s[m][n][e] = GENERAL ? d * cap[m][n][e] : d;
+          d -= delta[r];
+          if constexpr (GENERAL) d *= cap[m][n][e];
+          s[m][n][e] = GENERAL && p == 0.f ? 0.f : p * d;  // d may be NaN where nobody looks
         }
-    product_of_registers<T, D, GENERAL, M, N>(acc, s, tile, columns, exact);
+    product_of_registers<GENERAL, T, D, GENERAL, M, N>(acc, s, tile, columns, exact, seen);
   }
   cp_async_wait<0>();
   __syncthreads();

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(ForwardTiles<T, D, GENERAL>::kThreads, Forward
   const Head& x = head[0];
   const Features<T, GENERAL> features(a, x);
   const TileColumns<T, D, GENERAL> columns(a.n.d), value_columns(a.n.dv);
-  const bool exact = a.n.exact;
+  const bool exact = a.n.exact, mask_tensors = a.mask || a.bias;
   const int kv_head = x.h / static_cast<int>(a.n.group);
   const T* q = static_cast<const T*>(a.q) + x.b * a.n.q[0] + x.h * a.n.q[1] + x.q_first * a.n.q[2];
   const T* k = static_cast<const T*>(a.k) + x.b * a.n.k[0] + kv_head * a.n.k[1] + x.k_first * a.n.k[2];
@@ -125,6 +125,8 @@ __global__ void __launch_bounds__(ForwardTiles<T, D, GENERAL>::kThreads, Forward
       for (int r = 0; r < 2 * M; ++r) allowed[r] = x.keys_of(row + lane / 4 + 8 * r);
       mask_by_position(s, allowed, column);
     }
+    uint32_t seen[N / 8] = {};
+    if constexpr (GENERAL) seen_columns(seen, s, mask_tensors);
     softmax.update(s, acc, features.factor);
     if constexpr (GENERAL) {
       const uint32_t kept = features.template kept<false, N / 8>(row + lane / 4, column);
@@ -133,7 +135,7 @@ __global__ void __launch_bounds__(ForwardTiles<T, D, GENERAL>::kThreads, Forward
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[0][n][e] = kept >> (4 * n + e) & 1 ? s[0][n][e] : 0.f;
     }
-    product_of_registers<T, D, GENERAL, M, N>(acc, s, tile + C::kStepBytes, value_columns, exact);
+    product_of_registers<GENERAL, T, D, GENERAL, M, N>(acc, s, tile + C::kStepBytes, value_columns, exact, seen);
   }
   cp_async_wait<0>();
   __syncthreads();  // without any tile the queries may still be on their way to where the output is put together

@@ -172,7 +172,9 @@ __device__ __forceinline__ void load_b(OperandB<T> (&x)[2], Shared tile, int row
 template <class T, int D, bool PART, int M, int N>
 __device__ __forceinline__ void product(float (&acc)[M][N / 8][4], Shared a, int a_row, Shared b,
                                         TileColumns<T, D, PART> columns, bool exact) {
-#pragma unroll
+  // float32 steps are 12 mma for each that half precision has: unrolled they would not fit in the instruction cache
+  [[maybe_unused]] constexpr int UNROLL = kWide<T> ? 1 : D / 16;
+#pragma unroll UNROLL
   for (int step = 0; step < D / 16; ++step) {
     if (!columns.has(step)) break;
     OperandA<T> x[M];
@@ -189,10 +191,12 @@ __device__ __forceinline__ void product(float (&acc)[M][N / 8][4], Shared a, int
   }
 }
 
-// acc[16 M x D] += X B, X: 16 M x N in registers as a product leaves it, B: the N rows of its tile.
-template <class T, int D, bool PART, int M, int N>
+// acc[16 M x D] += X B, X: 16 M x N in registers as a product leaves it, B: the N rows of its tile.  CLEARS: rows of B
+// whose half of a word is 0 count as 0, whatever they hold; see seen_columns().
+template <bool CLEARS, class T, int D, bool PART, int M, int N>
 __device__ __forceinline__ void product_of_registers(float (&acc)[M][D / 8][4], const float (&x)[M][N / 8][4], Shared b,
-                                                     TileColumns<T, D, PART> columns, bool exact) {
+                                                     TileColumns<T, D, PART> columns, bool exact,
+                                                     const uint32_t (&seen)[N / 8]) {
   constexpr int ROW = D * static_cast<int>(sizeof(T));
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   // float32: no instruction transposes words.  Where a lane's word lies but for constants; the rows 2 c of the lanes
@@ -229,7 +233,7 @@ __device__ __forceinline__ void product_of_registers(float (&acc)[M][D / 8][4], 
         uint32_t w[4];
         ldmatrix_x4_trans(w, b.address + static_cast<uint32_t>(at<T, D>(16 * step + (lane & 15), 2 * n + (lane >> 4))));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) y[i / 2].v[i % 2] = w[i];
+        for (int i = 0; i < 4; ++i) y[i / 2].v[i % 2] = CLEARS ? w[i] & seen[2 * step + i % 2] : w[i];
       } else {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -238,6 +242,11 @@ __device__ __forceinline__ void product_of_registers(float (&acc)[M][D / 8][4], 
           for (int k = 0; k < 4; ++k)
             w[k] = *reinterpret_cast<const float*>(b.bytes + word[n & 1][i][k & 1] + (16 * step + 8 * (k >> 1)) * ROW +
                                                    (n >> 1) * 128);
+          if constexpr (CLEARS) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+              if (!(seen[2 * step + k / 2] >> 16 * (k & 1) & 1)) w[k] = 0.f;
+          }
           put_row(y[i], 0, 1, w, exact);
         }
       }

@@ -117,6 +117,22 @@ struct Features {
   }
 };
 
+// For each block of 8 columns a word whose halves are all ones where the thread's two columns have a weight in any of
+// the warp's rows.  What several masks hide together no list of keys tells; it may be NaN, which a weight of 0 does not
+// silence.  `some`: there are masks that can do so.
+template <int N>
+__device__ __forceinline__ void seen_columns(uint32_t (&seen)[N], const float (&s)[1][N][4], bool some) {
+  const uint32_t lanes = 0x11111111u << threadIdx.x % 4;  // those with the same columns
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    seen[n] = 0xffffffffu;
+    if (!some) continue;
+    const uint32_t low = __ballot_sync(kAllLanes, s[0][n][0] != -kInfinity || s[0][n][2] != -kInfinity);
+    const uint32_t high = __ballot_sync(kAllLanes, s[0][n][1] != -kInfinity || s[0][n][3] != -kInfinity);
+    seen[n] = (low & lanes ? 0xffffu : 0u) | (high & lanes ? 0xffff0000u : 0u);
+  }
+}
+
 // -inf where a column lies outside its row's interval.
 template <int M, int N>
 __device__ __forceinline__ void mask_by_position(float (&s)[M][N][4], const Interval (&allowed)[2 * M], int column) {
