@@ -28,6 +28,7 @@ __global__ void __launch_bounds__(BiasTiles<T, D>::kThreads)
     attention_bwd_dbias_kernel(const __grid_constant__ Attention a, const __grid_constant__ BiasGradient g) {
   using C = BiasTiles<T, D>;
   constexpr int N = C::N;
+  constexpr int UNROLL = kWide<T> && D > 128 ? 4 : C::kOwn;  // one row a step there: all their addresses would spill
   PK_DYN_SHARED(raw);
   PK_SHARED(float, sums, [C::kThreads / kWarp][N]);
   const Shared queries{smem_addr(raw), raw}, douts = queries + C::kOwnBytes, keys = douts + C::kOwnBytes,
@@ -70,10 +71,10 @@ __global__ void __launch_bounds__(BiasTiles<T, D>::kThreads)
         const auto exists = [&](int i) { return i < x.lq; };
         const auto reads = [&](int j) { return features.reads(x.seen, j); };
         __syncthreads();  // the products of the tile before are done with the memory
-        load_tile<T, D, C::kOwn, C::kThreads>(queries, q, a.n.q[2], i0, columns, exists);
-        load_tile<T, D, C::kOwn, C::kThreads>(douts, dout, g.dout_n.position, i0, value_columns, exists);
-        load_tile<T, D, N, C::kThreads>(keys, k, a.n.k[2], j0, columns, reads);
-        load_tile<T, D, N, C::kThreads>(values, v, a.n.v[2], j0, value_columns, reads);
+        load_tile<T, D, C::kOwn, C::kThreads, UNROLL>(queries, q, a.n.q[2], i0, columns, exists);
+        load_tile<T, D, C::kOwn, C::kThreads, UNROLL>(douts, dout, g.dout_n.position, i0, value_columns, exists);
+        load_tile<T, D, N, C::kThreads, UNROLL>(keys, k, a.n.k[2], j0, columns, reads);
+        load_tile<T, D, N, C::kThreads, UNROLL>(values, v, a.n.v[2], j0, value_columns, reads);
         cp_async_commit();
         cp_async_wait<0>();
         __syncthreads();

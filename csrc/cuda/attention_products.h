@@ -45,7 +45,7 @@ struct TileColumns {
 };
 
 // Rows row0 + [0, ROWS) of src; zeros for rows that are not wanted and for columns beyond those in memory.
-template <class T, int D, int ROWS, int THREADS, bool PART, class Wanted>
+template <class T, int D, int ROWS, int THREADS, int UNROLL = ROWS, bool PART, class Wanted>
 __device__ __forceinline__ void load_tile(Shared tile, const T* src, int64_t stride, int row0,
                                           TileColumns<T, D, PART> columns, Wanted wanted) {
   constexpr int UNITS = D / kUnit<T>, STEP = THREADS / UNITS;
@@ -53,7 +53,7 @@ __device__ __forceinline__ void load_tile(Shared tile, const T* src, int64_t str
   const int r0 = static_cast<int>(threadIdx.x) / UNITS, unit = static_cast<int>(threadIdx.x) % UNITS;
   if (!columns.has(unit / kStepUnits<T>)) return;
   const T* from = src + (row0 + r0) * stride + unit * kUnit<T>;
-#pragma unroll
+#pragma unroll UNROLL
   for (int i = 0; i < ROWS; i += STEP)
     cp_async16(tile.address + static_cast<uint32_t>(at<T, D>(r0 + i, unit)), from + i * stride,
                unit < columns.units() && wanted(row0 + r0 + i));
