@@ -110,13 +110,9 @@ def test_memory_of_sampled_losses() -> None:
     x, w = torch.randn(256, 64, requires_grad=True), torch.randn(200_000, 64, requires_grad=True)
     target, negatives = torch.randint(0, 200_000, (256,)), torch.randint(0, 200_000, (1000,))
     rows = 4 * 64 * (1000 + 256)
-    shared = lambda: torch.autograd.grad(
-        F.negative_sampling_loss(x, w, target, negatives, sparse=True), (x, w)
-    )
-    own = (
-        lambda: torch.autograd.grad(
-            F.negative_sampling_loss(x, w, target, negatives[:40].expand(256, 40), sparse=True), (x, w)
-        )
+    shared = lambda: torch.autograd.grad(F.negative_sampling_loss(x, w, target, negatives, sparse=True), (x, w))
+    own = lambda: torch.autograd.grad(
+        F.negative_sampling_loss(x, w, target, negatives[:40].expand(256, 40), sparse=True), (x, w)
     )
     for step, most in ((shared, 6 * rows + 4 * 256 * 1000), (own, 2 * rows)):
         step()

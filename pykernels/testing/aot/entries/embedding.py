@@ -64,7 +64,8 @@ def entries(name: str) -> Iterator[Entry]:
     for rule, states in (("sgd", (None, None)), ("adagrad", (wide, None)), ("adam", (wide, wide)),
                          ("rowwise_adagrad", (narrow, None))):  # fmt: skip
         numbers = rule, 0.1, 0.1, 1e-8, 0.9, 0.99, 3, seed if dtype == torch.bfloat16 else None, 1
-        arguments = weight, *states, ids, torch.empty(IDS, cols, dtype=dtype), None, None, None, "none", False, -1, False
+        given = weight, *states, ids, torch.empty(IDS, cols, dtype=dtype)
+        arguments = *given, None, None, None, "none", False, -1, False
         yield entry(f"embedding update {rule}", UPDATES, call("embedding_update", *arguments, *numbers))
     bags = [torch.zeros(BAGS, 20, dtype=torch.int64)] * 3
     several = call("embedding_bag_multi_forward", bags, [None] * 3, [weight] * 3, [], "sum", False, False, 1)
