@@ -51,6 +51,11 @@ def record(device: torch.device) -> Tensor:
     return found
 
 
+def any_records() -> bool:
+    """Whether kernels have asked for a record on any device."""
+    return bool(_records)
+
+
 def raise_recorded() -> None:
     """Raises what a record holds by now, without waiting for any device; the record is empty then."""
     for device, found in list(_records.items()):

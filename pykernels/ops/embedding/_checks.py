@@ -21,14 +21,14 @@ def before(function: str, bounds_check: str, code: int) -> int:
     if bounds_check not in _errors.CHECKS:
         allowed = ", ".join(_errors.CHECKS)
         raise ValueError(f"{function}(): argument 'bounds_check' must be one of {allowed}, not {bounds_check!r}")
-    if not is_compiling():
+    if not is_compiling() and _errors.any_records():
         _errors.raise_recorded()
     return 0 if bounds_check == "none" else code
 
 
-def after(bounds_check: str) -> None:
-    """With "sync", waits for this call's kernels and raises what they reported."""
-    if bounds_check == "sync" and not is_compiling():
+def synchronise() -> None:
+    """For `bounds_check="sync"`: waits for this call's kernels and raises what they reported."""
+    if not is_compiling():
         _errors.check_errors()
 
 

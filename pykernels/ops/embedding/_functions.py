@@ -142,7 +142,9 @@ class Lookup(Function):
             dweight = LookupGrad.apply(dy, ids, ctx.rows, ctx.options)
             return dweight.to_sparse(1) if sparse else dweight, None, None, None
         skipped = padding if padding >= 0 else None
-        if note(ctx.table, lambda: Positions(ids, dy, padding_idx=skipped, by_frequency=by_frequency)):
+        if ctx.table and note(
+            ctx.table, lambda: Positions(ids, dy, None, None, None, None, False, skipped, by_frequency)
+        ):
             return None, None, None, None
         if sparse:
             found = embedding_backward_sparse[backend](dy, ids, ctx.rows, padding, by_frequency)
@@ -264,7 +266,11 @@ class Bag(Function):
         weight, scale, ids, offsets, maxima = ctx.saved_tensors
         mask, options = ctx.needs_input_grad[:2], ctx.options
         if not torch.is_grad_enabled():
-            if mask[0] and note(ctx.table, lambda: bag_positions(dy, scale, ids, offsets, maxima, options)):
+            if (
+                mask[0]
+                and ctx.table
+                and note(ctx.table, lambda: bag_positions(dy, scale, ids, offsets, maxima, options))
+            ):
                 mask = (False, mask[1])
             grads = bag_gradients(dy, weight, scale, ids, offsets, maxima, ctx.rows, mask, options)
             return *grads, None, None, None, None

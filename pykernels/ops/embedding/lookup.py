@@ -11,7 +11,6 @@ from ...reference.embedding.lookup import renormalise_
 from .. import _check, _ids
 from .._pending import any_registered, outside_graphs, table_of
 from ._checks import (
-    after,
     before,
     check_bags,
     check_mode,
@@ -20,6 +19,7 @@ from ._checks import (
     check_per_sample_weights,
     check_table,
     report_code,
+    synchronise,
 )
 from ._functions import ROOM, Bag, Lookup, embedding_bag_forward, embedding_forward
 
@@ -70,7 +70,7 @@ def embedding(
             as `bounds_check` says; by the reference backend there, torch's device-side assertion.
         BackendError: the named backend cannot serve the call.
     """
-    if is_compiling() and any_registered():
+    if any_registered() and is_compiling():
         options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         return outside_graphs(embedding, input, weight, *options, bounds_check=bounds_check, backend=backend)
     check_table("embedding", input, weight, max_norm, scale_grad_by_freq)
@@ -90,7 +90,8 @@ def embedding(
         result: Tensor = Lookup.apply(weight, input, frozen, table_of(weight))
     else:
         result = embedding_forward[backend](input, weight, what)
-    after(bounds_check)
+    if bounds_check == "sync":
+        synchronise()
     return result
 
 
@@ -147,7 +148,7 @@ def embedding_bag(
         BackendError: the named backend cannot serve the call.
     """
     name = "embedding_bag"
-    if is_compiling() and any_registered():
+    if any_registered() and is_compiling():
         options = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
         more = {"include_last_offset": include_last_offset, "padding_idx": padding_idx}
         return outside_graphs(
@@ -190,5 +191,6 @@ def embedding_bag(
         result = embedding_bag_forward[backend](
             input, weight, offsets, per_sample_weights, mode, include_last_offset, padding, False, what
         )[0]
-    after(bounds_check)
+    if bounds_check == "sync":
+        synchronise()
     return result

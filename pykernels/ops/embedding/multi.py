@@ -15,7 +15,6 @@ from ..._backends import is_compiling
 from .. import _check, _ids
 from .._pending import any_registered, note, outside_graphs, table_of
 from ._checks import (
-    after,
     before,
     check_bags,
     check_mode,
@@ -23,6 +22,7 @@ from ._checks import (
     check_per_sample_weights,
     check_table,
     report_code,
+    synchronise,
 )
 from ._functions import ROOM, BagGrad, bag_gradients, bag_positions, define
 
@@ -145,7 +145,7 @@ def embedding_bag_multi(
             number of the table is named with the position.
     """
     name = "embedding_bag_multi"
-    if is_compiling() and any_registered():
+    if any_registered() and is_compiling():
         return outside_graphs(
             embedding_bag_multi,
             indices,
@@ -183,7 +183,8 @@ def embedding_bag_multi(
         result = embedding_bag_multi_forward[backend](
             indices, starts, weights, scales, mode, include_last_offset, False, what
         )[0]
-    after(bounds_check)
+    if bounds_check == "sync":
+        synchronise()
     return result
 
 

@@ -14,7 +14,6 @@ from .. import _check, _ids
 from .._library import as_seed
 from .._pending import Positions, Rule
 from ._checks import (
-    after,
     before,
     check_bags,
     check_mode,
@@ -23,6 +22,7 @@ from ._checks import (
     check_per_sample_weights,
     check_table,
     report_code,
+    synchronise,
 )
 from ._functions import (
     ROOM,
@@ -85,7 +85,8 @@ def _update(
     with torch.no_grad():
         _check.writable(function, weight, "weight")
         _dispatch(backend, weight, tuple(state for _, state in states), at, rule, seed, what)
-    after(bounds_check)
+    if bounds_check == "sync":
+        synchronise()
     return weight
 
 
