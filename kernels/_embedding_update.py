@@ -28,7 +28,7 @@ def update_row(g, key, exists, mask, weight_ptr, rule, cols, col, RULE: tl.const
     weight_row, state_ptr, second_ptr, seed_ptr, lr, decay, eps, one_minus_beta1, beta2, one_minus_beta2, scale2 = rule
     weight = weight_ptr + key * weight_row + col
     w = tl.load(weight, mask=mask, other=0.0).to(tl.float32)
-    g += decay * w
+    g += tl.where(decay != 0.0, decay * w, 0.0)  # not 0 times infinity
     place = key * cols + col
     if RULE == "sgd":
         step = lr * g

@@ -67,7 +67,7 @@ struct Step {
 #pragma unroll
     for (int i = 0; i < W; ++i) {
       w[i] = to_float(old.v[i]);
-      g[i] = total[0][i] + n.weight_decay * w[i];
+      g[i] = total[0][i] + (n.weight_decay != 0.f ? n.weight_decay * w[i] : 0.f);  // not 0 times infinity
     }
     if (table.kind == Kind::kSgd) {
 #pragma unroll
@@ -116,7 +116,7 @@ struct RowStep {
       if (at.has(v)) old[v] = load_part<T, W>(row + at[v]);
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        g[v][i] += n.weight_decay * to_float(old[v].v[i]);
+        g[v][i] += n.weight_decay != 0.f ? n.weight_decay * to_float(old[v].v[i]) : 0.f;
         squares += at.has(v) ? g[v][i] * g[v][i] : 0.f;
       }
     }
