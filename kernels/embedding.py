@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from . import _embedding_forward as forward
-from . import _embedding_segment as segment
 from . import _lib
+from . import _segment as segment
 from ._embedding_forward import Bags
 from ._embedding_interaction import dot_interaction_backward, dot_interaction_forward
 from ._embedding_multi import embedding_bag_multi_forward
+from ._embedding_segment import sort
 from ._embedding_update import WIDEST, Rule
 
 __all__ = [
@@ -72,15 +73,13 @@ def embedding_bag_forward(
 
 
 def embedding_backward(dy: Tensor, ids: Tensor, rows: int, padding_idx: int, by_frequency: bool) -> Tensor:
-    return _dense(
-        dy.reshape(ids.numel(), dy.shape[-1]), segment.sort(_lookup(ids), rows, padding_idx), None, by_frequency
-    )
+    return _dense(dy.reshape(ids.numel(), dy.shape[-1]), sort(_lookup(ids), rows, padding_idx), None, by_frequency)
 
 
 def embedding_backward_sparse(
     dy: Tensor, ids: Tensor, rows: int, padding_idx: int, by_frequency: bool
 ) -> tuple[Tensor, Tensor]:
-    segments = segment.sort(_lookup(ids), rows, padding_idx)
+    segments = sort(_lookup(ids), rows, padding_idx)
     return _sparse(dy.reshape(ids.numel(), dy.shape[-1]), segments, None, by_frequency)
 
 
@@ -158,7 +157,7 @@ def embedding_update(
     if chosen.whole_rows and cols > WIDEST:
         raise NotImplementedError(f"the Triton kernel of row-wise Adagrad takes up to {WIDEST} columns, not {cols}")
     if mode == "none":
-        segments = segment.sort(_lookup(ids), rows, padding_idx, what=what)
+        segments = sort(_lookup(ids), rows, padding_idx, what=what)
         dy = dy.reshape(ids.numel(), cols)
     else:
         bags = Bags(ids, offsets, include_last_offset)
@@ -168,7 +167,7 @@ def embedding_update(
 
 def _sort_bags(bags: Bags, rows: int, padding: int, mode: str, scale: Tensor | None, what: int = 0) -> segment.Segments:
     scale = None if scale is None else scale.reshape(-1).contiguous()
-    return segment.sort(bags, rows, padding, mode, scale, what)
+    return sort(bags, rows, padding, mode, scale, what)
 
 
 def _dense(dy: Tensor, segments: segment.Segments, maxima: Tensor | None, by_frequency: bool) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...functional import HuffmanTree
 from ..spec import Case, Input, OpSpec
 
-_KERNELS = ("cpu",)
+_KERNELS = ("cpu", "triton")
 _LONG = frozenset(("input", "weight", "inputs", "weights", "biases", "linear_weight", "linear_bias"))
 
 
