@@ -68,8 +68,10 @@ def check(
 
     found, own, truth = of(ours, dtype), of(theirs, dtype), of(copy.deepcopy(theirs).double(), torch.float64)
     assert found.keys() == truth.keys()
+    # With one unit a tensor is a number or a few, made by a rounding a step; torch's own error of it is luck.
+    rounding = 4.0 if hidden == 1 else 1.0
     for key, value in found.items():
-        assert_equal(key, value, truth[key], own[key], long_sum=key.startswith("d"))
+        assert_equal(key, value, truth[key], own[key], long_sum=key.startswith("d"), rounding=rounding)
 
 
 @pytest.mark.parametrize("name", MODES)
