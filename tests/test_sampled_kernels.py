@@ -7,18 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DEVICE
 from torch import Tensor
 
 import pykernels as pk
 from pykernels import functional as F
+from pykernels.testing.run import check_case
+from pykernels.testing.spec import load
 
 B, D, V, K = 9, 20, 150, 70
 GENERATOR = torch.Generator().manual_seed(5)
-X, W = (torch.randn(n, D, generator=GENERATOR) for n in (B, V))
-BIAS = torch.randn(V, generator=GENERATOR)
-TARGET = torch.randint(V, (B,), generator=GENERATOR)
-SAMPLED = torch.cat([TARGET[:3], TARGET[:3], torch.randint(V, (K - 6,), generator=GENERATOR)])  # hits, twice each
-EXPECTED = (SAMPLED, torch.full((B, 1), 0.3), torch.linspace(0.1, 2, K))
+X, W = (torch.randn(n, D, generator=GENERATOR).to(DEVICE) for n in (B, V))
+BIAS = torch.randn(V, generator=GENERATOR).to(DEVICE)
+TARGET = torch.randint(V, (B,), generator=GENERATOR).to(DEVICE)
+SAMPLED = torch.cat(
+    [TARGET[:3], TARGET[:3], torch.randint(V, (K - 6,), generator=GENERATOR).to(DEVICE)]
+)  # hits, twice each
+EXPECTED = (SAMPLED, torch.full((B, 1), 0.3, device=DEVICE), torch.linspace(0.1, 2, K, device=DEVICE))
 
 
 def sampled(x: Tensor, w: Tensor, bias: Tensor, **options: Any) -> Tensor:
@@ -30,7 +35,7 @@ def nce(x: Tensor, w: Tensor, bias: Tensor, **options: Any) -> Tensor:
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor, **options: Any) -> Tensor:
-    more = {"weight": (torch.arange(V) % 3 + 0.5).to(x.dtype), "label_smoothing": 0.2, "z_loss": 0.01}
+    more = {"weight": (torch.arange(V, device=DEVICE) % 3 + 0.5).to(x.dtype), "label_smoothing": 0.2, "z_loss": 0.01}
     return F.linear_cross_entropy(x, w, TARGET, linear_bias=bias, **more, **options)
 
 
@@ -77,12 +82,12 @@ def test_sparse_gradient_of_own_classes() -> None:
 def test_classes_outside_add_nothing() -> None:
     """Where ids are not checked beforehand (on a GPU they are not), the kernels leave out what does not exist."""
     operators = import_module("pykernels._triton.sampled_softmax")
-    ids = torch.tensor([[1, 5, V], [2, -1, 2**40]])
+    ids = torch.tensor([[1, 5, V], [2, -1, 2**40]], device=DEVICE)
     loss, coefficient, _ = operators.logistic_rows_forward(X[:2], W, ids, None, True)
     z = torch.stack([X[0] @ W[1], -(X[0] @ W[5])])
     torch.testing.assert_close(loss[0], -torch.nn.functional.logsigmoid(z).sum())
     assert coefficient[ids.ge(V) | ids.lt(0)].eq(0).all()
-    dw = operators.row_gradient(torch.ones(2), X[:2], ids, coefficient, V)
+    dw = operators.row_gradient(torch.ones(2, device=DEVICE), X[:2], ids, coefficient, V)
     assert sorted(dw.abs().sum(1).nonzero().flatten().tolist()) == [1, 2, 5]
 
 
@@ -93,3 +98,48 @@ def test_what_is_refused() -> None:
         F.linear_cross_entropy(X.double(), W.double(), TARGET, backend="triton")
     with pytest.raises(pk.BackendError, match="K-dimensional"):
         F.linear_cross_entropy(X[0], W, TARGET[0], backend="triton")
+
+
+FLOOR, TILES = "sampled_softmax", "_sampled_softmax_tiles"
+
+#: mistake -> (operator, case, module and function that is replaced, by what)
+MISTAKES: dict[str, tuple[str, str, str, str, Any]] = {
+    "hits stay in the sum": (
+        "sampled_softmax_loss", "hits-removed", FLOOR, "_sample", lambda right, *a: right(*a[:-1], False),
+    ),
+    "hits removed that should stay": (
+        "nce_loss", "hits-kept", FLOOR, "_sample", lambda right, *a: right(*a[:-1], True),
+    ),
+    "one part of the classes forgotten": (
+        "linear_cross_entropy", "tiles", TILES, "forward", lambda right, *a: right(*a)[:-1],
+    ),
+    "parts joined without their maximum": (
+        "sampled_softmax_loss", "tiles", TILES, "forward",
+        lambda right, *a: right(*a) + torch.tensor([1.0, 0, 0, 0], device=DEVICE)[:, None],
+    ),
+    "smoothing that forgets a part": (
+        "linear_cross_entropy", "smooth", FLOOR + ".tiles", "weights_of_parts", lambda right, *a: right(*a) * 0.9,
+    ),
+    "slopes left out of the table's gradient": (
+        "negative_sampling_loss", "sample", FLOOR, "_by_class",
+        lambda right, values, source, ids, factor, rows: right(values, source, ids, None, rows),
+    ),
+    "labels left out of the input's gradient": (
+        "nce_loss", "labels", FLOOR + ".gather", "add_weighted_rows", lambda right, *a: None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_is_found(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    operator, label, module, function, wrong = MISTAKES[mistake]
+    spec = next(s for s in load("sampled_softmax") if s.name == operator)
+    case = next(c for c in spec.cases if c.label == label)
+    name, *inner = module.split(".")
+    place = import_module(f"pykernels._triton.{name}")
+    for part in inner:
+        place = getattr(place, part)
+    right = getattr(place, function)
+    assert all(c.passed for c in check_case(spec, case, "triton", torch.float32, DEVICE))
+    monkeypatch.setattr(place, function, lambda *arguments: wrong(right, *arguments))
+    assert not all(c.passed for c in check_case(spec, case, "triton", torch.float32, DEVICE))
