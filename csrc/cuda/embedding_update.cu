@@ -67,8 +67,7 @@ struct Step {
 #pragma unroll
     for (int i = 0; i < W; ++i) {
       w[i] = to_float(old.v[i]);
-      const float decayed = n.weight_decay == 0.f ? 0.f : w[i];  // not 0 times infinity
-      g[i] = total[0][i] + n.weight_decay * decayed;
+      g[i] = total[0][i] + n.weight_decay * w[i];
     }
     if (table.kind == Kind::kSgd) {
 #pragma unroll
@@ -117,8 +116,7 @@ struct RowStep {
       if (at.has(v)) old[v] = load_part<T, W>(row + at[v]);
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        const float decayed = n.weight_decay == 0.f ? 0.f : to_float(old[v].v[i]);
-        g[v][i] += n.weight_decay * decayed;
+        g[v][i] += n.weight_decay * to_float(old[v].v[i]);
         squares += at.has(v) ? g[v][i] * g[v][i] : 0.f;
       }
     }
