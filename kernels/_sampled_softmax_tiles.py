@@ -75,7 +75,7 @@ def precision(x: Tensor) -> str:
 
 @triton.jit
 def logits_tile(
-    i, j, first, x_ptr, weight_ptr, bias_ptr, ids_ptr, log_ptr, labels_ptr, rows, count, cols, classes,
+    i, j, x_ptr, weight_ptr, bias_ptr, ids_ptr, log_ptr, labels_ptr, rows, count, cols, classes,
     x_row, x_col, weight_row, weight_col, bias_step, hits,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +131,7 @@ def logits_fwd_kernel(
     for first in range(begin, end, CLASSES):
         j = (first + tl.arange(0, CLASSES))[None, :]
         z = logits_tile(
-            i, j, first, x_ptr, weight_ptr, bias_ptr, ids_ptr, log_ptr, labels_ptr, rows, end, cols, classes,
+            i, j, x_ptr, weight_ptr, bias_ptr, ids_ptr, log_ptr, labels_ptr, rows, end, cols, classes,
             x_row, x_col, weight_row, weight_col, bias_step, hits, PRECISION, ROWS, CLASSES, COLS,
         )  # fmt: skip
         if KIND == "logistic":
@@ -177,7 +177,7 @@ def logits_bwd_kernel(
     j = (first + tl.arange(0, CLASSES))[None, :]
     mask = i < rows
     z = logits_tile(
-        i, j, first, x_ptr, weight_ptr, bias_ptr, ids_ptr, log_ptr, labels_ptr, rows, begin + length, cols, classes,
+        i, j, x_ptr, weight_ptr, bias_ptr, ids_ptr, log_ptr, labels_ptr, rows, begin + length, cols, classes,
         x_row, x_col, weight_row, weight_col, bias_step, hits, PRECISION, ROWS, CLASSES, COLS,
     )  # fmt: skip
     scale = tl.load(scale_ptr + i, mask=mask, other=0.0)
@@ -289,7 +289,8 @@ def backward(
     rows = x.shape[0]
     tiles, kind = _tiles(shared), precision(x)
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    most = max(CHUNK // (max(rows, 1) * dtype.itemsize), tiles["CLASSES"]) // tiles["CLASSES"] * tiles["CLASSES"]
+    turns = max(CHUNK // (max(rows, 1) * dtype.itemsize * tiles["CLASSES"]), 1)
+    most = min(turns, 65535) * tiles["CLASSES"]  # the second axis of a grid is that short
     dinput = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if mask[0] else None
     dbias = torch.zeros(count, dtype=torch.float32, device=x.device) if mask[2] else None
     statistics = factors.statistics
