@@ -89,9 +89,36 @@ def cost_table(record: dict[str, Any]) -> str:
 
 
 #: (page, record, what writes its table)
+def word2vec_table(record: dict[str, Any]) -> str:
+    """Words a CPU second against gensim, and what was learnt for them."""
+    about, facts = record["machine"], record["text"]
+    lines = [
+        f"{about['cpu']}, torch {about['torch']}; {facts['words']:,} words of English technical prose in "
+        f"{facts['sentences']:,} sentences, vocabulary {facts['vocabulary']:,}, {facts['size']} columns, window "
+        f"{facts['window']}, {facts['negatives']} negatives, one epoch; medians of {facts['rounds']} rounds in turns. "
+        f"Turning words into ids, which we do once for all epochs, took {facts['encode_seconds']:.1f} s of CPU and is "
+        "not in our time; gensim does it in every epoch, within its time.",
+        "",
+        "| variant | ours, k words a CPU second | gensim | ratio (p20-p80) | target | held-out loss, ours / gensim "
+        "| neighbours shared | two threads, wall, ours / gensim |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        speed, loss, both = row["words_per_cpu_second"], row["held_out_loss"], row["two_threads_wall_speedup"]
+        ratio, target = row["ratio"], row["target"]
+        lines.append(
+            f"| {row['variant']} | {speed['pykernels'] / 1e3:,.0f} | {speed['gensim'] / 1e3:,.0f} "
+            f"| **{ratio['median']:.1f}** ({ratio['p20']:.1f}–{ratio['p80']:.1f}) | {target or '–'} "
+            f"| {loss['pykernels']:.4f} / {loss['gensim']:.4f} | {row['neighbours_shared']:.2f} "
+            f"| {both['pykernels']:.2f}x / {both['gensim']:.2f}x |"
+        )
+    return "\n".join(lines)
+
+
 TABLES = (
     *((f"{room}.md", f"cpu-{room}.json", table) for room in ROOMS),
     ("attention.md", "cpu-cost.json", cost_table),
+    ("word2vec.md", "cpu-word2vec.json", word2vec_table),
 )
 
 

@@ -4,7 +4,7 @@ python benchmarks/word2vec.py                       print the table
 python benchmarks/word2vec.py --json > benchmarks/results/cpu-word2vec.json
 
 Both train the same sentences with the same options on one thread, in turns, from scratch in every round; the time is
-the thread's CPU time, without reading the text. Beside the speed stands the held-out loss of the last round's vectors,
+the process's CPU time, without reading the text. Beside the speed stands the held-out loss of the last round's vectors,
 over fixed pairs (and fixed negatives), so that speed is not bought with skipped work, and how many of the ten nearest
 words of frequent words both agree on. Needs gensim. The text is the docstrings of all installed Python packages, or
 --text FILE (a sentence a line).
@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from report import word2vec_table
 
 from pykernels.functional import HuffmanTree
 from pykernels.testing import machine
@@ -184,7 +185,9 @@ def overlap(first: torch.Tensor, second: torch.Tensor, words: list[str], count: 
 def measure(text: Sentences, rounds: int) -> dict[str, Any]:
     training, held = split(text)
     vocabulary = Vocabulary.build(training)
+    start = time.process_time()
     words = len(vocabulary.encode(training)[0])
+    encoding = time.process_time() - start
     judge = HeldOut(held, vocabulary)
     rows = []
     for name, options in VARIANTS.items():
@@ -214,32 +217,9 @@ def measure(text: Sentences, rounds: int) -> dict[str, Any]:
             }
         )
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    facts = {"words": words, "vocabulary": len(vocabulary), "sentences": len(training), "rounds": rounds}
+    settings = {"size": SIZE, "window": WINDOW, "negatives": NEGATIVES, "rounds": rounds, "encode_seconds": encoding}
+    facts = {"words": words, "vocabulary": len(vocabulary), "sentences": len(training), **settings}
     return {"machine": machine.describe().as_dict(), "commit": commit, "text": facts, "rows": rows}
-
-
-def table(record: dict[str, Any]) -> str:
-    """Markdown; benchmarks/report.py puts it into docs/word2vec.md."""
-    about, facts = record["machine"], record["text"]
-    lines = [
-        f"{about['cpu']}, torch {about['torch']}; {facts['words']:,} words of English technical prose in "
-        f"{facts['sentences']:,} sentences, vocabulary {facts['vocabulary']:,}, {SIZE} columns, window {WINDOW}, "
-        f"{NEGATIVES} negatives, one epoch; medians of {facts['rounds']} rounds in turns.",
-        "",
-        "| variant | ours, k words a CPU second | gensim | ratio (p20-p80) | target | held-out loss, ours / gensim "
-        "| neighbours shared | two threads, wall, ours / gensim |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in record["rows"]:
-        speed, loss, both = row["words_per_cpu_second"], row["held_out_loss"], row["two_threads_wall_speedup"]
-        ratio, target = row["ratio"], row["target"]
-        lines.append(
-            f"| {row['variant']} | {speed['pykernels'] / 1e3:,.0f} | {speed['gensim'] / 1e3:,.0f} "
-            f"| **{ratio['median']:.1f}** ({ratio['p20']:.1f}–{ratio['p80']:.1f}) | {target or '–'} "
-            f"| {loss['pykernels']:.4f} / {loss['gensim']:.4f} | {row['neighbours_shared']:.2f} "
-            f"| {both['pykernels']:.2f}x / {both['gensim']:.2f}x |"
-        )
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -251,7 +231,7 @@ def main() -> None:
     options = parser.parse_args()
     text = [line.split() for line in options.text.read_text().splitlines()] if options.text else docstrings()
     record = measure(text[: options.sentences], options.rounds)
-    print(json.dumps(record, indent=1) if options.json else table(record))
+    print(json.dumps(record, indent=1) if options.json else word2vec_table(record))
 
 
 if __name__ == "__main__":
