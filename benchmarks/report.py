@@ -110,7 +110,7 @@ def word2vec_table(record: dict[str, Any]) -> str:
             f"| {row['variant']} | {speed['pykernels'] / 1e3:,.0f} | {speed['gensim'] / 1e3:,.0f} "
             f"| **{ratio['median']:.1f}** ({ratio['p20']:.1f}–{ratio['p80']:.1f}) | {target or '–'} "
             f"| {loss['pykernels']:.4f} / {loss['gensim']:.4f} | {row['neighbours_shared']:.2f} "
-            f"| {both['pykernels']:.2f}x / {both['gensim']:.2f}x |"
+            f"| {'{pykernels:.2f}x / {gensim:.2f}x'.format(**both) if both else 'not measured'} |"
         )
     return "\n".join(lines)
 

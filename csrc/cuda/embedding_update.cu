@@ -67,7 +67,11 @@ struct Step {
 #pragma unroll
     for (int i = 0; i < W; ++i) {
       w[i] = to_float(old.v[i]);
-      g[i] = total[0][i] + n.weight_decay * w[i];
+      g[i] = total[0][i];
+    }
+    if (n.weight_decay != 0.f) {  // 0 times an infinite weight is NaN
+#pragma unroll
+      for (int i = 0; i < W; ++i) g[i] += n.weight_decay * w[i];
     }
     if (table.kind == Kind::kSgd) {
 #pragma unroll
@@ -116,7 +120,7 @@ struct RowStep {
       if (at.has(v)) old[v] = load_part<T, W>(row + at[v]);
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        g[v][i] += n.weight_decay * to_float(old[v].v[i]);
+        g[v][i] += n.weight_decay * to_float(old[v].v[i]);  // a select for an infinite weight, as above, would spill
         squares += at.has(v) ? g[v][i] * g[v][i] : 0.f;
       }
     }
