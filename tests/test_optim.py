@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -321,6 +322,29 @@ def test_compiled_lookups_leave_the_graph() -> None:
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(model, backend="aot_eager", fullgraph=True)(torch.tensor([1, 1]))
+
+
+def test_compiled_lookups_of_other_tables_stay_in_the_graph() -> None:
+    """What an optimizer holds is nothing to the rest of the process; graphs made before or after are compiled anew."""
+    held, other = (torch.nn.Parameter(torch.ones(V, D)) for _ in range(2))
+
+    def model(ids: Tensor, table: Tensor) -> Tensor:
+        return embedding(ids, table).sum() + embedding_bag(ids.view(-1, 1), table, mode="sum").sum()
+
+    torch._dynamo.reset()
+    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+    whole(torch.tensor([1, 1]), held).backward()
+    assert held.grad is not None and held.grad[1, 0] == 4
+    optimizer = pk.optim.SGD([held], lr=1.0)
+    whole(torch.tensor([2]), other).backward()
+    assert other.grad is not None and other.grad[2, 0] == 2
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        whole(torch.tensor([1, 1]), held)
+    del optimizer
+    gc.collect()
+    held.grad = None
+    whole(torch.tensor([1]), held).backward()
+    assert held.grad is not None and held.grad[1, 0] == 2
 
 
 def test_one_optimizer_a_table_and_its_end() -> None:

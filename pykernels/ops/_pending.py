@@ -72,6 +72,7 @@ class Table:
         return [at for at, _ in self._noted]
 
 
+_MARK = "_pykernels_rows"
 _tables: dict[int, weakref.ref[Table]] = {}  # id of the parameter; the optimizer keeps table and parameter alive
 _outside: Callable[..., Any] | None = None
 
@@ -85,13 +86,20 @@ def register(weight: Tensor) -> Table:
         _outside = torch.compiler.disable(_call, reason="a pykernels.optim optimizer steps this table's rows")
     table, key = Table(weight), id(weight)
     _tables[key] = weakref.ref(table)
-    weakref.finalize(table, _tables.pop, key, None)
+    setattr(weight, _MARK, True)
+    weakref.finalize(table, _release, key, weakref.ref(weight))
     return table
+
+
+def _release(key: int, weight: weakref.ref[Tensor]) -> None:
+    _tables.pop(key, None)
+    if (held := weight()) is not None and hasattr(held, _MARK):
+        delattr(held, _MARK)
 
 
 def table_of(weight: Tensor) -> weakref.ref[Table] | None:
     """The parameter's Table, if an optimizer registered it; weak, so that a graph keeps no optimizer's table alive."""
-    return _tables.get(id(weight)) if _tables else None
+    return _tables.get(id(weight)) if _tables and not torch.compiler.is_compiling() else None
 
 
 def expects(table: weakref.ref[Table] | None) -> bool:
@@ -112,8 +120,9 @@ def _call(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     return function(*args, **kwargs)
 
 
-def any_registered() -> bool:
-    return bool(_tables)
+def is_held(*weights: Tensor) -> bool:
+    """Whether an optimizer registered one of them; told by an attribute of the parameter, which compiled graphs guard."""
+    return any(getattr(weight, _MARK, False) for weight in weights)
 
 
 def outside_graphs(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

@@ -9,7 +9,7 @@ from ... import reference
 from ..._backends import is_compiling
 from ...reference.embedding.lookup import renormalise_
 from .. import _check, _ids
-from .._pending import any_registered, outside_graphs, table_of
+from .._pending import is_held, outside_graphs, table_of
 from ._checks import (
     before,
     check_bags,
@@ -70,7 +70,7 @@ def embedding(
             as `bounds_check` says; by the reference backend there, torch's device-side assertion.
         BackendError: the named backend cannot serve the call.
     """
-    if any_registered() and is_compiling():
+    if is_compiling() and is_held(weight):
         options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         return outside_graphs(embedding, input, weight, *options, bounds_check=bounds_check, backend=backend)
     check_table("embedding", input, weight, max_norm, scale_grad_by_freq)
@@ -148,7 +148,7 @@ def embedding_bag(
         BackendError: the named backend cannot serve the call.
     """
     name = "embedding_bag"
-    if any_registered() and is_compiling():
+    if is_compiling() and is_held(weight):
         options = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
         more = {"include_last_offset": include_last_offset, "padding_idx": padding_idx}
         return outside_graphs(

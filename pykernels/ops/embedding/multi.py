@@ -13,7 +13,7 @@ from torch.autograd import Function
 from ... import reference
 from ..._backends import is_compiling
 from .. import _check, _ids
-from .._pending import any_registered, note, outside_graphs, table_of
+from .._pending import is_held, note, outside_graphs, table_of
 from ._checks import (
     before,
     check_bags,
@@ -145,7 +145,7 @@ def embedding_bag_multi(
             number of the table is named with the position.
     """
     name = "embedding_bag_multi"
-    if any_registered() and is_compiling():
+    if is_compiling() and is_held(*weights):
         return outside_graphs(
             embedding_bag_multi,
             indices,

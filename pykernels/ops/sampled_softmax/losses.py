@@ -12,7 +12,7 @@ from ...reference import sampled_softmax as reference
 from ...reference.sampled_softmax.losses import reduce
 from ...reference.sampled_softmax.tables import HuffmanTree
 from .. import _autocast, _check, _ids
-from .._pending import any_registered, outside_graphs, table_of
+from .._pending import is_held, outside_graphs, table_of
 from ._checks import check_count, check_ids, check_labels, check_matrices, check_positive, check_reduction, check_shape
 from ._functions import ROOM, LogisticRows, SampledRows
 from .samplers import Sampled, log_uniform_candidate_sampler
@@ -61,7 +61,7 @@ def negative_sampling_loss(
         BackendError: the named backend cannot serve the call.
     """
     name = "negative_sampling_loss"
-    if is_compiling() and any_registered():
+    if is_compiling() and is_held(weight):
         arguments = (input, weight, target, negatives, reduction)
         return outside_graphs(negative_sampling_loss, *arguments, sparse=sparse, backend=backend)
     for key, value in (("input", input), ("weight", weight), ("target", target), ("negatives", negatives)):
@@ -124,7 +124,7 @@ def hierarchical_softmax_loss(
         IndexError: a target is outside [0, V), named with its position. Read on the CPU in eager mode.
     """
     name = "hierarchical_softmax_loss"
-    if is_compiling() and any_registered():
+    if is_compiling() and is_held(weight):
         arguments = (input, weight, target, tree, reduction)
         return outside_graphs(hierarchical_softmax_loss, *arguments, sparse=sparse, backend=backend)
     for key, value in (("input", input), ("weight", weight), ("target", target)):
@@ -201,7 +201,7 @@ def sampled_softmax_loss(
         BackendError: the named backend cannot serve the call.
     """
     fixed = (labels, inputs, num_sampled, num_classes, num_true, sampled_values, remove_accidental_hits)
-    if is_compiling() and any_registered():
+    if is_compiling() and is_held(weights):
         options: dict[str, Any] = {"seed": seed, "sparse": sparse, "backend": backend}
         return outside_graphs(sampled_softmax_loss, weights, biases, *fixed, reduction, **options)
     return _sampled_loss("sampled_softmax_loss", "softmax", weights, biases, *fixed, reduction, seed, sparse, backend)
@@ -234,7 +234,7 @@ def nce_loss(
     Arguments, results and errors as in `sampled_softmax_loss`.
     """
     fixed = (labels, inputs, num_sampled, num_classes, num_true, sampled_values, remove_accidental_hits)
-    if is_compiling() and any_registered():
+    if is_compiling() and is_held(weights):
         options: dict[str, Any] = {"seed": seed, "sparse": sparse, "backend": backend}
         return outside_graphs(nce_loss, weights, biases, *fixed, reduction, **options)
     return _sampled_loss("nce_loss", "logistic", weights, biases, *fixed, reduction, seed, sparse, backend)
