@@ -121,7 +121,7 @@ def _call(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
 
 
 def is_held(*weights: Tensor) -> bool:
-    """Whether an optimizer registered one of them; told by an attribute of the parameter, which compiled graphs guard."""
+    """Whether an optimizer registered one of them: an attribute of the parameter, which compiled graphs guard."""
     return any(getattr(weight, _MARK, False) for weight in weights)
 
 
