@@ -11,15 +11,19 @@ __version__ = "0.1.0"
 from . import functional, nn, optim, reference
 from ._backends import BackendError, Explanation, explain
 from ._errors import check_errors
+from .patching import PatchReport, patch, unpatch
 
 __all__ = [
     "BackendError",
     "Explanation",
+    "PatchReport",
     "__version__",
     "check_errors",
     "explain",
     "functional",
     "nn",
     "optim",
+    "patch",
     "reference",
+    "unpatch",
 ]
