@@ -21,8 +21,8 @@ from ._recurrent_cells import KINDS
 from ._recurrent_forward import recurrent_loop_fwd_kernel, recurrent_step_fwd_kernel
 
 __all__ = [
-    "gru_backward", "gru_forward", "gru_recompute", "lstm_backward", "lstm_forward", "lstm_recompute", "rnn_backward",
-    "rnn_forward", "unsupported",
+    "cell_backward", "cell_forward", "gru_backward", "gru_forward", "gru_recompute", "lstm_backward", "lstm_forward",
+    "lstm_recompute", "rnn_backward", "rnn_forward", "unsupported",
 ]  # fmt: skip
 
 #: Hidden sizes up to this run in one launch, forward and backward: beyond, the weights do not stay on the chip.
@@ -130,3 +130,4 @@ _floor = _Floor()
 lstm_forward, lstm_recompute, lstm_backward = _floor.lstm_forward, _floor.lstm_recompute, _floor.lstm_backward
 gru_forward, gru_recompute, gru_backward = _floor.gru_forward, _floor.gru_recompute, _floor.gru_backward
 rnn_forward, rnn_backward = _floor.rnn_forward, _floor.rnn_backward
+cell_forward, cell_backward = _floor.cell_forward, _floor.cell_backward

@@ -72,6 +72,11 @@ _explaining: int | None = None  # ident of the thread inside explain(), if any
 _explain_lock = threading.Lock()
 
 
+def explaining() -> bool:
+    """Whether the call being made is one of explain()'s: then nothing may run."""
+    return _explaining is not None and _explaining == threading.get_ident()
+
+
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Says which backend would serve `function(*args, **kwargs)` and why the others would not, without running it.
 
@@ -216,7 +221,7 @@ class Room:
             if functorch_active() or forward_ad._current_level >= 0 or tensor.layout is torch.jagged:
                 return self._decide(function, backend, tensor, {}, features)
             return _resolve_while_tracing(self.name, function, backend, tensor.device.type, tensor.dtype, *features)
-        if _explaining is not None and _explaining == threading.get_ident():
+        if explaining():
             raise _Explained(self._explanation(function, backend, tensor, features))
         if functorch_active() or forward_ad._current_level >= 0:
             return self._decide(function, backend, tensor, {}, features)

@@ -224,3 +224,32 @@ def test_projections_and_peepholes(options: dict[str, Any], batch: int) -> None:
         found[kind] = run(m, PackedSequence(leaves[0], sizes), leaves)
     for key, value in found["k"].items():
         assert_equal(key, value, found["o"][key], found["own"][key], long_sum=key.startswith("d"))
+
+
+@pytest.mark.parametrize("name", ("rnn_relu_cell", "lstm_cell", "gru_cell"))
+def test_cells_read_any_layout(name: str) -> None:
+    """Rows apart, rows that are one, a single row of stride 0, transposed weights, no input columns, many rows (the
+    weights' gradients in partial sums), of an LSTM one of the two results alone: as torch has it."""
+    torch.manual_seed(0)
+    gates, states = {"r": 1, "l": 4, "g": 3}[name[0]], 2 if name[0] == "l" else 1
+    ours, theirs = getattr(pk.functional, name), getattr(torch, name)
+    size, hidden = 5, 7
+    wide = torch.randn(6, 2 * size)
+    layouts = (wide[:, size:], torch.randn(size).expand(6, size), torch.randn(size).expand(1, size), wide[:, ::2])
+    for x in (*layouts, torch.randn(300, size), torch.randn(6, 0)):
+        w_ih, w_hh = torch.randn(x.shape[1], gates * hidden).t(), torch.randn(hidden, gates * hidden).t()
+        hx = [torch.randn(hidden, x.shape[0]).t() for _ in range(states)]
+        given = [t.detach().double().requires_grad_() for t in (x, *hx, w_ih, w_hh, torch.randn(gates * hidden))]
+        leaves = [t.detach().requires_grad_() for t in (x, *hx, w_ih, w_hh, given[-1].float())]
+
+        def call(function: Any, leaves: list[Tensor], which: int) -> tuple[Tensor, ...]:
+            state = leaves[1] if states == 1 else tuple(leaves[1:3])
+            y = function(leaves[0], state, *leaves[1 + states :], leaves[-1])
+            y = y if states == 1 else y[which]
+            dy = torch.linspace(-1, 1, hidden).to(y.dtype).expand(y.shape)
+            return y, *torch.autograd.grad(y, leaves, dy, allow_unused=True)
+
+        for which in range(states):
+            for a, b in zip(call(ours, leaves, which), call(theirs, given, which), strict=True):
+                expected = torch.zeros_like(a) if b is None else b.float()
+                torch.testing.assert_close(a, expected, rtol=1e-4, atol=1e-4)

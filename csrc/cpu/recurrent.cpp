@@ -15,19 +15,20 @@
 #include "isa.h"
 
 namespace pk {
-namespace {
 
-constexpr int64_t kFusedBytes = int64_t{5} << 18;  // a second-level cache less what streams through it
-constexpr int64_t kRowsForThread = 4;     // fewer rows than this a thread, and blocks of rows are no longer full
-constexpr int64_t kForwardTokens = 1024;  // of a chunk
-
-const RecurrentKernels& kernels() {
+const RecurrentKernels& recurrent_kernels() {
   static const RecurrentKernels* const table = isa() == Isa::kAvx512 ? recurrent_kernels_avx512()
                                                : isa() == Isa::kAvx2 ? recurrent_kernels_avx2()
                                                                      : nullptr;
   TORCH_CHECK(table, "pykernels: ", isa_refusal());
   return *table;
 }
+
+namespace {
+
+constexpr int64_t kFusedBytes = int64_t{5} << 18;  // a second-level cache less what streams through it
+constexpr int64_t kRowsForThread = 4;     // fewer rows than this a thread, and blocks of rows are no longer full
+constexpr int64_t kForwardTokens = 1024;  // of a chunk
 
 const float* read(const Tensor& t) { return t.const_data_ptr<float>(); }
 const float* read_or_null(const Tensor& t) { return t.defined() ? read(t) : nullptr; }
@@ -49,8 +50,8 @@ Tensor rows_of(const Tensor& t) {
 // w (depth, columns) packed for products with it from the right.
 Tensor packed_columns(const Tensor& w) {
   const int64_t depth = w.size(0), columns = w.size(1);
-  Tensor packed = at::empty({kernels().packed_columns(depth, columns)}, at::kFloat);
-  kernels().pack_columns(depth, columns, read(w), write(packed));
+  Tensor packed = at::empty({recurrent_kernels().packed_columns(depth, columns)}, at::kFloat);
+  recurrent_kernels().pack_columns(depth, columns, read(w), write(packed));
   return packed;
 }
 
@@ -104,7 +105,7 @@ ForwardArgs forward_args(Cell cell, const Sequence& sequence, const Wide& wide, 
 }  // namespace
 
 Forward forward_float(Cell cell, const Sequence& sequence, const Layer& layer, bool keep) {
-  const RecurrentKernels& table = kernels();
+  const RecurrentKernels& table = recurrent_kernels();
   const Wide wide(cell, layer);
   const int64_t hidden = wide.hidden, width = wide.width, tokens = wide.tokens;
   const bool vanilla = width == hidden;
@@ -168,7 +169,7 @@ Forward forward_float(Cell cell, const Sequence& sequence, const Layer& layer, b
 }
 
 Forward recompute_float(Cell cell, const Sequence& sequence, const Layer& layer, const Tensor& output) {
-  const RecurrentKernels& table = kernels();
+  const RecurrentKernels& table = recurrent_kernels();
   const Wide wide(cell, layer);
   const Tensor y = dense(output), w_in = wide.w_ih.t();
   const auto [bias, bias_n] = biases(cell, wide.hidden, layer.b_ih, layer.b_hh);
@@ -207,9 +208,8 @@ class WeightGradient {
   void add(const Tensor& d, const Tensor& x) {
     if (!wanted_) return;
     const Tensor &left = transposed_ ? x : d, &right = transposed_ ? d : x;
-    // Small products are made in partial sums of kPartial tokens: torch adds the tokens of one up in a single chain,
-    // whose error grows with its length.
-    const int64_t tokens = d.size(0), step = width_ * columns_ <= kSmall ? kPartial : std::max<int64_t>(tokens, 1);
+    const int64_t tokens = d.size(0);
+    const int64_t step = width_ * columns_ <= kSmallWeight ? kPartialTokens : std::max<int64_t>(tokens, 1);
     for (int64_t t = 0; t < tokens; t += step) {
       const int64_t n = std::min(step, tokens - t);
       const Tensor a = cut(left, 0, t, n).t(), b = cut(right, 0, t, n);
@@ -224,7 +224,6 @@ class WeightGradient {
   }
 
  private:
-  static constexpr int64_t kPartial = 128, kSmall = int64_t{1} << 16;  // tokens, elements
   // Of many tokens torch's product is faster as x^T d (by a tenth for 256 units, a third for 64).
   static constexpr int64_t kMany = 256;
   bool wanted_, transposed_;
@@ -247,7 +246,7 @@ void add_peephole_gradient(const Tensor& d, const Tensor& before, const Tensor& 
 
 Gradients backward_float(Cell cell, const Sequence& sequence, const Tensor& dy, const Optional& dhn,
                          const Optional& dcn, const Layer& layer, const Saved& saved, Wanted wanted) {
-  const RecurrentKernels& table = kernels();
+  const RecurrentKernels& table = recurrent_kernels();
   const Wide wide(cell, layer);
   const int64_t hidden = wide.hidden, width = wide.width, depth = wide.depth, size = wide.state_size;
   const int64_t tokens = wide.tokens, batch = wide.batch, kChunk = hidden <= 128 ? 512 : 2048;

@@ -137,6 +137,12 @@ inline void gather_first(const Steps& steps, const Chunk& chunk, const Tensor& d
   }
 }
 
+// What this processor's instruction set has; an error where it has none.
+const RecurrentKernels& recurrent_kernels();
+// Gradients of small weights (elements) are made in partial sums of so many tokens: torch adds the tokens of a product
+// up in a single chain, whose error grows with its length.
+constexpr int64_t kPartialTokens = 128, kSmallWeight = int64_t{1} << 16;
+
 // float32 and, through it, the 16-bit dtypes.
 Forward forward_float(Cell cell, const Sequence& sequence, const Layer& layer, bool keep);
 // The gates and cells that forward_float keeps, from its output.

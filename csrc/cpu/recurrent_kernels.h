@@ -74,7 +74,7 @@ struct BackwardArgs {
   const float *gates, *cells, *output;  // as forward left them
   const float* dy;                      // (tokens, H), rows dy_stride apart
   int64_t dy_stride;
-  const float* dhn;  // (B, H)
+  const float* dhn;  // (B, H), or null
   float* carry;      // (B, H). LSTM: gradient of c, dc_n before and dc0 after. GRU: the part of dh that skips the gates
   float* dgates;     // gate gradients (tokens, width) of the steps processed in this call
   const float* later;                  // gate gradients of the step processed just before this call, or null

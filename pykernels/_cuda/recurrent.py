@@ -17,8 +17,8 @@ from .._packed import GATES, SERVED, Backward, Floor, Forward
 from ._extension import DTYPE_CODES, Extension
 
 __all__ = [
-    "gru_backward", "gru_forward", "gru_recompute", "lstm_backward", "lstm_forward", "lstm_recompute", "rnn_backward",
-    "rnn_forward", "unsupported",
+    "cell_backward", "cell_forward", "gru_backward", "gru_forward", "gru_recompute", "lstm_backward", "lstm_forward",
+    "lstm_recompute", "rnn_backward", "rnn_forward", "unsupported",
 ]  # fmt: skip
 
 _CELLS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
@@ -141,3 +141,11 @@ def rnn_forward(ext: Extension, *args: Any) -> tuple[Tensor, Tensor]:
 
 def rnn_backward(ext: Extension, *args: Any) -> tuple[Tensor, ...]:
     return _Floor(ext).rnn_backward(*args)
+
+
+def cell_forward(ext: Extension, *args: Any) -> list[Tensor]:
+    return _Floor(ext).cell_forward(*args)
+
+
+def cell_backward(ext: Extension, *args: Any) -> list[Tensor]:
+    return _Floor(ext).cell_backward(*args)

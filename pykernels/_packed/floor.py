@@ -154,6 +154,37 @@ class Floor:
         found = self._run_backward(nonlinearity, steps, (dy, dh_n, None), input, h0, None, weights, saved, mask)
         return *found[:2], *found[3:6]
 
+    def cell_forward(
+        self, input: Tensor, h: Tensor, c: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
+        b_hh: Tensor | None, kind: str, save: bool,
+    ) -> list[Tensor]:  # fmt: skip
+        save = save and kind in ("lstm", "gru")
+        f = self._run(kind, input, h, c, Weights(w_ih, w_hh, b_ih, b_hh), None, False, save)
+        found: list[Tensor | None] = [f.output]
+        if c is not None and f.c_n is not None:
+            found.append(f.c_n.to(c.dtype))
+        if save:
+            found.append(f.kept)
+        if save and c is not None and c.dtype != torch.float32:
+            found.append(f.cells)
+        return found  # type: ignore[return-value]
+
+    def cell_backward(
+        self, dh: Tensor | None, dc: Tensor | None, input: Tensor, h: Tensor, c: Tensor | None, w_ih: Tensor,
+        w_hh: Tensor, output: Tensor | None, gates: Tensor | None, cells: Tensor | None, kind: str,
+        mask: Sequence[bool],
+    ) -> list[Tensor]:  # fmt: skip
+        of_input, of_h, of_c, of_w_ih, of_w_hh, of_b_ih, of_b_hh = mask
+        steps, weights = Steps(input.shape[0], h.shape[0], None, False), Weights(w_ih, w_hh)
+        saved = Saved(h if output is None else output, gates, cells)
+        dh = h.new_zeros(h.shape) if dh is None else dh
+        wanted = (of_input, of_h, of_c, of_w_ih, of_w_hh, of_b_ih or of_b_hh, False, False)
+        found = self._run_backward(kind, steps, (dh, None, dc), input, h, c, weights, saved, wanted)
+        dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh = found[:7]
+        db_hh = db_hh if kind == "gru" else db_ih.clone() if of_b_ih else db_ih
+        gradients = (dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh)
+        return [gradient for gradient, of_it in zip(gradients, mask, strict=True) if of_it]
+
     def _run(
         self, kind: str, input: Tensor, h0: Tensor, c0: Tensor | None, weights: Weights, batch_sizes: Tensor | None,
         reverse: bool, keep: bool, known: Tensor | None = None,

@@ -5,18 +5,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ... import reference
-from ._arguments import cell_arguments
-from ._functions import ROOM, Mode, run_layer
+from ..._backends import explaining, is_compiling
+from ._arguments import GATES, cell_arguments
+from ._cell_functions import run_cell
+from ._functions import ROOM
 
 __all__ = ["gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell"]
 
+_REFERENCE = {
+    "lstm_cell": reference.lstm_cell,
+    "gru_cell": reference.gru_cell,
+    "rnn_tanh_cell": reference.rnn_tanh_cell,
+    "rnn_relu_cell": reference.rnn_relu_cell,
+}
 
-def _step(kind: str, backend: str, input: Tensor, states: tuple[Tensor, ...], weights: tuple[Any, ...]) -> Any:
-    """A cell is a sequence of one step: (its output, *final states)."""
-    return run_layer(Mode(kind, backend), (input, *weights, None, None, None), states)
+
+def _run(function: str, kind: str, backend: str | None, input: Tensor, h: Any, c: Any, *weights: Any) -> Any:
+    """The cell `function` of (input, h, c or None, w_ih, w_hh, b_ih, b_hh)."""
+    if input.__class__ is Tensor and not (is_compiling() or explaining() or torch.is_autocast_enabled("cpu")):
+        served = ROOM.resolve(function, backend, input)
+        if served == "cpu":  # the operator checks its arguments itself, in a tenth of the time
+            try:
+                return run_cell(served, kind, input, h, c, *weights)
+            except (AttributeError, RuntimeError, TypeError):
+                pass  # in words that name the argument, here:
+    hx = (h,) if kind != "lstm" else (h, c)
+    input, states, weights = cell_arguments(function, GATES.get(kind, 1), input, hx, weights)
+    served = ROOM.resolve(function, backend, input)
+    if served == "reference":
+        return _REFERENCE[function](input, states if kind == "lstm" else states[0], *weights)  # type: ignore[operator]
+    h, c = states if kind == "lstm" else (states[0], None)
+    return run_cell(served, kind, input, h, c, *weights)
 
 
 def rnn_tanh_cell(
@@ -47,11 +70,7 @@ def rnn_tanh_cell(
         RuntimeError: wrong shapes, different dtypes or devices.
         BackendError: the named backend cannot serve the call.
     """
-    input, states, weights = cell_arguments("rnn_tanh_cell", 1, input, (hx,), (w_ih, w_hh, b_ih, b_hh))
-    served = ROOM.resolve("rnn_tanh_cell", backend, input)
-    if served == "reference":
-        return reference.rnn_tanh_cell(input, states[0], *weights)
-    h: Tensor = _step("tanh", served, input, states, weights)[0]
+    h: Tensor = _run("rnn_tanh_cell", "tanh", backend, input, hx, None, w_ih, w_hh, b_ih, b_hh)
     return h
 
 
@@ -69,11 +88,7 @@ def rnn_relu_cell(
 
     Arguments, shapes and errors as `rnn_tanh_cell`.
     """
-    input, states, weights = cell_arguments("rnn_relu_cell", 1, input, (hx,), (w_ih, w_hh, b_ih, b_hh))
-    served = ROOM.resolve("rnn_relu_cell", backend, input)
-    if served == "reference":
-        return reference.rnn_relu_cell(input, states[0], *weights)
-    h: Tensor = _step("relu", served, input, states, weights)[0]
+    h: Tensor = _run("rnn_relu_cell", "relu", backend, input, hx, None, w_ih, w_hh, b_ih, b_hh)
     return h
 
 
@@ -107,11 +122,7 @@ def lstm_cell(
     """
     if len(hx) != 2:
         raise RuntimeError(f"lstm_cell(): argument 'hx' must hold two states (h, c), not {len(hx)}")
-    input, states, weights = cell_arguments("lstm_cell", 4, input, tuple(hx), (w_ih, w_hh, b_ih, b_hh))
-    served = ROOM.resolve("lstm_cell", backend, input)
-    if served == "reference":
-        return reference.lstm_cell(input, states, *weights)
-    h, _, c = _step("lstm", served, input, states, weights)
+    h, c = _run("lstm_cell", "lstm", backend, input, *hx, w_ih, w_hh, b_ih, b_hh)
     return h, c
 
 
@@ -143,9 +154,5 @@ def gru_cell(
     Raises:
         As `rnn_tanh_cell`.
     """
-    input, states, weights = cell_arguments("gru_cell", 3, input, (hx,), (w_ih, w_hh, b_ih, b_hh))
-    served = ROOM.resolve("gru_cell", backend, input)
-    if served == "reference":
-        return reference.gru_cell(input, states[0], *weights)
-    h: Tensor = _step("gru", served, input, states, weights)[0]
+    h: Tensor = _run("gru_cell", "gru", backend, input, hx, None, w_ih, w_hh, b_ih, b_hh)
     return h
