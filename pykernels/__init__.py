@@ -11,19 +11,24 @@ __version__ = "0.1.0"
 from . import functional, nn, optim, reference
 from ._backends import BackendError, Explanation, explain
 from ._errors import check_errors
+from ._pool import OutputPool, empty_cache, output_pool, set_output_pool
 from .patching import PatchReport, patch, unpatch
 
 __all__ = [
     "BackendError",
     "Explanation",
+    "OutputPool",
     "PatchReport",
     "__version__",
     "check_errors",
+    "empty_cache",
     "explain",
     "functional",
     "nn",
     "optim",
+    "output_pool",
     "patch",
     "reference",
+    "set_output_pool",
     "unpatch",
 ]

@@ -57,8 +57,10 @@ def test_info_says_what_is_there_and_how_to_get_the_rest() -> None:
     for room, backends in found["backends"].items():
         for name, state in backends.items():
             assert state["available"] == ((name, room) not in reasons) == (state["reason"] is None)
+    assert found["output_pool"]["max_bytes"] > 0
     text = run("info").stdout
     assert torch.__version__ in text and "sampled_softmax" in text and "PYKERNELS_BUILD" in text
+    assert "MiB kept for reuse" in text
 
 
 @pytest.mark.parametrize(

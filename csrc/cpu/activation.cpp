@@ -5,7 +5,6 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -13,6 +12,7 @@
 #include <string_view>
 
 #include "isa.h"
+#include "pages.h"
 #include "rows.h"
 
 namespace pk {
@@ -98,7 +98,7 @@ bool same_dense_layout(const Tensor& x, const Tensor& other) {
 
 Tensor unary_forward(const Tensor& x, c10::string_view activation, double alpha) {
   UnaryArgs args{parse(activation, kUnary, "unary_forward"), dtype_of(x, "unary_forward"), alpha, x.numel()};
-  Tensor y = at::empty_like(x), source = x;
+  Tensor y = empty_large_like(x), source = x;
   int64_t stride = 0;
   if (!x.is_non_overlapping_and_dense()) {
     RowLayout layout(x.sizes(), memory_order(y));
@@ -115,7 +115,7 @@ Tensor unary_forward(const Tensor& x, c10::string_view activation, double alpha)
 Tensor unary_backward(const Tensor& dy, const Tensor& saved, c10::string_view activation, double alpha) {
   UnaryArgs args{parse(activation, kUnary, "unary_backward"), dtype_of(saved, "unary_backward"), alpha, saved.numel()};
   check_twin(saved, dy, "unary_backward", "dy");
-  Tensor dx = at::empty_like(saved), source = saved, gradient = dy;
+  Tensor dx = empty_large_like(saved), source = saved, gradient = dy;
   int64_t stride = 0, dy_stride = 0;
   if (!same_dense_layout(saved, dy)) {
     RowLayout layout(saved.sizes(), memory_order(dx));
@@ -153,7 +153,7 @@ void unary_inplace(const Tensor& x, c10::string_view activation, double alpha) {
 Tensor gated_forward(const Tensor& gate, const Tensor& up, c10::string_view activation) {
   GatedArgs args{parse(activation, kGated, "gated_forward"), dtype_of(gate, "gated_forward"), gate.numel()};
   check_twin(gate, up, "gated_forward", "up");
-  Tensor out = at::empty_like(gate), g = gate, u = up;
+  Tensor out = empty_large_like(gate), g = gate, u = up;
   int64_t gate_stride = 0, up_stride = 0;
   if (!same_dense_layout(gate, up)) {
     RowLayout layout(gate.sizes(), memory_order(out));
@@ -174,8 +174,8 @@ std::tuple<Tensor, Tensor> gated_backward(const Tensor& dy, const Tensor& gate, 
   GatedArgs args{parse(activation, kGated, "gated_backward"), dtype_of(gate, "gated_backward"), gate.numel()};
   check_twin(gate, up, "gated_backward", "up");
   check_twin(gate, dy, "gated_backward", "dy");
-  Tensor dgate = mask[0] ? at::empty_like(gate) : at::empty({0}, gate.options());
-  Tensor dup = mask[1] ? at::empty_like(up) : at::empty({0}, up.options());
+  Tensor dgate = mask[0] ? empty_large_like(gate) : at::empty({0}, gate.options());
+  Tensor dup = mask[1] ? empty_large_like(up) : at::empty({0}, up.options());
   Tensor g = gate, u = up, d = dy;
   Tensor da = dgate, db = dup;  // what the kernel writes: a copy where a gradient is dense in another order
   int64_t gate_stride = 0, up_stride = 0, dy_stride = 0, da_stride = 0, db_stride = 0;
@@ -225,7 +225,7 @@ Halves split(const Tensor& x, int64_t dim, bool gate_first, const char* op) {
 Tensor glu_forward(const Tensor& x, int64_t dim, c10::string_view activation, bool gate_first) {
   GatedArgs args{parse(activation, kGated, "glu_forward"), dtype_of(x, "glu_forward"), 0};
   const Halves h = split(x, dim, gate_first, "glu_forward");
-  Tensor out = at::empty(h.shape, x.options());
+  Tensor out = empty_large(h.shape, x.options());
   Tensor gate, up;
   if (x.is_contiguous()) {
     args.cols = h.size * h.inner;
@@ -252,7 +252,7 @@ Tensor glu_backward(const Tensor& dy, const Tensor& x, int64_t dim, c10::string_
   TORCH_CHECK(dy.sizes() == h.shape && dy.scalar_type() == x.scalar_type() && dy.device() == x.device(),
               "glu_backward: dy is ", dy.scalar_type(), dy.sizes(), ", expected ", x.scalar_type(),
               at::IntArrayRef(h.shape));
-  Tensor dx = at::empty(x.sizes(), x.options());
+  Tensor dx = empty_large(x.sizes(), x.options());
   Tensor gradient = dy, gate, up;
   const int64_t block = h.size * h.inner, size = x.element_size();
   RowLayout layout(h.shape, row_major(x.dim()));
@@ -308,7 +308,7 @@ Tensor parametric_forward(const Tensor& x, const Tensor& weight, c10::string_vie
   const Activation parsed = parse(activation, kParametric, "parametric_forward");
   const Dtype dtype = dtype_of(x, "parametric_forward");
   const Channels channels = channels_of(x, weight, "parametric_forward");
-  Tensor y = at::empty(x.sizes(), x.options());
+  Tensor y = empty_large(x.sizes(), x.options());
   if (x.numel() == 0) return y;
   RowLayout layout = parametric_layout(x, channels);
   if (!channels.cols) layout.take(x);
@@ -342,7 +342,7 @@ std::tuple<Tensor, Tensor> parametric_backward(const Tensor& dy, const Tensor& x
   const Dtype dtype = dtype_of(x, "parametric_backward");
   check_twin(x, dy, "parametric_backward", "dy");
   const Channels channels = channels_of(x, weight, "parametric_backward");
-  Tensor dx = mask[0] ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
+  Tensor dx = mask[0] ? empty_large(x.sizes(), x.options()) : at::empty({0}, x.options());
   if (x.numel() == 0 || !(mask[0] || mask[1])) {
     return {dx, mask[1] ? at::zeros(weight.sizes(), weight.options()) : at::empty({0}, weight.options())};
   }
@@ -405,7 +405,7 @@ uint64_t seed_of(const Tensor& seed, const char* op) {
 Tensor rrelu(const Tensor* dy, const Tensor& x, double lower, double upper, const Tensor& seed, const char* op) {
   RreluArgs args{dtype_of(x, op), lower, upper, seed_of(seed, op), x.numel()};
   if (dy) check_twin(x, *dy, op, "dy");
-  Tensor out = at::empty(x.sizes(), x.options());
+  Tensor out = empty_large(x.sizes(), x.options());
   RowLayout layout(x.sizes(), row_major(x.dim()));
   layout.take(x);
   if (dy) layout.take(*dy);

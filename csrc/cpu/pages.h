@@ -1,11 +1,12 @@
-// Memory for results of tens of megabytes. The first touch of a fresh 4 KiB page costs more than the work on it, and
-// malloc maps such blocks anew for every call; with 2 MiB pages the kernel is entered 512 times less often.
+// Memory for results of a megabyte and more: from the pool (pool.h), or where that is off from torch's allocator with
+// huge pages asked for. Smaller ones are torch's.
 #pragma once
 #include <ATen/core/Tensor.h>
 
 namespace pk {
 
 at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options);  // as at::empty
+at::Tensor empty_large_like(const at::Tensor& like);                              // as at::empty_like
 at::Tensor zeros_large(at::IntArrayRef sizes, const at::TensorOptions& options);  // as at::zeros
 
 }  // namespace pk

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import asdict
 from typing import Any
 
 import click
 from rich.table import Table
 from rich.text import Text
 
+from .. import output_pool
 from .._backends import BACKENDS, PREFERENCE, Room
 from ..testing import machine
 from ..testing.spec import ROOMS
@@ -33,8 +35,15 @@ def command(as_json: bool) -> None:
             room: {name: {"available": name not in found, "reason": found.get(name)} for name in BACKENDS}
             for room, found in absent.items()
         }
+        pool = output_pool()
         print_json(
-            {"machine": here.as_dict(), "backends": backends, "missing": _missing(absent), "environment": variables}
+            {
+                "machine": here.as_dict(),
+                "backends": backends,
+                "missing": _missing(absent),
+                "environment": variables,
+                "output_pool": pool and asdict(pool),
+            }
         )
         return
     out = console()
@@ -66,6 +75,7 @@ def _facts(here: machine.Machine) -> list[tuple[str, str]]:
         ("Python", f"{here.python}, {here.system}"),
         ("CPU", f"{here.cpu}, {here.threads} threads; {', '.join(here.features) or 'no AVX2'}"),
         ("GPU", "; ".join(here.gpus) or "none"),
+        ("Output pool", str(output_pool() or "none: the native CPU kernels are not built")),
     ]
 
 
