@@ -40,13 +40,25 @@ echo "wheel, with the CPU extension"
 fresh wheel
 "$base" -m pip install -q --target "$work/extra" kernels
 for site in "$work"/wheel/lib/python*/site-packages; do echo "$work/extra" > "$site/extra.pth"; done
-PYKERNELS_BUILD=cpu pip wheel wheel -q "$tree" --no-build-isolation --no-deps -w "$work/dist"
+# From the repository, so that what is compiled there already serves; that a release holds every source is checked below.
+PYKERNELS_BUILD=cpu pip wheel wheel -q "$repo" --no-build-isolation --no-deps -w "$work/dist"
 pip wheel install -q --no-deps "$work"/dist/*.whl
 check wheel cpu
 
 echo "sdist, installed without a compiler"
 (cd "$tree" && PYKERNELS_BUILD=none "$work/wheel/bin/python" -c "
 import setuptools.build_meta as b; print(b.build_sdist('$work/dist'))" > /dev/null 2>&1)
+"$base" - "$work" <<'PY'
+import pathlib, sys, tarfile
+work = pathlib.Path(sys.argv[1])
+(archive,) = (work / "dist").glob("*.tar.gz")
+with tarfile.open(archive) as tar:
+    held = {name.partition("/")[2] for name in tar.getnames()}
+tree = work / "tree"
+needed = {str(p.relative_to(tree)) for f in ("csrc", "kernels", "pykernels") for p in (tree / f).rglob("*") if p.is_file()}
+missing = sorted(needed - held)
+assert not missing, f"not in the sdist: {missing}"
+PY
 fresh sdist
 for site in "$work"/sdist/lib/python*/site-packages; do echo "$work/extra" > "$site/extra.pth"; done
 CXX=no-such-compiler PATH=$work/sdist/bin:/usr/bin:/bin pip sdist install -q --no-deps --no-build-isolation "$work"/dist/*.tar.gz
