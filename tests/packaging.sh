@@ -55,7 +55,7 @@ work = pathlib.Path(sys.argv[1])
 with tarfile.open(archive) as tar:
     held = {name.partition("/")[2] for name in tar.getnames()}
 tree = work / "tree"
-needed = {str(p.relative_to(tree)) for f in ("csrc", "kernels", "pykernels") for p in (tree / f).rglob("*") if p.is_file()}
+needed = {str(p.relative_to(tree)) for f in ("csrc", "pykernels", "pykernels/_triton") for p in (tree / f).rglob("*") if p.is_file()}
 missing = sorted(needed - held)
 assert not missing, f"not in the sdist: {missing}"
 PY
