@@ -8,7 +8,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from . import functional, nn, optim, reference
+from . import functional, integrations, nn, optim, reference
 from ._backends import BackendError, Explanation, explain
 from ._errors import check_errors
 from ._pool import OutputPool, empty_cache, output_pool, set_output_pool
@@ -24,6 +24,7 @@ __all__ = [
     "empty_cache",
     "explain",
     "functional",
+    "integrations",
     "nn",
     "optim",
     "output_pool",
