@@ -7,3 +7,4 @@ from .attention import *  # noqa: F403
 from .embedding import *  # noqa: F403
 from .recurrent import *  # noqa: F403
 from .sampled_softmax import *  # noqa: F403
+from .transformer import *  # noqa: F403

@@ -28,10 +28,11 @@ def _linear_cross_entropy(module: nn.Module) -> dict[str, Any]:
 
 
 _ACTIVATIONS = ("Sigmoid", "Tanh", "ReLU", "LeakyReLU", "PReLU", "RReLU", "ELU", "GELU", "SiLU", "GLU")
+_STACKS = ("TransformerEncoderLayer", "TransformerDecoderLayer", "TransformerEncoder", "TransformerDecoder")
 _WITH_BACKEND = ("MultiheadAttention", "RNNCell", "LSTMCell", "GRUCell", "AdaptiveLogSoftmaxWithLoss")
 
 register(
-    *(Rule(getattr(nn, name), getattr(ours, name)) for name in _ACTIVATIONS),
+    *(Rule(getattr(nn, name), getattr(ours, name)) for name in (*_ACTIVATIONS, *_STACKS)),
     *(Rule(getattr(nn, name), getattr(ours, name), attributes=_no_backend) for name in _WITH_BACKEND),
     *(Rule(getattr(nn, name), getattr(ours, name), attributes=_table) for name in ("Embedding", "EmbeddingBag")),
     *(Rule(getattr(nn, name), getattr(ours, name), attributes=_sequence) for name in ("RNN", "LSTM", "GRU")),
@@ -39,6 +40,8 @@ register(
 if hasattr(nn, "LinearCrossEntropyLoss"):  # torch 2.13
     register(Rule(nn.LinearCrossEntropyLoss, ours.LinearCrossEntropyLoss, attributes=_linear_cross_entropy))
 
+for kind in (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.Transformer):
+    leave(kind, "a container: what it holds is listed on its own")
 leave(
     nn.CrossEntropyLoss,
     "it is given logits: the layer that makes them cannot be seen from here (pykernels.nn.LinearCrossEntropyLoss "
