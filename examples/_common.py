@@ -1,4 +1,4 @@
-"""What the examples share: the command line, the two kits, and batches cut from a text."""
+"""What the examples share: the command line, functions that torch lacks, and batches cut from a text."""
 
 from __future__ import annotations
 
@@ -22,13 +22,11 @@ FUNCTIONS = ("attention", "dot_interaction", "embedding_bag_multi", "negative_sa
 IGNORED = -100  # F.cross_entropy's mark of a target that does not count
 
 
-def kit(kind: Kind) -> types.SimpleNamespace:
-    """The building blocks under torch's names, stock PyTorch's or pykernels', and functions that torch lacks."""
-    modules, functions = (nn, stock) if kind == "torch" else (pykernels.nn, pykernels.functional)
-    names = {modules: ("Embedding", "EmbeddingBag", "LSTM", "GRU", "GELU", "ReLU"), functions: FUNCTIONS}
-    found = {name: getattr(source, name) for source, those in names.items() for name in those}
+def functions(kind: Kind) -> types.SimpleNamespace:
+    """What torch.nn has no name for: written in stock PyTorch, or pykernels'. Modules go through `pykernels.patch`."""
+    source = stock if kind == "torch" else pykernels.functional
     rowwise = stock.RowWiseAdagrad if kind == "torch" else pykernels.optim.RowWiseAdagrad
-    return types.SimpleNamespace(RowWiseAdagrad=rowwise, **found)
+    return types.SimpleNamespace(RowWiseAdagrad=rowwise, **{name: getattr(source, name) for name in FUNCTIONS})
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Transformer's parts (Vaswani et al., 2017), over a kit's attention and activation."""
+"""The Transformer's parts (Vaswani et al., 2017), over the attention function that it is given."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def sinusoidal_positions(length: int, width: int) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention; keys and values come from `memory` where it is given (cross-attention)."""
 
-    def __init__(self, kit: Any, width: int, heads: int) -> None:
+    def __init__(self, functions: Any, width: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.attention = heads, kit.attention
+        self.heads, self.attention = heads, functions.attention
         self.query, self.key_value, self.out = (
             nn.Linear(width, width),
             nn.Linear(width, 2 * width),
@@ -41,13 +41,19 @@ class Layer(nn.Module):
     """
 
     def __init__(
-        self, kit: Any, width: int, heads: int, activation: str = "GELU", cross: bool = False, pre_norm: bool = False
+        self,
+        functions: Any,
+        width: int,
+        heads: int,
+        activation: str = "GELU",
+        cross: bool = False,
+        pre_norm: bool = False,
     ) -> None:
         super().__init__()
         self.pre_norm = pre_norm
-        self.attention = Attention(kit, width, heads)
-        self.cross = Attention(kit, width, heads) if cross else None
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), getattr(kit, activation)(), nn.Linear(4 * width, width))
+        self.attention = Attention(functions, width, heads)
+        self.cross = Attention(functions, width, heads) if cross else None
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), getattr(nn, activation)(), nn.Linear(4 * width, width))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3 if cross else 2))
 
     def forward(

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from _common import IGNORED, adam, kit, main, next_token_loss, pad
+from _common import IGNORED, adam, functions, main, next_token_loss, pad
 from _transformer import Layer
 from pykernels.testing.text import Text
 from pykernels.testing.training import Batch, Task
 
 
 class BERT(nn.Module):
-    def __init__(self, kit: Any, vocabulary: int, width: int, heads: int, layers: int, length: int) -> None:
+    def __init__(self, functions: Any, vocabulary: int, width: int, heads: int, layers: int, length: int) -> None:
         super().__init__()
-        self.token, self.position = kit.Embedding(vocabulary, width), kit.Embedding(length, width)
+        self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.norm = nn.LayerNorm(width)
-        self.layers = nn.ModuleList(Layer(kit, width, heads) for _ in range(layers))
+        self.layers = nn.ModuleList(Layer(functions, width, heads) for _ in range(layers))
         self.head = nn.Linear(width, vocabulary)
 
     def forward(self, tokens: Tensor, real: Tensor, targets: Tensor) -> Tensor:
@@ -59,8 +59,8 @@ def task(text: Text, small: bool = False) -> Task:
         title="BERT-style masked language model",
         shape=f"{count} words, {layers} layers of {width}, {batch} lines of up to {length} a step",
         tokens=batch * length,
-        kit=kit,
-        build=lambda kit: BERT(kit, count + 1, width, heads, layers, length),
+        functions=functions,
+        build=lambda functions: BERT(functions, count + 1, width, heads, layers, length),
         batches=batches,
         optimizer=adam,
     )

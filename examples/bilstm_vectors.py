@@ -6,21 +6,19 @@ predict the word that stands there, which neither state has seen.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from _common import adam, kit, main, next_token_loss, windows
+from _common import adam, main, next_token_loss, windows
 from pykernels.testing.text import Text
 from pykernels.testing.training import Task
 
 
 class ContextualVectors(nn.Module):
-    def __init__(self, kit: Any, vocabulary: int, width: int, hidden: int) -> None:
+    def __init__(self, vocabulary: int, width: int, hidden: int) -> None:
         super().__init__()
-        self.embedding = kit.Embedding(vocabulary, width)
-        self.lstm = kit.LSTM(width, hidden, batch_first=True, bidirectional=True)
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.lstm = nn.LSTM(width, hidden, batch_first=True, bidirectional=True)
         self.head = nn.Linear(2 * hidden, vocabulary)
 
     def vectors(self, tokens: Tensor) -> Tensor:
@@ -41,8 +39,7 @@ def task(text: Text, small: bool = False) -> Task:
         title="Bidirectional LSTM word vectors",
         shape=f"{vocabulary} words, 2 x {hidden}, {batch} x {length} a step",
         tokens=batch * (length - 2),
-        kit=kit,
-        build=lambda kit: ContextualVectors(kit, vocabulary, width, hidden),
+        build=lambda _: ContextualVectors(vocabulary, width, hidden),
         batches=windows(words.ids, batch, length),
         optimizer=adam,
     )

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from _common import kit, main
+from _common import functions, main
 from pykernels.testing.text import Text
 from pykernels.testing.training import Batch, Task
 
 
 class CBOW(nn.Module):
-    def __init__(self, kit: Any, vocabulary: int, width: int) -> None:
+    def __init__(self, functions: Any, vocabulary: int, width: int) -> None:
         super().__init__()
-        self.words = kit.EmbeddingBag(vocabulary, width, mode="mean", sparse=True)
+        self.words = nn.EmbeddingBag(vocabulary, width, mode="mean", sparse=True)
         self.output = nn.Parameter(torch.randn(vocabulary, width) * 0.1)
-        self.loss = kit.negative_sampling_loss
+        self.loss = functions.negative_sampling_loss
 
     def forward(self, around: Tensor, center: Tensor, negatives: Tensor) -> Tensor:
         return self.loss(self.words(around), self.output, center, negatives, reduction="none")
@@ -47,8 +47,8 @@ def task(text: Text, small: bool = False) -> Task:
         title="CBOW with negative sampling",
         shape=f"{vocabulary} words x {width}, window {window}, {count} negatives, {batch} places a step",
         tokens=batch,
-        kit=kit,
-        build=lambda kit: CBOW(kit, vocabulary, width),
+        functions=functions,
+        build=lambda functions: CBOW(functions, vocabulary, width),
         batches=batches,
         # A rate per element: frequent and rare words get gradients of very different sizes from a mean over the batch.
         optimizer=lambda model: torch.optim.Adagrad(model.parameters(), lr=0.1),

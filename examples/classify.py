@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from _common import adam, kit, lines, main, pad, pick
+from _common import adam, lines, main, pad, pick
 from pykernels.testing.text import Text
 from pykernels.testing.training import Batch, Task
 
 
 class Classifier(nn.Module):
-    def __init__(self, kit: Any, vocabulary: int, width: int, hidden: int) -> None:
+    def __init__(self, vocabulary: int, width: int, hidden: int) -> None:
         super().__init__()
-        self.embedding = kit.Embedding(vocabulary, width)
-        self.gru = kit.GRU(width, hidden, batch_first=True)
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.gru = nn.GRU(width, hidden, batch_first=True)
         self.head = nn.Linear(hidden, 2)
 
     def forward(self, tokens: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
@@ -49,8 +47,7 @@ def task(text: Text, small: bool = False) -> Task:
         title="N-to-1 classification",
         shape=f"{vocabulary} characters, GRU of {hidden}, {batch} lines of up to {longest} a step",
         tokens=batch,
-        kit=kit,
-        build=lambda kit: Classifier(kit, vocabulary, width, hidden),
+        build=lambda _: Classifier(vocabulary, width, hidden),
         batches=batches,
         optimizer=adam,
     )

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from _common import kit, main
+from _common import functions, main
 from pykernels.testing.text import Text
 from pykernels.testing.training import Batch, Task
 
@@ -22,18 +22,18 @@ FREQUENT, HASHES, NUMBERS = 50, 1000, 4
 
 
 class DLRM(nn.Module):
-    def __init__(self, kit: Any, sizes: tuple[int, ...], width: int) -> None:
+    def __init__(self, functions: Any, sizes: tuple[int, ...], width: int) -> None:
         super().__init__()
-        self.kit, self.width = kit, width
+        self.functions, self.width = functions, width
         self.tables = nn.ParameterList(nn.Parameter(torch.randn(size, width) * size**-0.5) for size in sizes)
-        self.bottom = nn.Sequential(nn.Linear(NUMBERS, 64), kit.ReLU(), nn.Linear(64, width), kit.ReLU())
+        self.bottom = nn.Sequential(nn.Linear(NUMBERS, 64), nn.ReLU(), nn.Linear(64, width), nn.ReLU())
         features = len(sizes) + 1
-        self.top = nn.Sequential(nn.Linear(width + features * (features - 1) // 2, 64), kit.ReLU(), nn.Linear(64, 1))
+        self.top = nn.Sequential(nn.Linear(width + features * (features - 1) // 2, 64), nn.ReLU(), nn.Linear(64, 1))
 
     def forward(self, numbers: Tensor, clicks: Tensor, *bags: Tensor) -> Tensor:
         dense = self.bottom(numbers.to(self.top[0].weight.dtype))
-        pooled = self.kit.embedding_bag_multi(bags[0::2], bags[1::2], list(self.tables))
-        x = self.kit.dot_interaction(dense, pooled.view(len(dense), -1, self.width))
+        pooled = self.functions.embedding_bag_multi(bags[0::2], bags[1::2], list(self.tables))
+        x = self.functions.dot_interaction(dense, pooled.view(len(dense), -1, self.width))
         return F.binary_cross_entropy_with_logits(self.top(x).squeeze(1), clicks.to(x.dtype), reduction="none")
 
 
@@ -54,7 +54,9 @@ class Together:
 
 def optimizer(model: Any) -> Any:
     layers = [*model.bottom.parameters(), *model.top.parameters()]
-    return Together(model.kit.RowWiseAdagrad(model.tables.parameters(), lr=0.05), torch.optim.Adam(layers, lr=1e-3))
+    return Together(
+        model.functions.RowWiseAdagrad(model.tables.parameters(), lr=0.05), torch.optim.Adam(layers, lr=1e-3)
+    )
 
 
 def ragged(bags: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -95,8 +97,8 @@ def task(text: Text, small: bool = False) -> Task:
         title="DLRM",
         shape=f"tables of {', '.join(map(str, sizes))} x {width}, {batch} events a step",
         tokens=batch,
-        kit=kit,
-        build=lambda kit: DLRM(kit, sizes, width),
+        functions=functions,
+        build=lambda functions: DLRM(functions, sizes, width),
         batches=batches,
         optimizer=optimizer,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from _common import adam, kit, main, next_token_loss
+from _common import adam, functions, main, next_token_loss
 from _transformer import Layer, sinusoidal_positions
 from _vowels import Lines
 from pykernels.testing.text import Text
@@ -18,12 +18,12 @@ from pykernels.testing.training import Task
 
 
 class Transformer(nn.Module):
-    def __init__(self, kit: Any, vocabulary: int, width: int, heads: int, layers: int, length: int) -> None:
+    def __init__(self, functions: Any, vocabulary: int, width: int, heads: int, layers: int, length: int) -> None:
         super().__init__()
-        self.token = kit.Embedding(vocabulary, width)
+        self.token = nn.Embedding(vocabulary, width)
         self.register_buffer("positions", sinusoidal_positions(length, width))
-        self.encoder = nn.ModuleList(Layer(kit, width, heads, "ReLU") for _ in range(layers))
-        self.decoder = nn.ModuleList(Layer(kit, width, heads, "ReLU", cross=True) for _ in range(layers))
+        self.encoder = nn.ModuleList(Layer(functions, width, heads, "ReLU") for _ in range(layers))
+        self.decoder = nn.ModuleList(Layer(functions, width, heads, "ReLU", cross=True) for _ in range(layers))
         self.head = nn.Linear(width, vocabulary)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -48,8 +48,8 @@ def task(text: Text, small: bool = False) -> Task:
         title="Encoder-decoder Transformer",
         shape=f"{data.vocabulary} characters, {layers} + {layers} layers of {width}, {batch} lines of up to {length}",
         tokens=batch * length,
-        kit=kit,
-        build=lambda kit: Transformer(kit, data.vocabulary, width, heads, layers, length),
+        functions=functions,
+        build=lambda functions: Transformer(functions, data.vocabulary, width, heads, layers, length),
         batches=data.batches,
         optimizer=adam,
     )

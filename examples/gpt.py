@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from _common import adam, kit, main, next_token_loss, windows
+from _common import adam, functions, main, next_token_loss, windows
 from _transformer import Layer
 from pykernels.testing.text import Text
 from pykernels.testing.training import Task
 
 
 class GPT(nn.Module):
-    def __init__(self, kit: Any, vocabulary: int, width: int, heads: int, layers: int, length: int) -> None:
+    def __init__(self, functions: Any, vocabulary: int, width: int, heads: int, layers: int, length: int) -> None:
         super().__init__()
-        self.token, self.position = kit.Embedding(vocabulary, width), kit.Embedding(length, width)
-        self.layers = nn.ModuleList(Layer(kit, width, heads, pre_norm=True) for _ in range(layers))
+        self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.layers = nn.ModuleList(Layer(functions, width, heads, pre_norm=True) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -36,8 +36,8 @@ def task(text: Text, small: bool = False) -> Task:
         title="GPT",
         shape=f"{vocabulary} characters, {layers} layers of {width}, {batch} x {length} a step",
         tokens=batch * length,
-        kit=kit,
-        build=lambda kit: GPT(kit, vocabulary, width, heads, layers, length),
+        functions=functions,
+        build=lambda functions: GPT(functions, vocabulary, width, heads, layers, length),
         batches=windows(characters.ids, batch, length),
         optimizer=adam,
     )

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
-from _common import adam, kit, main, next_token_loss, windows
+from _common import adam, main, next_token_loss, windows
 from pykernels.testing.text import Text
 from pykernels.testing.training import Task
 
 
 class LSTMLanguageModel(nn.Module):
-    def __init__(self, kit: Any, vocabulary: int, width: int, hidden: int) -> None:
+    def __init__(self, vocabulary: int, width: int, hidden: int) -> None:
         super().__init__()
-        self.embedding = kit.Embedding(vocabulary, width)
-        self.lstm = kit.LSTM(width, hidden, num_layers=2, batch_first=True)
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.lstm = nn.LSTM(width, hidden, num_layers=2, batch_first=True)
         self.head = nn.Linear(hidden, vocabulary)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -31,8 +29,7 @@ def task(text: Text, small: bool = False) -> Task:
         title="LSTM language model",
         shape=f"{vocabulary} characters, 2 layers of {hidden}, {batch} x {length} a step",
         tokens=batch * length,
-        kit=kit,
-        build=lambda kit: LSTMLanguageModel(kit, vocabulary, width, hidden),
+        build=lambda _: LSTMLanguageModel(vocabulary, width, hidden),
         batches=windows(characters.ids, batch, length),
         optimizer=adam,
     )

@@ -12,20 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from _common import adam, kit, main, windows
+from _common import adam, functions, main, windows
 from pykernels.functional import log_uniform_candidate_sampler
 from pykernels.testing.text import Text
 from pykernels.testing.training import Batch, Task
 
 
 class SampledLanguageModel(nn.Module):
-    def __init__(self, kit: Any, vocabulary: int, width: int, hidden: int) -> None:
+    def __init__(self, functions: Any, vocabulary: int, width: int, hidden: int) -> None:
         super().__init__()
-        self.embedding = kit.Embedding(vocabulary, width)
-        self.lstm = kit.LSTM(width, hidden, batch_first=True)
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.lstm = nn.LSTM(width, hidden, batch_first=True)
         self.weight = nn.Parameter(torch.randn(vocabulary, hidden) * hidden**-0.5)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
-        self.loss = kit.sampled_softmax_loss
+        self.loss = functions.sampled_softmax_loss
 
     def hidden(self, tokens: Tensor) -> Tensor:
         return self.lstm(self.embedding(tokens))[0].flatten(0, 1)
@@ -61,8 +61,8 @@ def task(text: Text, small: bool = False) -> Task:
         title="LSTM language model with sampled softmax",
         shape=f"{vocabulary} words, {count} sampled, hidden {hidden}, {batch} x {length} a step",
         tokens=batch * length,
-        kit=kit,
-        build=lambda kit: SampledLanguageModel(kit, vocabulary, width, hidden),
+        functions=functions,
+        build=lambda functions: SampledLanguageModel(functions, vocabulary, width, hidden),
         batches=batches,
         optimizer=adam,
         evaluate=lambda model: model.full_loss(*held_out),

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from _common import IGNORED, adam, kit, main, next_token_loss, windows
+from _common import IGNORED, adam, functions, main, next_token_loss, windows
 from _transformer import Layer, sinusoidal_positions
 from pykernels.testing.text import Text
 from pykernels.testing.training import Batch, Task
 
 
 class PrefixLM(nn.Module):
-    def __init__(self, kit: Any, vocabulary: int, width: int, heads: int, layers: int, length: int) -> None:
+    def __init__(self, functions: Any, vocabulary: int, width: int, heads: int, layers: int, length: int) -> None:
         super().__init__()
-        self.token = kit.Embedding(vocabulary, width)
+        self.token = nn.Embedding(vocabulary, width)
         self.register_buffer("positions", sinusoidal_positions(length, width))
-        self.layers = nn.ModuleList(Layer(kit, width, heads, pre_norm=True) for _ in range(layers))
+        self.layers = nn.ModuleList(Layer(functions, width, heads, pre_norm=True) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
     def forward(self, tokens: Tensor, targets: Tensor, prefix_length: Tensor) -> Tensor:
@@ -51,8 +51,8 @@ def task(text: Text, small: bool = False) -> Task:
         title="Prefix language model",
         shape=f"{vocabulary} characters, {layers} layers of {width}, {batch} x {length} a step",
         tokens=batch * length,
-        kit=kit,
-        build=lambda kit: PrefixLM(kit, vocabulary, width, heads, layers, length),
+        functions=functions,
+        build=lambda functions: PrefixLM(functions, vocabulary, width, heads, layers, length),
         batches=batches,
         optimizer=adam,
     )

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from _common import adam, kit, main, next_token_loss
+from _common import adam, functions, main, next_token_loss
 from _vowels import Lines
 from pykernels.testing.text import Text
 from pykernels.testing.training import Task
 
 
 class Seq2Seq(nn.Module):
-    def __init__(self, kit: Any, vocabulary: int, width: int, hidden: int, attend: bool) -> None:
+    def __init__(self, functions: Any, vocabulary: int, width: int, hidden: int, attend: bool) -> None:
         super().__init__()
-        self.embedding = kit.Embedding(vocabulary, width)
-        self.encoder = kit.LSTM(width, hidden, batch_first=True)
-        self.decoder = kit.LSTM(width, hidden, batch_first=True)
-        self.attention = kit.attention if attend else None
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.encoder = nn.LSTM(width, hidden, batch_first=True)
+        self.decoder = nn.LSTM(width, hidden, batch_first=True)
+        self.attention = functions.attention if attend else None
         self.head = nn.Linear(2 * hidden if attend else hidden, vocabulary)
 
     def forward(self, source: Tensor, lengths: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -47,8 +47,8 @@ def task(text: Text, small: bool = False, attend: bool = False) -> Task:
         title=f"LSTM encoder-decoder {'with' if attend else 'without'} attention",
         shape=f"{data.vocabulary} characters, LSTMs of {hidden}, {batch} lines of up to {length} a step",
         tokens=batch * length,
-        kit=kit,
-        build=lambda kit: Seq2Seq(kit, data.vocabulary, width, hidden, attend),
+        functions=functions,
+        build=lambda functions: Seq2Seq(functions, data.vocabulary, width, hidden, attend),
         batches=data.batches,
         optimizer=adam,
     )

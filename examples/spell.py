@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from _common import IGNORED, adam, kit, main, next_token_loss, pad
+from _common import IGNORED, adam, main, next_token_loss, pad
 from pykernels.testing.text import Text
 from pykernels.testing.training import Batch, Task
 
 
 class Speller(nn.Module):
-    def __init__(self, kit: Any, words: int, letters: int, width: int, hidden: int) -> None:
+    def __init__(self, words: int, letters: int, width: int, hidden: int) -> None:
         super().__init__()
-        self.word, self.letter = kit.Embedding(words, 2 * hidden), kit.Embedding(letters, width)
-        self.lstm = kit.LSTM(width, hidden, batch_first=True)
+        self.word, self.letter = nn.Embedding(words, 2 * hidden), nn.Embedding(letters, width)
+        self.lstm = nn.LSTM(width, hidden, batch_first=True)
         self.head = nn.Linear(hidden, letters)
 
     def forward(self, words: Tensor, letters: Tensor, targets: Tensor) -> Tensor:
@@ -48,8 +46,7 @@ def task(text: Text, small: bool = False) -> Task:
         title="1-to-N decoding",
         shape=f"{len(spelled)} words of {mark} letters, LSTM of {hidden}, {batch} words a step",
         tokens=batch,
-        kit=kit,
-        build=lambda kit: Speller(kit, len(spelled), mark + 1, width, hidden),
+        build=lambda _: Speller(len(spelled), mark + 1, width, hidden),
         batches=batches,
         optimizer=adam,
     )

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 import pykernels
 from pykernels.cli import demo, main
-from pykernels.cli.demo.models import modules
+from pykernels.cli.demo.models import Block
 from pykernels.cli.demo.report import page
 from pykernels.cli.demo.tasks import TINY, make_tasks
 from pykernels.testing.text import MIN_WORDS, Text, TextError, default_text, read_text
@@ -85,14 +85,16 @@ class _WrongLater(torch.nn.GELU):
         return super().forward(input) * (1.0 if self.calls < 3 else 1.5)
 
 
-def _kit_with(gelu: Any) -> Any:
-    def kit(kind: str) -> Any:
-        parts = modules(kind)
-        if kind == "pykernels":
-            parts.GELU = gelu
-        return parts
+def _patch_with(gelu: Any) -> Any:
+    """`patch`, and then another GELU in every block."""
 
-    return kit
+    def adopt(model: torch.nn.Module) -> None:
+        pykernels.patch(model)
+        for block in model.modules():
+            if isinstance(block, Block):
+                block.mlp[1] = gelu()
+
+    return adopt
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def _kit_with(gelu: Any) -> Any:
     ids=["wrong-formula", "wrong-gradient", "wrong-later"],
 )
 def test_a_planted_mistake_is_found(tiny: dict[str, Task], gelu: Any, found: str) -> None:
-    outcome = train_both(tiny["GPT"], 8, kit=_kit_with(gelu))
+    outcome = train_both(tiny["GPT"], 8, adopt=_patch_with(gelu))
     assert not outcome.checks[found] and not outcome.equal
     if gelu is _WrongGradient:
         assert outcome.checks["loss at step 1"]
@@ -156,7 +158,7 @@ def test_json_is_all_there_is_on_stdout(tmp_path: Path, book: str) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_unequal_losses_end_with_code_1(tmp_path: Path, book: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "train_both", partial(train_both, kit=_kit_with(partial(torch.nn.GELU, "tanh"))))
+    monkeypatch.setattr(demo, "train_both", partial(train_both, adopt=_patch_with(partial(torch.nn.GELU, "tanh"))))
     result = run("--text", book, "--steps", "2", "--report", str(tmp_path / "page.html"))
     assert result.exit_code == 1 and "DIFFERENT" in result.stdout
     assert "The losses of GPT differ" in (tmp_path / "page.html").read_text()

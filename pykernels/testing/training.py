@@ -1,7 +1,8 @@
 """Trains one task twice, stock PyTorch and pykernels in turns, and measures equality, speed and memory.
 
-Equal start: parameters are copied from the stock model into ours. Equal work: the same batches in the same order. Fair
-timing: one thread, chunks of steps in the order A B B A, this thread's CPU time, medians over the chunks.
+Ours is the same model after `pykernels.patch`. Equal start: its parameters are copied from the stock model. Equal work:
+the same batches in the same order. Fair timing: one thread, chunks of steps in the order A B B A, this thread's CPU
+time, medians over the chunks.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .memory import peak_bytes
 from .timing import Timing, one_thread
 
 Kind = Literal["torch", "pykernels"]
-Kit = Callable[[Kind], Any]
+Functions = Callable[[Kind], Any]
 Batch = tuple[Tensor, ...]
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 
@@ -43,17 +44,21 @@ def _no_calls(model: nn.Module) -> list[Call]:
     return []
 
 
+def _no_functions(kind: Kind) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Task:
-    """One model to train, with both kits, from the same start on the same batches.
+    """One model to train, as it is and patched, from the same start on the same batches.
 
     Attributes:
-        kit: kind -> the building blocks that differ: stock PyTorch's, or pykernels'.
-        build: blocks -> model, whose call gives the loss of each target; draws its parameters from torch's global
+        build: functions -> model, whose call gives the loss of each target; draws its parameters from torch's global
             generator.
         batches: number of steps -> that many batches.
         optimizer: model -> optimizer.
         tokens: targets predicted in one step.
+        functions: kind -> what the model calls that torch has no name for: written in stock PyTorch, or pykernels'.
         calls: model -> (function name in `pykernels.functional`, arguments): the operators of the model that
             pykernels serves, with arguments as the training has them.
         evaluate: trained model -> a figure of merit, where it is not the training loss.
@@ -63,10 +68,10 @@ class Task:
     title: str
     shape: str
     tokens: int
-    kit: Kit
     build: Callable[[Any], nn.Module]
     batches: Callable[[int], list[Batch]]
     optimizer: Callable[[Any], torch.optim.Optimizer]
+    functions: Functions = _no_functions
     calls: Callable[[Any], list[Call]] = _no_calls
     evaluate: Callable[[Any], float] | None = None
 
@@ -147,20 +152,21 @@ def train_both(
     device: str = "cpu",
     seed: int = 0,
     progress: Callable[[int], None] = lambda steps: None,
-    kit: Kit | None = None,
+    adopt: Callable[[nn.Module], Any] = pykernels.patch,
 ) -> Outcome:
-    """Trains `task` with both kits for `steps` and compares.
+    """Trains `task` with stock PyTorch and patched for `steps` and compares.
 
     Args:
         progress: called with the number of training steps just done, `2 * steps` in all.
-        kit: in place of the task's own.
+        adopt: what is done to our model in place of patching it.
     """
-    kit = kit or task.kit
     batches = [tuple(t.to(device) for t in batch) for batch in task.batches(steps)]
-    models = {}
-    for kind in ("torch", "pykernels"):
+    models: dict[Kind, nn.Module] = {}
+    kinds: tuple[Kind, Kind] = ("torch", "pykernels")
+    for kind in kinds:
         torch.manual_seed(seed)
-        models[kind] = task.build(kit(kind)).to(device)
+        models[kind] = task.build(task.functions(kind)).to(device)
+    adopt(models["pykernels"])
     models["pykernels"].load_state_dict(models["torch"].state_dict(), strict=True)
 
     with one_thread():

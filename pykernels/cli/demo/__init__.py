@@ -36,8 +36,8 @@ from .tasks import make_tasks
 def command(path: Path | None, steps: int, report_path: Path, device: str, seed: int, as_json: bool) -> None:
     """Train three small language models twice and compare.
 
-    Skip-gram with negative sampling, an LSTM and a GPT learn from real text, once with stock PyTorch modules and once
-    with pykernels': same seed, same parameters, same batches, one thread. Prints losses, speed and memory side by
+    Skip-gram with negative sampling, an LSTM and a GPT learn from real text, once as stock PyTorch models and once
+    patched by pykernels: same seed, same parameters, same batches, one thread. Prints losses, speed and memory side by
     side, ratios below 1 included, and writes them with plots to one HTML page that loads nothing.
 
     Exit code 1 when the losses differ by more than rounding; 2 when the text or an option is unusable.

@@ -1,40 +1,32 @@
-"""Three small language models, each written once over a *kit*: the namespace its building blocks are taken from.
-
-What the kits have in common (linear layers, layer norm, the final cross entropy) is stock PyTorch in both.
-"""
+"""Three small language models of stock PyTorch modules; ours are the same, patched."""
 
 from __future__ import annotations
 
-import types
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import pykernels
+
 from ...testing import stock
 from ...testing.training import Kind
 
 
-def modules(kind: Kind) -> types.SimpleNamespace:
-    """The building blocks under torch's names: stock PyTorch's, or pykernels'."""
-    if kind == "torch":
-        source, loss = nn, stock.negative_sampling_loss
-    else:
-        import pykernels
-
-        source, loss = pykernels.nn, pykernels.functional.negative_sampling_loss
-    names = ("Embedding", "LSTM", "MultiheadAttention", "GELU")
-    return types.SimpleNamespace(negative_sampling_loss=loss, **{name: getattr(source, name) for name in names})
+def negative_sampling_loss(kind: Kind) -> Callable[..., Tensor]:
+    """The one function that torch has no name for."""
+    return stock.negative_sampling_loss if kind == "torch" else pykernels.functional.negative_sampling_loss
 
 
 class SkipGram(nn.Module):
     """Skip-gram with negative sampling (Mikolov et al., 2013)."""
 
-    def __init__(self, kit: types.SimpleNamespace, vocabulary: int, width: int) -> None:
+    def __init__(self, loss: Callable[..., Tensor], vocabulary: int, width: int) -> None:
         super().__init__()
-        self.word = kit.Embedding(vocabulary, width)
+        self.word = nn.Embedding(vocabulary, width)
         self.context = nn.Parameter(torch.empty(vocabulary, width))
-        self.loss = kit.negative_sampling_loss
+        self.loss = loss
         # word2vec starts `context` at 0, which makes the first gradients 0 and the check of step 1 empty.
         for weight in (self.word.weight, self.context):
             nn.init.normal_(weight, std=0.1)
@@ -47,10 +39,10 @@ class SkipGram(nn.Module):
 class LSTMLanguageModel(nn.Module):
     """Embedding, LSTM, linear: the next character from all before it."""
 
-    def __init__(self, kit: types.SimpleNamespace, vocabulary: int, width: int, hidden: int) -> None:
+    def __init__(self, vocabulary: int, width: int, hidden: int) -> None:
         super().__init__()
-        self.embedding = kit.Embedding(vocabulary, width)
-        self.lstm = kit.LSTM(width, hidden, batch_first=True)
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.lstm = nn.LSTM(width, hidden, batch_first=True)
         self.head = nn.Linear(hidden, vocabulary)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -62,11 +54,11 @@ class LSTMLanguageModel(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block: causal self-attention, then a GELU feed-forward network."""
 
-    def __init__(self, kit: types.SimpleNamespace, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = kit.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), kit.GELU(), nn.Linear(4 * width, width))
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         y = self.norm1(x)
@@ -77,12 +69,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A pre-norm decoder with learned positions (Radford et al., 2019)."""
 
-    def __init__(
-        self, kit: types.SimpleNamespace, vocabulary: int, width: int, heads: int, layers: int, length: int
-    ) -> None:
+    def __init__(self, vocabulary: int, width: int, heads: int, layers: int, length: int) -> None:
         super().__init__()
-        self.token, self.position = kit.Embedding(vocabulary, width), kit.Embedding(length, width)
-        self.blocks = nn.ModuleList(Block(kit, width, heads) for _ in range(layers))
+        self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
         for embedding in (self.token, self.position):
             nn.init.normal_(embedding.weight, std=0.02)

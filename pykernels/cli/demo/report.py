@@ -48,7 +48,7 @@ def page(outcomes: list[Outcome], facts: list[str]) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>pykernels demo</title><style>{STYLE}{_PAGE_STYLE}</style></head><body>
 <h1>Three language models, trained twice</h1>
-<p>Once with stock PyTorch modules, once with pykernels modules: same seed, same parameters, same batches. {verdict}</p>
+<p>Once as stock PyTorch models, once patched by pykernels: same seed, same parameters, same batches. {verdict}</p>
 <p class="key"><span><i style="background:var(--stock);height:6px"></i>stock PyTorch</span>
 <span><i style="background:var(--ours);height:3px"></i>pykernels</span></p>
 <div class="models">{"".join(_model(outcome) for outcome in outcomes)}</div>

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...testing.text import Text, Tokens
 from ...testing.training import Batch, Call, Task
-from .models import GPT, LSTMLanguageModel, SkipGram, modules
+from .models import GPT, LSTMLanguageModel, SkipGram, negative_sampling_loss
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def _skipgram(words: Tokens, s: Sizes, seed: int) -> Task:
         title="Skip-gram with negative sampling",
         shape=f"{vocabulary} words x {s.skipgram_width}, {s.skipgram_batch} pairs a step, {s.negatives} negatives",
         tokens=s.skipgram_batch,
-        kit=modules,
-        build=lambda kit: SkipGram(kit, vocabulary, s.skipgram_width),
+        functions=negative_sampling_loss,
+        build=lambda loss: SkipGram(loss, vocabulary, s.skipgram_width),
         batches=batches,
         # A rate per element: frequent and rare words get gradients of very different sizes from a mean over the batch.
         optimizer=lambda model: torch.optim.Adagrad(model.parameters(), lr=0.1),
@@ -111,8 +111,7 @@ def _lstm(characters: Tokens, s: Sizes, seed: int) -> Task:
         title="LSTM language model",
         shape=f"{vocabulary} characters, hidden {s.lstm_hidden}, {s.batch} x {s.lstm_length} a step",
         tokens=s.batch * s.lstm_length,
-        kit=modules,
-        build=lambda kit: LSTMLanguageModel(kit, vocabulary, s.lstm_width, s.lstm_hidden),
+        build=lambda _: LSTMLanguageModel(vocabulary, s.lstm_width, s.lstm_hidden),
         batches=_windows(characters.ids, s.batch, s.lstm_length, seed),
         optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=1e-3),
         calls=calls,
@@ -137,8 +136,7 @@ def _gpt(characters: Tokens, s: Sizes, seed: int) -> Task:
         title="GPT, a pre-norm decoder",
         shape=f"{vocabulary} characters, {s.gpt_layers} layers of {s.gpt_width}, {s.gpt_batch} x {s.gpt_length} a step",
         tokens=s.gpt_batch * s.gpt_length,
-        kit=modules,
-        build=lambda kit: GPT(kit, vocabulary, s.gpt_width, s.gpt_heads, s.gpt_layers, s.gpt_length),
+        build=lambda _: GPT(vocabulary, s.gpt_width, s.gpt_heads, s.gpt_layers, s.gpt_length),
         batches=_windows(characters.ids, s.gpt_batch, s.gpt_length, seed),
         optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=1e-3),
         calls=calls,
