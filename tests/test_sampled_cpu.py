@@ -14,6 +14,7 @@ from torch import Tensor
 
 import pykernels as pk
 from pykernels.ops.sampled_softmax import _functions
+from pykernels.reference.sampled_softmax import tables
 from pykernels.testing.compare import assert_equal
 from pykernels.testing.memory import peak_bytes
 
@@ -154,3 +155,54 @@ def test_avx2() -> None:
     """The other instruction set gives results of the same quality."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
     subprocess.run([sys.executable, "-c", _AVX2], env=environment, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("kind", ("zipf", "shuffled", "equal", "fractions", "zeros", "doubling", "one", "two"))
+def test_native_builders_make_the_reference_s_tables(kind: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    zipf = (3e4 / torch.arange(1, 3001)).floor()
+    counts = {
+        "zipf": zipf,
+        "shuffled": zipf[torch.randperm(3000, generator=generator)],
+        "equal": torch.ones(37),
+        "fractions": torch.rand(999, generator=generator),
+        "zeros": torch.tensor([0, 5, 0, 0, 1, 5, 0]),
+        "doubling": 2.0 ** torch.arange(40),  # one leaf a level
+        "one": torch.tensor([3]),
+        "two": torch.tensor([1, 1]),
+    }[kind]
+    tree, expected = F.HuffmanTree.from_counts(counts), tables.HuffmanTree.from_counts(counts)
+    assert tree.depth == expected.depth
+    table, filled = F.AliasTable.from_counts(counts, 0.75), tables.AliasTable.from_counts(counts, 0.75)
+    for ours, theirs, names in (
+        (tree, expected, ("starts", "points", "codes")),
+        (table, filled, ("probability", "threshold", "alias")),
+    ):
+        for name in names:
+            one, other = getattr(ours, name), getattr(theirs, name)
+            assert one.dtype == other.dtype and torch.equal(one, other), name
+
+
+@pytest.mark.parametrize(
+    ("counts", "order", "text"),
+    [
+        (torch.ones(3), torch.arange(3), "float64"),
+        (torch.ones(3, dtype=torch.float64), torch.arange(2), "order must be"),
+        (torch.ones(3, dtype=torch.float64), torch.tensor([0, 1, 3]), "order holds 3"),
+    ],
+)
+def test_native_builders_refuse(counts: Tensor, order: Tensor, text: str) -> None:
+    with pytest.raises(RuntimeError, match=text):
+        torch.ops.pykernels.huffman_paths.cpu(counts, order)
+
+
+def test_no_denormal_number_reaches_a_product() -> None:
+    """Of a class that is e^-80 of the largest, the gradient is 0: denormal numbers made a product ten times slower."""
+    x = torch.eye(2)[:1].clone()
+    w = torch.tensor([[0.0, 1.0], [-60.0, 1.0], [-80.0, 1.0], [-86.0, 1.0]]).requires_grad_()
+    loss = F.linear_cross_entropy(x, w, torch.tensor([1]), reduction="sum")
+    (dw,) = torch.autograd.grad(loss * 1e-4, w)
+    assert dw[0, 0] > 0 and dw[1, 0] < 0 and dw[2:].abs().max() == 0
+    nan = torch.tensor([[0.0, 1.0], [float("nan"), 1.0]], requires_grad=True)
+    (dw,) = torch.autograd.grad(F.linear_cross_entropy(x, nan, torch.tensor([0])), nan)
+    assert dw[:, 0].isnan().all()

@@ -65,7 +65,7 @@ def measure(
 
     Args:
         rounds: at most this many, at least 5.
-        warmup: rounds that are run and dropped.
+        warmup: calls of each that are dropped; fewer of one that takes long.
         seconds: about how long all rounds together may take; slow functions get fewer rounds.
         device: "cpu" (call under `one_thread()`; nothing else is sensible) or "cuda".
 
@@ -75,8 +75,11 @@ def measure(
     clock = _time_cuda if device.startswith("cuda") else _time_cpu
     repeats = {}
     for name, function in functions.items():
+        start = time.perf_counter()
         for _ in range(max(warmup, 1) - 1):
             function()
+            if time.perf_counter() - start > seconds / 4:
+                break
         once = max(clock(function, 1), 1e-7)
         repeats[name] = 1 if device.startswith("cuda") else max(1, int(_SAMPLE / once))
         if repeats[name] > 1:  # a first estimate from one call of a fast function is mostly clock and cold caches

@@ -8,15 +8,14 @@ from torch import Tensor
 
 from ..._backends import functorch_active
 from ...reference.sampled_softmax import samplers as reference
-from ...reference.sampled_softmax.tables import AliasTable, HuffmanTree
+from ...reference.sampled_softmax import tables
 from .. import _check, _ids
 from .._library import as_seed
 from ._checks import check_count, check_ids, check_labels
 from ._functions import ROOM, candidate_sample
+from .tables import AliasTable
 
 __all__ = [
-    "AliasTable",
-    "HuffmanTree",
     "compute_accidental_hits",
     "fixed_unigram_candidate_sampler",
     "log_uniform_candidate_sampler",
@@ -93,7 +92,7 @@ def fixed_unigram_candidate_sampler(
     num_sampled: int,
     unique: bool,
     range_max: int,
-    unigrams: AliasTable | Tensor | Sequence[float],
+    unigrams: tables.AliasTable | Tensor | Sequence[float],
     distortion: float = 0.75,
     *,
     seed: int | Tensor | None = None,
@@ -115,7 +114,7 @@ def fixed_unigram_candidate_sampler(
             than classes of probability above 0; a true class has probability 0 (read on the CPU in eager mode).
     """
     name = "fixed_unigram_candidate_sampler"
-    table = unigrams if isinstance(unigrams, AliasTable) else AliasTable.from_counts(unigrams, distortion)
+    table = unigrams if isinstance(unigrams, tables.AliasTable) else AliasTable.from_counts(unigrams, distortion)
     return _sampled(
         name, true_classes, num_true, num_sampled, unique, range_max, "alias", table, seed, tf_compat, backend
     )
@@ -129,7 +128,7 @@ def _sampled(
     unique: bool,
     range_max: int,
     kind: str,
-    table: AliasTable | None,
+    table: tables.AliasTable | None,
     seed: int | Tensor | None,
     tf_compat: bool,
     backend: str | None,
@@ -161,7 +160,7 @@ def _sampled(
     return reference.with_expected_counts(ids, tries, *rest)
 
 
-def _check_possible(name: str, true_classes: Tensor, table: AliasTable) -> None:
+def _check_possible(name: str, true_classes: Tensor, table: tables.AliasTable) -> None:
     if true_classes.numel() == 0 or not _ids.readable(true_classes):
         return
     never = table.probability[true_classes.long()] == 0

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["AliasTable", "HuffmanTree"]
 
@@ -45,8 +49,8 @@ class AliasTable:
     alias: Tensor
     support: int
 
-    @staticmethod
-    def from_counts(counts: Tensor | Sequence[float], distortion: float = 1.0) -> AliasTable:
+    @classmethod
+    def from_counts(cls, counts: Tensor | Sequence[float], distortion: float = 1.0) -> Self:
         """P(v) proportional to counts[v]**distortion; a count of 0 has probability 0.
 
         Raises:
@@ -57,8 +61,14 @@ class AliasTable:
         if not bool((weights > 0).any()):
             raise ValueError("AliasTable.from_counts(): counts must not be all zero")
         probability = weights / weights.sum()
-        size = probability.shape[0]
-        scaled = (probability * size).tolist()
+        threshold, alias = cls._fill(probability * probability.shape[0])
+        return cls(probability, threshold, alias, int((probability > 0).sum()))
+
+    @staticmethod
+    def _fill(scaled_probability: Tensor) -> tuple[Tensor, Tensor]:
+        """(threshold, alias) for probabilities times V."""
+        scaled = scaled_probability.tolist()
+        size = len(scaled)
         alias = list(range(size))
         small = [v for v in range(size) if scaled[v] < 1.0]
         large = [v for v in range(size) if scaled[v] >= 1.0]
@@ -73,9 +83,7 @@ class AliasTable:
         for v in small:  # rounding left them a little below 1; a class of probability 0 always has an alias
             if alias[v] == v:
                 scaled[v] = 1.0
-        support = int((probability > 0).sum())
-        threshold = torch.tensor(scaled, dtype=torch.float64)
-        return AliasTable(probability, threshold, torch.tensor(alias, dtype=torch.int32), support)
+        return torch.tensor(scaled, dtype=torch.float64), torch.tensor(alias, dtype=torch.int32)
 
     @cached_property
     def packed(self) -> Tensor:
@@ -83,12 +91,12 @@ class AliasTable:
         low = (self.threshold * 2.0**32).clamp(max=2.0**32 - 1).to(torch.int64)
         return low | (self.alias.to(torch.int64) << 32)
 
-    def to(self, device: torch.device | str) -> AliasTable:
+    def to(self, device: torch.device | str) -> Self:
         """The same table on another device; itself where it is there already."""
         if self.alias.device == torch.device(device):
             return self
         moved = (self.probability.to(device), self.threshold.to(device), self.alias.to(device))
-        return AliasTable(*moved, self.support)
+        return type(self)(*moved, self.support)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +120,8 @@ class HuffmanTree:
     codes: Tensor
     depth: int
 
-    @staticmethod
-    def from_counts(counts: Tensor | Sequence[float]) -> HuffmanTree:
+    @classmethod
+    def from_counts(cls, counts: Tensor | Sequence[float]) -> Self:
         """The tree of least expected path length for these counts. Linear in V after a sort.
 
         Of equal counts the larger id is merged first. The second of two merged nodes is the one on the side of +1.
@@ -125,18 +133,23 @@ class HuffmanTree:
             ValueError: `counts` is empty, not 1-D, not finite or negative.
         """
         values = _counts("HuffmanTree.from_counts()", counts)
-        size = values.shape[0]
         order = torch.flip(torch.argsort(values, descending=True, stable=True), (0,))  # ascending, larger ids first
-        parents, codes = _merge(values[order])
+        starts, points, codes = cls._paths(values[order], order)
+        return cls(starts, points, codes, int(starts.diff().max()))
+
+    @staticmethod
+    def _paths(counts: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(starts, points, codes) for ascending counts, of which the i-th is that of class order[i]."""
+        parents, codes = _merge(counts)
         position = torch.empty_like(order)
-        position[order] = torch.arange(size)
+        position[order] = torch.arange(order.shape[0])
         return _paths(parents, codes, position)
 
-    def to(self, device: torch.device | str) -> HuffmanTree:
+    def to(self, device: torch.device | str) -> Self:
         """The same tree on another device; itself where it is there already."""
         if self.starts.device == torch.device(device):
             return self
-        return HuffmanTree(self.starts.to(device), self.points.to(device), self.codes.to(device), self.depth)
+        return type(self)(self.starts.to(device), self.points.to(device), self.codes.to(device), self.depth)
 
     @property
     def classes(self) -> int:
@@ -173,8 +186,8 @@ def _merge(counts: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(parents), torch.tensor(codes, dtype=torch.int8)
 
 
-def _paths(parents: Tensor, codes: Tensor, position: Tensor) -> HuffmanTree:
-    """Paths from parents: all leaves climb together, one level a step. position: class -> leaf."""
+def _paths(parents: Tensor, codes: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(starts, points, codes) from parents: all leaves climb together, one level a step. position: class -> leaf."""
     size = position.shape[0]
     root = 2 * size - 2
     climbers, nodes, steps = torch.arange(size), position, []
@@ -193,4 +206,4 @@ def _paths(parents: Tensor, codes: Tensor, position: Tensor) -> HuffmanTree:
         at = starts[climbers + 1] - 1 - level
         points[at] = (root - parents[nodes]).to(torch.int32)  # the root is node 0
         signs[at] = codes[nodes]
-    return HuffmanTree(starts, points, signs, len(steps))
+    return starts, points, signs
