@@ -79,15 +79,8 @@ struct Elu {
 template <class M>
 struct Gelu {
   using V = typename M::V;
-  PK_INLINE V value(V x) const {
-    V e, q;
-    return M::gelu(x, e, q);
-  }
-  PK_INLINE V backward(V x, V g, V& y) const {
-    V e, q;
-    y = M::gelu(x, e, q);
-    return g * fmadd(x * V(0.39894228040143267794), e, select_sign(x, q, V(1) - q));
-  }
+  PK_INLINE V value(V x) const { return M::gelu(x); }
+  PK_INLINE V backward(V x, V g, V& y) const { return M::gelu_backward(x, g, y); }
 };
 
 // x (1 + tanh u) / 2 = x sigmoid(2u),  2u = 2 sqrt(2/pi) (x + 0.044715 x^3).

@@ -1,5 +1,5 @@
 // Elementary functions as policies: `Math<float, true>` to float32 rounding, `Math<float, false>` for results that are
-// rounded to 16 bits afterwards (relative error below 1e-4 of the value, a fifth of a float16 rounding), and
+// rounded to 16 bits afterwards (relative error below 3e-4, half a float16 rounding at most and mostly far less), and
 // `Math<double>` on at::vec's own functions, accuracy first.
 //
 // The float32 forms are written out because a call into Sleef spills every vector register (32 zmm) around it: inlined,
@@ -70,30 +70,38 @@ struct Math<float, kExact> {
     return r;
   }
 
-  // x Phi(x) = max(x, 0) - |x| q,  e = exp(-x^2 / 2),  q = Phi(-|x|) = e R(|x|)
-  // R is rational with positive coefficients (nothing cancels), fitted for relative error, so that the negative tail
-  // keeps the digits that 1 + erf cancels.
-  static PK_INLINE V gelu(V x, V& e, V& q) {
-    // q is 0 long before the bound, which keeps d finite. At inf, inf * 0 must not reach the result; at -inf, NaN is
-    // right.
-    const V bounded = at_most(x, V(1e4f)), factor = bounded.abs(), a = at_most(factor, V(1e4f));
-    e = exp_minus_half_square(bounded);
+  // x Phi(x) = max(x, 0) - |x| q,  q = Phi(-|x|), by its own relative accuracy: the tail keeps the digits that 1 + erf
+  // cancels.
+  static PK_INLINE V gelu(V x) {
+    V e, q;
+    return gelu(x, e, q);
+  }
+
+  // g * (Phi(x) + x phi(x)); y is the value.
+  static PK_INLINE V gelu_backward(V x, V g, V& y) {
+    V e, q;
+    y = gelu(x, e, q);
     if constexpr (kExact) {
-      const V n = polynomial(a, V(0.5f), V(0.43614575f), V(0.18164547f), V(0.040097937f), V(0.0040369793f));
-      const V d = polynomial(a, V(1.f), V(1.6701765f), V(1.1958947f), V(0.46527435f), V(0.10051783f), V(0.010119068f));
-      const V r = reciprocal_estimate(d), quotient = n * r;
-      q = e * fmadd(negated_fmadd(quotient, d, n), r, quotient);
+      return g * fmadd(x * V(0.39894228040143267794f), e, select_sign(x, q, V(1.f) - q));
     } else {
-      const V n = polynomial(a, V(0.50001162f), V(0.2774477f), V(0.062177464f));
-      const V d = polynomial(a, V(1.f), V(1.3535058f), V(0.70067608f), V(0.15567125f));
-      q = e * (n * reciprocal_estimate(d));
+      // q - |x| phi(x) = q - |x| q m, with m = phi / q nearly linear. At +-inf it is NaN, as in torch.
+      const V a = x.abs();
+      const V m = polynomial(at_most(a, V(6.f)), V(-0.79473948f), V(-0.64817977f), V(-0.09568795f), V(0.014385989f),
+                             V(-0.00088925770f));
+      const V h = fmadd(a * q, m, q);
+      return g * select_sign(x, h, V(1.f) - h);
     }
-    return negated_fmadd(factor, q, at_least(x, V(0.f)));
   }
 
   // Odd, exact to the sign; |x| large gives 1, not inf / inf.
   //   |x| < 0.625: x + x^3 P(x^2) (Cephes tanhf);  else 1 - 2 e / (1 + e), e = exp(-2|x|)
+  // For 16 bits x P(x^2) / Q(x^2) up to 5, where tanh is within 1e-4 of 1 and rounds to it.
   static PK_INLINE V tanh(V x) {
+    if constexpr (!kExact) {
+      const V b = at_least(at_most(x, V(5.f)), V(-5.f)), s = b * b;
+      const V n = polynomial(s, V(0.99994808f), V(0.10241786f), V(0.00067056878f));
+      return b * n * reciprocal_estimate(polynomial(s, V(1.f), V(0.43543270f), V(0.012819926f)));
+    }
     const V a = x.abs(), e = exp_nonpositive(a * V(-2.f));
     const V large = negated_fmadd(e * V(2.f), reciprocal_1p(e), V(1.f));
     const V s = x * x;
@@ -105,6 +113,26 @@ struct Math<float, kExact> {
   }
 
  private:
+  // e = exp(-x^2 / 2) in the exact form only. There q = e R(|x|), R rational with positive coefficients (nothing
+  // cancels); for 16 bits log2(q) is a polynomial, which spares the exponential's argument, R and the reciprocal.
+  static PK_INLINE V gelu(V x, V& e, V& q) {
+    // q is 0 long before the bound, which keeps d finite. At inf, inf * 0 must not reach the result; at -inf, NaN is
+    // right.
+    const V bounded = at_most(x, V(1e4f)), factor = bounded.abs();
+    if constexpr (kExact) {
+      const V a = at_most(factor, V(1e4f));
+      e = exp_minus_half_square(bounded);
+      const V n = polynomial(a, V(0.5f), V(0.43614575f), V(0.18164547f), V(0.040097937f), V(0.0040369793f));
+      const V d = polynomial(a, V(1.f), V(1.6701765f), V(1.1958947f), V(0.46527435f), V(0.10051783f), V(0.010119068f));
+      const V r = reciprocal_estimate(d), quotient = n * r;
+      q = e * fmadd(negated_fmadd(quotient, d, n), r, quotient);
+    } else {
+      q = exp2_nonpositive(polynomial(factor, V(-1.0003297f), V(-1.1465930f), V(-0.46909815f), V(-0.044948034f),
+                                      V(0.0049534170f), V(-0.00024016056f)));
+    }
+    return negated_fmadd(factor, q, at_least(x, V(0.f)));
+  }
+
   static constexpr float kLog2E = 1.44269504f;
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // n * kLn2High is exact
   // Adding 1.5 * 2^23 rounds to an integer (cheaper than the rounding instruction) and leaves it in the low bits.
@@ -118,7 +146,7 @@ struct Math<float, kExact> {
   }
   static PK_INLINE V exp2_nonpositive(V y) {
     const V f = fraction(y);
-    const V p = polynomial(f, V(1.0000026f), V(0.69300383f), V(0.24144275f), V(0.052011464f), V(0.013534168f));
+    const V p = polynomial(f, V(0.99992520f), V(0.69583356f), V(0.22606716f), V(0.07802452f));
     return scale_or_zero_floor(p, y, f);
   }
 };
@@ -131,10 +159,17 @@ struct Math<double, true> {
   static PK_INLINE V expm1_nonpositive(V x) { return x.expm1(); }
   static PK_INLINE V reciprocal_1p(V v) { return V(1.) / (v + V(1.)); }
   static PK_INLINE V tanh(V x) { return x.tanh(); }
-  static PK_INLINE V gelu(V x, V& e, V& q) {
-    e = (x * x * V(-0.5)).exp();
-    q = (x.abs() * V(0.70710678118654752440)).erfc() * V(0.5);
-    return x * select_sign(x, q, V(1.) - q);
+  static PK_INLINE V gelu(V x) { return x * normal_cdf(x); }
+  static PK_INLINE V gelu_backward(V x, V g, V& y) {
+    const V cdf = normal_cdf(x), density = (x * x * V(-0.5)).exp() * V(0.39894228040143267794);
+    y = x * cdf;
+    return g * fmadd(x, density, cdf);
+  }
+
+ private:
+  static PK_INLINE V normal_cdf(V x) {
+    const V q = (x.abs() * V(0.70710678118654752440)).erfc() * V(0.5);
+    return select_sign(x, q, V(1.) - q);
   }
 };
 
