@@ -39,11 +39,17 @@ bool amx() {
   return found;
 }
 
-const AttentionKernels& kernels(Element element) {
+const AttentionKernels& vector_kernels() {
   TORCH_CHECK(isa() != Isa::kNone, "pykernels: ", isa_refusal());
-  if (isa() == Isa::kAvx2) return *attention_kernels_avx2();
-  return element == Element::kBFloat16 && amx() ? *attention_kernels_amx() : *attention_kernels_avx512();
+  return isa() == Isa::kAvx2 ? *attention_kernels_avx2() : *attention_kernels_avx512();
 }
+
+const AttentionKernels& kernels(Element element) {
+  return element == Element::kBFloat16 && amx() ? *attention_kernels_amx() : vector_kernels();
+}
+
+// Packed sequences of one query each are not worth a path of their own.
+bool one_query(const AttentionArgs& a) { return a.q_length == 1 && !a.q_ends; }
 
 Element element_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
@@ -258,7 +264,7 @@ void Call::take_masks(const OptionalTensor& bias_, const Masks& masks) {
                 "attention: key_padding_mask must be bool of shape (", args.batch, ", ", args.k_length, ")");
     seen = padding.unsqueeze(1).slice(2, 0, args.k_length).contiguous();
   }
-  if ((bias_ || masks.mask) && (wild(k) || wild(v))) {
+  if ((bias_ || masks.mask) && !one_query(args) && (wild(k) || wild(v))) {
     seen = seen.defined() ? seen.expand({args.batch, args.kv_heads, args.k_length}).clone(at::MemoryFormat::Contiguous)
                           : at::ones({args.batch, args.kv_heads, args.k_length}, k.options().dtype(at::kBool));
     const AttentionKernels& kernel = kernels(args.element);
@@ -289,6 +295,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& ke
   a.out = strided(out);
   a.lse = strided_lse(lse);
   a.lse_low = lse_low.mutable_data_ptr<float>();
+  if (one_query(a)) {
+    const AttentionKernels& kernel = vector_kernels();
+    const size_t bytes = kernel.decode_bytes(a);
+    at::parallel_for(0, a.batch * a.kv_heads, 1, [&](int64_t begin, int64_t end) {
+      void* const memory = scratch(bytes);
+      for (int64_t owner = begin; owner < end; ++owner)
+        kernel.decode(a, memory, owner / a.kv_heads, owner % a.kv_heads);
+    });
+    return {out, lse, lse_low};
+  }
   const AttentionKernels& kernel = kernels(a.element);
   const size_t bytes = kernel.forward_bytes(a);
   const int64_t blocks = (a.q_length + kernel.block_q - 1) / kernel.block_q, owners = a.batch * a.kv_heads;

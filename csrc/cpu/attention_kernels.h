@@ -64,6 +64,9 @@ struct AttentionKernels {
   void (*backward)(const AttentionArgs&, void* scratch, int64_t b, int64_t kv);
   // Clears the bytes of `seen` (k_length) of the keys that no query of the key head sees, for all masks together.
   void (*find_seen)(const AttentionArgs&, int64_t b, int64_t kv, uint8_t* seen);
+  // Forward of calls with one query, a key head at a time; null where the kernels of another set are better.
+  size_t (*decode_bytes)(const AttentionArgs&);
+  void (*decode)(const AttentionArgs&, void* scratch, int64_t b, int64_t kv);
 };
 
 const AttentionKernels* attention_kernels_avx2();

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops.attention import attention
+from ...ops.attention import attention, scaled_dot_product_attention
 from .masks import Pattern
 
 
@@ -52,6 +52,15 @@ def attention_forward(
         raise NotImplementedError(
             "attn_implementation='pykernels' does not serve paged caches; use a dynamic or static one"
         )
+    ends = kwargs.get("cu_seq_lens_q")
+    causal = False
+    if attention_mask is None:
+        causal = query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        if softcap is s_aux is position_bias is ends is None:  # most calls: the shortest way
+            plain: Tensor = scaled_dot_product_attention(
+                query, key, value, None, dropout, causal, scaling, True, backend=backend
+            )
+            return plain.transpose(1, 2).contiguous(), None
     options: dict[str, Any] = {
         "softcap": softcap,
         "sinks": s_aux,
@@ -60,7 +69,6 @@ def attention_forward(
         "backend": backend,
     }
     length = key.shape[2]
-    ends = kwargs.get("cu_seq_lens_q")
     if isinstance(attention_mask, Pattern):
         left, right, keys, options["key_padding_mask"], known = attention_mask
         ends = ends if known is None else known
@@ -70,8 +78,7 @@ def attention_forward(
             key, value = key[:, :, :keys], value[:, :, :keys]
         options |= {"causal": right == 0, "window": (left, -1 if right == 0 else right)}
     elif attention_mask is None:
-        given = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        options["causal"] = "top_left" if given and query.shape[2] > 1 else False
+        options["causal"] = "top_left" if causal else False
     else:
         mask = attention_mask if attention_mask.shape[-1] == length else attention_mask[..., :length]
         if mask.dtype != torch.bool:

@@ -66,7 +66,7 @@ def scaled_dot_product_attention(
         BackendError: the named backend cannot serve the call.
     """
     name = "scaled_dot_product_attention"
-    if attn_mask is None and dropout_p == 0 and _nothing_to_check(query, key, value):
+    if attn_mask is None and dropout_p == 0 and _nothing_to_check(query, key, value, enable_gqa):
         chosen = ROOM.resolve(name, backend, query)
         if chosen != "reference":
             used = default_scale(query) if scale is None else scale
@@ -123,18 +123,23 @@ def attention_and_weights(
     return _reference_and_weights(query, key, value, attn_mask, dropout_p, seed=drawn)
 
 
-def _nothing_to_check(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the arguments are as in most calls: four dimensions of one shape, one dtype and device, no autocast."""
+def _nothing_to_check(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Whether the arguments are as in most calls: four dimensions that fit as they are, one dtype and device, no
+    autocast."""
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor) and query.dim() == 4):
+        return False
+    shape, kv_shape = query.shape, key.shape
+    if shape != kv_shape:  # another length; or fewer heads
+        if key.dim() != 4 or shape[0] != kv_shape[0] or shape[3] != kv_shape[3]:
+            return False
+        if shape[1] != kv_shape[1] and not (enable_gqa and kv_shape[1] and shape[1] % kv_shape[1] == 0):
+            return False
     return (
-        isinstance(query, Tensor)
-        and isinstance(key, Tensor)
-        and isinstance(value, Tensor)
-        and query.dim() == 4
-        and query.shape == key.shape == value.shape
+        kv_shape == value.shape
         and query.dtype == key.dtype == value.dtype
         and query.dtype in _check.FLOATS
         and query.device == key.device == value.device
-        and query.shape[3] <= 256
+        and shape[3] <= 256
         and not (torch.is_autocast_enabled("cpu") if query.is_cpu else _autocast.enabled(query.device))
     )
 
