@@ -35,7 +35,7 @@ SUBJECTS = {
     "csrc/cuda/attention_dq.cu": ("attention_dq.cu", TILES),
     "csrc/cuda/attention_forward.cu": ("attention_forward.cu", TILES),
     "csrc/cuda/attention_head.h": ("attention_forward.cu", TILES),
-    "csrc/cuda/attention_products.h": ("attention_dq.cu", TILES),
+    "csrc/cuda/products.h": ("attention_dq.cu", TILES),
     "csrc/cuda/collectives.cu": ("collectives.cu", [COLLECTIVES, "-k", "ldmatrix or cp_async or grid_sync"]),
     "csrc/cuda/collectives_sm90.cu": ("collectives_sm90.cu", [COLLECTIVES, "-k", "wgmma or tma"]),
     "csrc/cuda/recurrent_forward.cu": ("recurrent_forward.cu", LOOPS),

@@ -7,7 +7,7 @@
 #include <stdexcept>
 
 #include "attention.h"
-#include "attention_products.h"
+#include "products.h"
 
 namespace pk {
 

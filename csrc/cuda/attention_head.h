@@ -9,7 +9,6 @@
 
 namespace pk {
 
-constexpr float kInfinity = __builtin_huge_valf();
 constexpr int kUnbounded = 0x7fffffff;
 
 struct Interval {

@@ -17,6 +17,7 @@ void bind_attention(py::module_&);
 void bind_collectives(py::module_&);
 void bind_embedding(py::module_&);
 void bind_recurrent(py::module_&);
+void bind_sampled_softmax(py::module_&);
 #if defined(PK_EMULATOR)
 void bind_emulator(py::module_&);  // csrc/emulator/emulator_bindings.cpp
 #endif
@@ -53,6 +54,7 @@ PYBIND11_MODULE(PK_MODULE, m) {
   pk::bind_collectives(m);
   pk::bind_embedding(m);
   pk::bind_recurrent(m);
+  pk::bind_sampled_softmax(m);
 #if defined(PK_EMULATOR)
   pk::bind_emulator(m);
 #endif

@@ -55,6 +55,7 @@ namespace pk {
 
 constexpr int kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
+constexpr float kInfinity = __builtin_huge_valf();
 
 template <class A, class B>
 __host__ __device__ constexpr std::common_type_t<A, B> ceil_div(A a, B b) {

@@ -70,6 +70,10 @@ class Extension:
             return None
         return f"{self.name} was built for {', '.join(built)}, this GPU is sm_{major}{minor}; {_REBUILD[self.name]}"
 
+    def multiprocessors(self, device: torch.device) -> int:
+        """Of the GPU. The emulator's are few, so that small cases have several parts and several turns in each."""
+        return 3 if self._emulated else torch.cuda.get_device_properties(device).multi_processor_count
+
     def call(self, launcher: str, *args: Any, reached: Sequence[torch.Tensor] = ()) -> None:
         """Runs a launcher on the current stream of the tensors' device.
 

@@ -7,13 +7,13 @@ strides are read in place, 16 bytes at a time where their rows allow it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _errors
 from ._extension import DTYPE_CODES, Extension
+from ._segment import Segments, adjacent, either, key_dtype, partial
 
 __all__ = [
     "dot_interaction_backward", "dot_interaction_forward",
@@ -144,35 +144,14 @@ def embedding_bag_backward_weights(
     return out
 
 
-class Segments(NamedTuple):
-    """Positions sorted by id.
-
-    Attributes:
-        keys: the ids, ascending; `rows` for entries that add to no row.
-        source: the row of dy of each entry; factor: what it is multiplied by; place: its place in its bag.
-        ranks: how many different ids come before each entry's, where the rows are to be adjacent.
-    """
-
-    rows: int
-    keys: Tensor
-    source: Tensor
-    factor: Tensor | None = None
-    place: Tensor | None = None
-    ranks: Tensor | None = None
-
-
-def _either(keys: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    return (keys, None) if keys.dtype == torch.int32 else (None, keys)
-
-
 def _sort(
     ext: Extension, bags: Bags, rows: int, padding: int, mode: str, scale: Tensor | None, dtype: torch.dtype,
     what: int = 0,
 ) -> Segments:  # fmt: skip
     n, device = bags.n if bags.count else 0, bags.ids.device
-    keys = torch.empty(n, dtype=torch.int32 if rows < 2**31 else torch.int64, device=device)  # half the sort's passes
+    keys = torch.empty(n, dtype=key_dtype(rows), device=device)
     ext.call(
-        "embedding_keys", bags.ids, bags.offsets, *_either(keys), bags.record(ext, what), what, bags.narrow,
+        "embedding_keys", bags.ids, bags.offsets, *either(keys), bags.record(ext, what), what, bags.narrow,
         bags.count, n, bags.last, rows, padding,
     )  # fmt: skip
     keys, order = torch.sort(keys, stable=True)
@@ -189,35 +168,15 @@ def _sort(
     return Segments(rows, keys, source, factor, place)
 
 
-def _chunk_length(n: int) -> int:
-    """Entries of a chunk: some 2000 chunks to fill a GPU, and of the longest run so few partial sums to add.
-
-    It must not depend on the device: the sums are grouped by it.
-    """
-    length = 32
-    while length < 1024 and length * 2048 < n:
-        length *= 2
-    return length
-
-
-def _partial(segments: Segments, cols: int) -> tuple[int, Tensor | None]:
-    """The length of a chunk, and room for what its runs leave to its neighbours."""
-    n = segments.keys.numel()
-    length = _chunk_length(n)
-    chunks = -(-n // length)
-    device = segments.keys.device
-    return length, torch.empty((chunks, 2, cols), dtype=torch.float32, device=device) if chunks > 1 else None
-
-
 def _sum_rows(
     ext: Extension, dy: Tensor, segments: Segments, out: Tensor, maxima: Tensor | None, by_frequency: bool
 ) -> None:
     cols = dy.shape[1]
-    length, partial = _partial(segments, cols)
+    length, left = partial(segments, cols)
     maxima = None if segments.place is None or maxima is None else maxima.contiguous()
     ext.call(
-        "embedding_sum_rows", *_either(segments.keys), segments.ranks, segments.source, segments.factor,
-        segments.place, maxima, dy, out, partial, segments.keys.numel(), segments.rows, cols, *dy.stride(), length,
+        "embedding_sum_rows", *either(segments.keys), segments.ranks, segments.source, segments.factor,
+        segments.place, maxima, dy, out, left, segments.keys.numel(), segments.rows, cols, *dy.stride(), length,
         by_frequency, dy.dtype,
     )  # fmt: skip
 
@@ -232,13 +191,9 @@ def _sparse(
     ext: Extension, dy: Tensor, segments: Segments, maxima: Tensor | None, by_frequency: bool
 ) -> tuple[Tensor, Tensor]:
     """The different ids, ascending, and their rows. Their number is a shape of the result, so it is read here."""
-    keys = segments.keys
-    begins = torch.ones_like(keys, dtype=torch.bool)
-    torch.ne(keys[1:], keys[:-1], out=begins[1:])
-    unique = keys[begins & (keys < segments.rows)].long()
+    segments, unique = adjacent(segments)
     values = dy.new_empty((unique.numel(), dy.shape[1]))
-    ranks = begins.cumsum(0, dtype=torch.int32).sub_(1)
-    _sum_rows(ext, dy, segments._replace(ranks=ranks), values, maxima, by_frequency)
+    _sum_rows(ext, dy, segments, values, maxima, by_frequency)
     return unique.unsqueeze(0), values
 
 
@@ -321,14 +276,14 @@ def embedding_update(
     lookup_or_mode = "lookup" if mode == "none" else mode
     segments = _sort(ext, bags, rows, padding_idx, lookup_or_mode, per_sample_weights, dy.dtype, what)
     dy = dy.reshape(bags.count, cols)
-    length, partial = _partial(segments, cols)
+    length, left = partial(segments, cols)
     maxima = None if segments.place is None or maxima is None else maxima.contiguous()
     scale2 = 1.0
     if rule == "adam":
         lr, scale2 = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
     ext.call(
-        "embedding_update", *_either(segments.keys), segments.source, segments.factor, segments.place, maxima, dy,
-        weight, state, second_state, seed, partial, segments.keys.numel(), rows, cols, *dy.stride(), weight.stride(0),
+        "embedding_update", *either(segments.keys), segments.source, segments.factor, segments.place, maxima, dy,
+        weight, state, second_state, seed, left, segments.keys.numel(), rows, cols, *dy.stride(), weight.stride(0),
         length, by_frequency, rule, lr, weight_decay, eps, 1 - beta1, beta2, 1 - beta2, scale2, weight.dtype,
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from ...functional import HuffmanTree
 from ..spec import Case, Input, OpSpec
 from ._sampled_steps import STEPS as STEPS
 
-_KERNELS = ("cpu", "triton")
+_KERNELS = ("cpu", "triton", "cuda", "emulator")
 _LONG = frozenset(("input", "weight", "inputs", "weights", "biases", "linear_weight", "linear_bias"))
 
 
