@@ -186,7 +186,7 @@ GOOD: dict[str, Any] = {
         ({"sampled_values": None, "num_sampled": V + 1}, ValueError, "'num_sampled' must be at most num_classes = 9"),
         ({"sampled_values": None, "num_sampled": -1}, ValueError, "'num_sampled'"),
         ({"reduction": "max"}, ValueError, "'reduction'"),
-        ({"backend": "emulator"}, pk.BackendError, "emulator"),
+        ({"backend": "cuda"}, pk.BackendError, "cuda"),
     ],
 )
 def test_errors(name: str, changed: dict[str, Any], error: type[Exception], text: str) -> None:
@@ -230,7 +230,7 @@ def test_tree_errors(counts: list[Any]) -> None:
         ({"target": torch.rand(B, V), "ignore_index": 0}, RuntimeError, "'ignore_index'"),
         ({"label_smoothing": 1.5}, ValueError, "'label_smoothing'"),
         ({"reduction": "max"}, ValueError, "'reduction'"),
-        ({"backend": "emulator"}, pk.BackendError, "emulator"),
+        ({"backend": "cuda"}, pk.BackendError, "cuda"),
     ],
 )
 def test_linear_errors(changed: dict[str, Any], error: type[Exception], text: str) -> None:

@@ -8,7 +8,14 @@ namespace {
 
 constexpr int kThreads = 128;
 
-__device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))); }
+// log(1 + exp(x)), with relative accuracy where exp(x) is small.
+template <bool PRECISE>
+__device__ __forceinline__ float softplus(float x) {
+  const float e = exponential<PRECISE>(-fabsf(x));
+  if constexpr (PRECISE) return fmaxf(x, 0.f) + log1pf(e);
+  const float series = e * (1.f - e * (0.5f - e * (0.33333334f - e * 0.25f)));
+  return fmaxf(x, 0.f) + (e < 0.0625f ? series : __logf(1.f + e));
+}
 
 // Over the four lanes that have a row.
 __device__ __forceinline__ float row_sum(float x) {
@@ -36,14 +43,14 @@ __global__ void __launch_bounds__(LogitTiles<T>::kThreads)
   float highest[2 * M], total[2 * M] = {}, own[2 * M] = {}, below[2 * M] = {}, weights = 0.f;  // the lane's shares
 #pragma unroll
   for (int r = 0; r < 2 * M; ++r) highest[r] = -kInfinity;
-  walk_tiles(a, raw, i0, begin, end, [&](int64_t j0, float (&z)[M][N / 8][4]) {
+  walk_tiles(a, raw, i0, begin, end, [&](int64_t j0, float (&z)[M][N / 8][4], const float (&factors)[N]) {
     if (a.logistic) {
 #pragma unroll
       for (int r = 0; r < 2 * M; ++r)
 #pragma unroll
         for (int n = 0; n < N / 8; ++n)
 #pragma unroll
-          for (int e = 0; e < 2; ++e) total[r] += softplus(z[r / 2][n][r % 2 * 2 + e]);
+          for (int e = 0; e < 2; ++e) total[r] += softplus<PRECISE>(z[r / 2][n][r % 2 * 2 + e]);
       return;
     }
     float seen = 0.f;
@@ -62,18 +69,19 @@ __global__ void __launch_bounds__(LogitTiles<T>::kThreads)
         for (int e = 0; e < 2; ++e) sum += exponential<PRECISE>(z[r / 2][n][r % 2 * 2 + e] - base);
       total[r] = total[r] * exponential<PRECISE>(highest[r] - base) + sum;
       if (all) {
-        const int64_t row = first_row + row_of(r), target = row < a.rows ? a.labels[row] : -1;
+        const int64_t row = first_row + row_of(r), target = row < a.rows ? a.labels[row] - j0 : -1;
+        const int place = target < N ? static_cast<int>(target) : -1;
         if (smooth && weights != 0.f) below[r] += weights * (highest[r] - base);
         seen = 0.f;
 #pragma unroll
         for (int n = 0; n < N / 8; ++n)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const int64_t j = j0 + column_of(n, e);
+            const int c = column_of(n, e);
             const float logit = z[r / 2][n][r % 2 * 2 + e];
-            if (j == target) own[r] += logit;
-            if (!smooth || j >= end) continue;
-            const float factor = a.factors ? a.factors[j] : 1.f;
+            if (c == place) own[r] += logit;
+            if (!smooth) continue;
+            const float factor = factors[c];
             if (factor != 0.f) below[r] += factor * (logit - base);
             seen += factor;
           }
@@ -108,7 +116,7 @@ struct Slopes {
 
 // dz_j = scale p_j - own [j is the target] - even c_j
 struct RowFactors {
-  float highest, over_sum, scale, own, even;
+  float highest, sum, scale, own, even;
   int64_t target;
 };
 
@@ -119,7 +127,7 @@ __device__ __forceinline__ RowFactors row_factors(const Logits<T>& a, const Slop
   float g = s.dloss[row];
   f.highest = s.statistics[row * s.statistics_row];
   const float total = s.statistics[row * s.statistics_row + 1];
-  f.over_sum = total;
+  f.sum = total;
   f.scale = g;
   if (a.ids.data) return f;
   f.target = a.labels[row];
@@ -150,31 +158,36 @@ __global__ void __launch_bounds__(LogitTiles<T>::kThreads) logits_bwd_kernel(con
   const int first = static_cast<int>(threadIdx.x) / kWarp * 16 * M;
   if (threadIdx.x < C::kRows) factors[threadIdx.x] = row_factors(a, s, i0 + threadIdx.x);
   // ready() below has the barrier
-  walk_tiles(a, raw, i0, begin, begin + N < end ? begin + N : end, [&](int64_t j0, float (&z)[M][N / 8][4]) {
+  walk_tiles(a, raw, i0, begin, begin + N < end ? begin + N : end,
+             [&](int64_t j0, float (&z)[M][N / 8][4], const float (&weights)[N]) {
+               const int here = static_cast<int>(end - j0 < N ? end - j0 : N);
+               const int dz_here = static_cast<int>(s.dz_row - (j0 - s.begin) < N ? s.dz_row - (j0 - s.begin) : N);
 #pragma unroll
-    for (int r = 0; r < 2 * M; ++r) {
-      const RowFactors f = factors[first + row_of(r)];
-      const int64_t row = i0 + first + row_of(r);
+               for (int r = 0; r < 2 * M; ++r) {
+                 const RowFactors f = factors[first + row_of(r)];
+                 const int64_t row = i0 + first + row_of(r), target = f.target - j0;
+                 const int place = target < N ? static_cast<int>(target) : -1;
+                 const bool exists = row < a.rows;
+                 D* const dz = s.dz && exists ? static_cast<D*>(s.dz) + row * s.dz_row + (j0 - s.begin) : nullptr;
+                 D* const transposed = s.transposed && row < s.transposed_row
+                                           ? static_cast<D*>(s.transposed) + (j0 - s.begin) * s.transposed_row + row
+                                           : nullptr;
 #pragma unroll
-      for (int n = 0; n < N / 8; ++n)
+                 for (int n = 0; n < N / 8; ++n)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int64_t j = j0 + column_of(n, e), place = j - s.begin;
-          float& x = z[r / 2][n][r % 2 * 2 + e];
-          if (a.logistic)
-            x = f.scale * sigmoid<PRECISE>(x);
-          else
-            x = f.scale * quotient(exponential<PRECISE>(x - f.highest), f.over_sum);
-          if (j == f.target) x -= f.own;
-          if (f.even != 0.f && j < end) x -= f.even * (a.factors ? a.factors[j] : 1.f);
-          if (row >= a.rows || j >= end) x = 0.f;
-          if (s.dz && row < a.rows && place < s.dz_row)
-            static_cast<D*>(s.dz)[row * s.dz_row + place] = from_float<D>(x);
-          if (s.transposed && j < end && row < s.transposed_row)
-            static_cast<D*>(s.transposed)[place * s.transposed_row + row] = from_float<D>(x);
-        }
-    }
-  });
+                   for (int e = 0; e < 2; ++e) {
+                     const int c = column_of(n, e);
+                     const float logit = z[r / 2][n][r % 2 * 2 + e];
+                     const float power = exponential<PRECISE>(a.logistic ? -logit : logit - f.highest);
+                     float x = f.scale * quotient(a.logistic ? 1.f : power, a.logistic ? 1.f + power : f.sum);
+                     if (c == place) x -= f.own;
+                     if (f.even != 0.f) x -= f.even * weights[c];
+                     if (!exists || c >= here) x = 0.f;
+                     if (dz && c < dz_here) dz[c] = from_float<D>(x);
+                     if (transposed && c < here) transposed[c * s.transposed_row] = from_float<D>(x);
+                   }
+               }
+             });
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -188,7 +201,7 @@ __global__ void __launch_bounds__(kThreads)
   const float share = 1.f / static_cast<float>(count);
   if (logistic) {
     float sum = 0.f, own = 0.f;
-    for (int64_t t = 0; t < count; ++t) own += softplus(of_row[2 + t]) - of_row[2 + t] * share;
+    for (int64_t t = 0; t < count; ++t) own += softplus<true>(of_row[2 + t]) - of_row[2 + t] * share;
     for (int64_t p = 0; p < parts; ++p) sum += of_parts[p * apart + rows];
     loss[row] = own + sum;
     of_row[0] = of_row[1] = 0.f;

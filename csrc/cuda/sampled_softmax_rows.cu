@@ -79,21 +79,17 @@ class OwnRow {
     cp_async_wait<0>();
   }
 
-  // What this lane has of class u of a group that arrived in `stage`.
-  __device__ __forceinline__ void read(int stage, int group, int u, int chunk, float (&w)[kOwn]) const {
+  // What this lane has of class u of the group that arrived in `stage`.
+  __device__ __forceinline__ void read(int stage, int u, float (&w)[kOwn]) const {
     constexpr int N = Vec16<T>::N;
 #pragma unroll
     for (int p = 0; p < kParts<T>; ++p) {
 #pragma unroll
       for (int i = 0; i < N; ++i) w[p * N + i] = 0.f;
       if (p >= g.parts) continue;
-      if (g.weight_vectors) {
-        const auto v = load_vec(reinterpret_cast<const T*>(raw_ + slot(stage, u, p)));
+      const auto v = load_vec(reinterpret_cast<const T*>(raw_ + slot(stage, u, p)));
 #pragma unroll
-        for (int i = 0; i < N; ++i) w[p * N + i] = to_float(v.v[i]);
-      } else if (const int64_t c = id(group * kGroup + u); c >= 0) {
-        load_elements(g.weight + c * g.weight_row, g.weight_col, col(chunk, p), w + p * N);
-      }
+      for (int i = 0; i < N; ++i) w[p * N + i] = to_float(v.v[i]);
     }
   }
   __device__ __forceinline__ void read_x(int chunk, float (&x)[kOwn]) const {
@@ -105,7 +101,9 @@ class OwnRow {
       for (int i = 0; i < N; ++i) x[p * N + i] = 0.f;
       if (!live || p >= g.parts) continue;
       if (!g.x_vectors) {
-        load_elements(g.x + row * g.x_row, g.x_col, c, x + p * N);
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+          if (c + i < g.cols) x[p * N + i] = to_float(g.x[row * g.x_row + (c + i) * g.x_col]);
       } else if (c < g.cols) {
         const auto v = load_vec(g.x + row * g.x_row + c);
 #pragma unroll
@@ -139,20 +137,23 @@ class OwnRow {
     return (((stage * kGroup + u) * g.parts + part) * kThreads + static_cast<int>(threadIdx.x)) * 16;
   }
   __device__ __forceinline__ void fetch(int group, int chunk, int stage) const {
-    if (!g.weight_vectors) return;
-#pragma unroll
+#pragma unroll 1
     for (int u = 0; u < kGroup; ++u) {
       const int64_t c = id(group * kGroup + u);
       for (int p = 0; p < g.parts; ++p) {
         const int64_t at = col(chunk, p);
         const bool wanted = c >= 0 && at < g.cols;
-        cp_async16(smem_addr(raw_ + slot(stage, u, p)), wanted ? g.weight + c * g.weight_row + at : g.weight, wanted);
+        const T* const from = wanted ? g.weight + c * g.weight_row + at * g.weight_col : g.weight;
+        unsigned char* const to = raw_ + slot(stage, u, p);
+        if (g.weight_vectors) {
+          cp_async16(smem_addr(to), from, wanted);
+          continue;
+        }
+#pragma unroll 1
+        for (int i = 0; i < Vec16<T>::N; ++i)
+          reinterpret_cast<T*>(to)[i] = wanted && at + i < g.cols ? from[i * g.weight_col] : from_float<T>(0.f);
       }
     }
-  }
-  __device__ __forceinline__ void load_elements(const T* from, int64_t step, int64_t first, float* to) const {
-#pragma unroll
-    for (int i = 0; i < Vec16<T>::N; ++i) to[i] = first + i < g.cols ? to_float(from[(first + i) * step]) : 0.f;
   }
 
   unsigned char* raw_;
@@ -160,7 +161,7 @@ class OwnRow {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) sampled_rows_kernel(const Gather<T> g) {
+__global__ void __launch_bounds__(kThreads) own_classes_kernel(const Gather<T> g) {
   PK_DYN_SHARED(raw);
   OwnRow<T> own(g, raw);
   const int chunks = g.chunks(), groups = g.groups();
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(kThreads) sampled_rows_kernel(const Gather<T> 
 #pragma unroll
       for (int u = 0; u < kGroup; ++u) {
         float w[kOwn], dot = 0.f;
-        own.read(stage, group, u, chunk, w);
+        own.read(stage, u, w);
 #pragma unroll
         for (int i = 0; i < kOwn; ++i) dot = fmaf(x[i], w[i], dot);
         z[u] = chunk == 0 ? dot : z[u] + dot;
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(kThreads) sampled_rows_kernel(const Gather<T> 
 #pragma unroll
       for (int u = 0; u < kGroup; ++u) {
         float w[kOwn];
-        own.read(stage, group, u, chunk, w);
+        own.read(stage, u, w);
 #pragma unroll
         for (int i = 0; i < kOwn; ++i) unit[i] = fmaf(z[u], w[i], unit[i]);
       }
@@ -224,7 +225,7 @@ __global__ void __launch_bounds__(kThreads) sampled_rows_kernel(const Gather<T> 
       const int k = group * kGroup + u;
       const float factor = own.id(k) >= 0 ? g.coefficient[first + k] : 0.f;
       float w[kOwn];
-      own.read(stage, group, u, chunk, w);
+      own.read(stage, u, w);
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) unit[i] = fmaf(factor, w[i], unit[i]);
     }
@@ -243,7 +244,7 @@ void launch_rows_of(Gather<T> g, void* stream) {
   const int64_t parts = ceil_div(vectors, int64_t{1} << g.bits);
   g.parts = parts < kParts<T> ? (parts > 1 ? static_cast<int>(parts) : 1) : kParts<T>;
   const size_t shared = size_t{16} * kThreads * kStages * kGroup * static_cast<size_t>(g.parts);
-  launch(sampled_rows_kernel<T>, static_cast<unsigned>(ceil_div(g.rows, int64_t{kThreads >> g.bits})), kThreads, shared,
+  launch(own_classes_kernel<T>, static_cast<unsigned>(ceil_div(g.rows, int64_t{kThreads >> g.bits})), kThreads, shared,
          stream, g);
 }
 

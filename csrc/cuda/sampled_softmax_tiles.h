@@ -38,22 +38,24 @@ __device__ __forceinline__ void gather_tile(Shared tile, const Matrix<T>& from, 
   static_assert(THREADS % UNITS == 0 && ROWS % STEP == 0);
   const int r0 = static_cast<int>(threadIdx.x) / UNITS, unit = static_cast<int>(threadIdx.x) % UNITS;
   const int64_t col = first + unit * kUnit<T>;
-#pragma unroll
+  if (from.vectors) {
+#pragma unroll 2
+    for (int i = 0; i < ROWS; i += STEP) {
+      const int64_t which = row(r0 + i);
+      const bool wanted = which >= 0 && col < from.cols;
+      cp_async16(tile.address + static_cast<uint32_t>(at<T, D>(r0 + i, unit)),
+                 wanted ? from.data + which * from.row + col : from.data, wanted);
+    }
+    return;
+  }
+#pragma unroll 1
   for (int i = 0; i < ROWS; i += STEP) {
     const int64_t which = row(r0 + i);
-    const bool wanted = which >= 0 && col < from.cols;
-    const int at_byte = at<T, D>(r0 + i, unit);
-    if (from.vectors) {
-      cp_async16(tile.address + static_cast<uint32_t>(at_byte), wanted ? from.data + which * from.row + col : from.data,
-                 wanted);
-    } else {
-      Vec16<T> v;
-#pragma unroll
-      for (int j = 0; j < kUnit<T>; ++j)
-        v.v[j] =
-            wanted && col + j < from.cols ? from.data[which * from.row + (col + j) * from.col] : from_float<T>(0.f);
-      store_vec(reinterpret_cast<T*>(tile.bytes + at_byte), v);
-    }
+    T* const to = reinterpret_cast<T*>(tile.bytes + at<T, D>(r0 + i, unit));
+#pragma unroll 1
+    for (int j = 0; j < kUnit<T>; ++j)
+      to[j] =
+          which >= 0 && col + j < from.cols ? from.data[which * from.row + (col + j) * from.col] : from_float<T>(0.f);
   }
 }
 
@@ -84,7 +86,8 @@ __device__ __forceinline__ int row_of(int i) {
 // And which class of its tile: pair n of 8, element e of two.
 __device__ __forceinline__ int column_of(int n, int e) { return 8 * n + static_cast<int>(threadIdx.x) % 4 * 2 + e; }
 
-// f(first class, acc) for each tile of the classes [begin, end), with the logits in acc; -inf where there is none.
+// f(first class, acc, weights) for each tile of the classes [begin, end), with the logits in acc, -inf where there is
+// none, and the tile's class weights, 0 there.
 template <class T, class F>
 __device__ __forceinline__ void walk_tiles(const Logits<T>& a, unsigned char* raw, int64_t i0, int64_t begin,
                                            int64_t end, F f) {
@@ -92,6 +95,7 @@ __device__ __forceinline__ void walk_tiles(const Logits<T>& a, unsigned char* ra
   constexpr int M = C::M, N = C::kClasses;
   PK_SHARED(int64_t, tile_ids, [N]);
   PK_SHARED(float, tile_offsets, [N]);
+  PK_SHARED(float, tile_weights, [N]);
   const Shared slots{smem_addr(raw), raw};
   const int warp = static_cast<int>(threadIdx.x) / kWarp, own = 16 * M * warp;
   const int chunks = max(1, static_cast<int>(ceil_div(a.x.cols, int64_t{C::kColumns})));
@@ -143,6 +147,7 @@ __device__ __forceinline__ void walk_tiles(const Logits<T>& a, unsigned char* ra
       if (id >= 0 && a.log) offset -= a.log[j0 + threadIdx.x];
       tile_ids[threadIdx.x] = id;
       tile_offsets[threadIdx.x] = offset;
+      tile_weights[threadIdx.x] = id < 0 ? 0.f : a.factors ? a.factors[id] : 1.f;
     }
     __syncthreads();
 #pragma unroll
@@ -173,7 +178,7 @@ __device__ __forceinline__ void walk_tiles(const Logits<T>& a, unsigned char* ra
         }
       }
     }
-    f(j0, acc);
+    f(j0, acc, tile_weights);
     j0 += N;
   }
   cp_async_wait<0>();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ CHUNK = 64 << 20  #: bytes that the gradient of a chunk's logits may take, and a
 PLANES = 5  #: csrc/cuda/sampled_softmax.h
 
 
-class Shared(NamedTuple):
+@dataclass(frozen=True)
+class Shared:
     """The classes of one call.
 
     Attributes:
@@ -98,7 +100,8 @@ def _product(ext: Extension, a: Tensor, depth: int, b: Tensor, ids: Tensor | Non
     """out (parts, m, n): the shares that parts of the depth have in a @ b, or a @ b[ids]."""
     parts, m, n = out.shape
     step = 64 if a.dtype == torch.bfloat16 else 32
-    length = -(-(-(-depth // step)) // parts) * step
+    turns = -(-depth // step)
+    length = -(-turns // parts) * step
     ext.call(
         "sampled_softmax_product", a, b, ids, out, narrow(ids), m, n, depth, b.shape[0], a.stride(0), *b.stride(),
         length, parts, out.dtype == torch.float32, add, exact(b), b.dtype,
@@ -113,7 +116,7 @@ def _parts_of_product(ext: Extension, m: int, n: int, depth: int, like: Tensor) 
 
 def _multiply(ext: Extension, a: Tensor, depth: int, b: Tensor, out: Tensor) -> None:
     """out (m, n) = a @ b"""
-    parts = _parts_of_product(ext, *out.shape, depth, b)
+    parts = _parts_of_product(ext, out.shape[0], out.shape[1], depth, b)
     if parts == 1:
         _product(ext, a, depth, b, None, out.unsqueeze(0), False)
         return

@@ -301,9 +301,7 @@ def linear_rows_backward(
     dbias = input.new_zeros(weight.shape[0]) if needs_bias else None
     if input.shape[0]:
         shared, total = _all_classes(input, weight, bias, target, class_weight, label_smoothing != 0)
-        slopes = Slopes(
-            dloss.contiguous(), statistics.contiguous(), total, ignore_index, label_smoothing, z_loss
-        )
+        slopes = Slopes(dloss.contiguous(), statistics.contiguous(), total, ignore_index, label_smoothing, z_loss)
         dinput, dbias = tiles.backward(ext, shared, slopes, (output_mask[0], output_mask[1], needs_bias), dweight)
     found = (dinput, dweight, dbias)
     return tuple(input.new_empty(0) if x is None else x.to(input.dtype) for x in found)  # type: ignore[return-value]

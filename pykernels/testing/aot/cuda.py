@@ -31,6 +31,10 @@ RULES: dict[str, Rules] = {
     r"segment_kernel<\w+, [48], 1,": Rules(vector=True, occupancy=0.18, barriers=0),
     r"segment_kernel<\w+, [48], [24],": Rules(vector=True, occupancy=0.12, barriers=0),
     r"segment_kernel<": Rules(barriers=0),
+    # A lane copies what it will read itself: eight rows in flight without a barrier, 32 to 64 KiB of them a block.
+    r"own_classes_kernel<": Rules(barriers=0, occupancy=0.25),
+    # mma.sync on every target. By their registers two blocks share a multiprocessor.
+    r"(logits_fwd|logits_bwd|product)_kernel<": Rules(warp_mma=True, blocks=2),
 }
 
 _THREADS = re.compile(r"\.entry\s+(\w+)\s*\((?:[^)]*)\)\s*((?:\.\w+[^\n{]*\n)*)")
