@@ -180,7 +180,7 @@ def test_kernels_reset_as_the_reference_does(name: str, layout: str) -> None:
 
 @pytest.mark.parametrize("name", MODES)
 def test_options_together_with_gradients(name: str) -> None:
-    """gradcheck of everything at once, and the kernels' share of it where there are kernels for it."""
+    """gradcheck of everything at once."""
     torch.manual_seed(0)
     gated = GATES[name] * H
     extra = (3 * H, gated, gated, H, H) if name == "lstm" else (gated, gated)
@@ -195,8 +195,6 @@ def test_options_together_with_gradients(name: str) -> None:
         return tensors(getattr(pk.functional, name)(x, given, rest[-len(weights) :], **options))
 
     assert torch.autograd.gradcheck(call, (x, *tensors(hx), *weights), fast_mode=True)
-    refused = pk.explain(getattr(pk.functional, name), x.float(), None, [w.float() for w in weights], **options).refused
-    assert "layer_norm" in refused["cpu"] and "zoneout" in refused["cpu"]
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
@@ -300,7 +298,6 @@ X, FLAT = torch.randn(T, B, I), [w.detach().float() for w in flat("lstm")]
         ({"recurrent_dropout": 1.5}, RuntimeError, "'recurrent_dropout'"),
         ({"proj_size": -1}, ValueError, "'proj_size'"),
         ({"lengths": torch.tensor([1, -1, 1, 1])}, IndexError, r"lengths\[1\] is -1"),
-        ({"zoneout": 0.1, "backend": "cpu"}, pk.BackendError, "zoneout"),
         ({"seed": "a", "zoneout": 0.1, "training": True}, TypeError, "seed"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 _BUILD = import_module(".._cpu_ext", __package__).build_info()
 
 _REFUSAL: str = _BUILD["isa_refusal"]
-_SERVED = frozenset(("proj_size", "peephole"))
+_SERVED = frozenset(("proj_size", "peephole", "layer_norm", "zoneout"))
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ... import reference
 from ..._backends import is_compiling
-from ...reference.recurrent import dropped, extra_names, unflatten
+from ...reference.recurrent import extra_names, unflatten
 from ._arguments import call_seed, sequence_arguments
 from ._functions import ROOM, Mode, run_layer
 from ._layout import Order
+from ._rows import Mode as RowsMode
+from ._rows import drop, run_rows
 
 __all__ = ["gru", "lstm", "rnn"]
 
@@ -212,6 +214,12 @@ def _features(options: dict[str, Any]) -> tuple[str, ...]:
     return found
 
 
+def _zones(options: dict[str, Any]) -> tuple[float, float]:
+    """Zoneout of h and c."""
+    h, *c = options["zoneout"] if isinstance(options["zoneout"], (tuple, list)) else (options["zoneout"],) * 2
+    return float(h), float(c[0])
+
+
 def _run(
     mode: str,
     backend: str,
@@ -225,7 +233,9 @@ def _run(
     layers, directions = options["num_layers"], 2 if options["bidirectional"] else 1
     batch_sizes = options["batch_sizes"]
     each = len(weights) // (layers * directions)
-    extra = extra_names(mode, options["proj_size"] > 0, options["peephole"], False)
+    extra = extra_names(mode, options["proj_size"] > 0, options["peephole"], options["layer_norm"])
+    zones = _zones(options)
+    by_rows = options["layer_norm"] or any(zones)
     swap = options["batch_first"]
     given = input.transpose(0, 1) if swap else input
     shape = given.shape[:-1]
@@ -248,18 +258,26 @@ def _run(
             k = layer * directions + direction
             w = unflatten(weights[k * each : (k + 1) * each], extra)
             if connect > 0 and seed is not None:
-                w = w._replace(w_hh=dropped(w.w_hh, seed, 1, k, connect))
+                w = w._replace(w_hh=drop(backend, w.w_hh, seed, 1, k, w.w_hh.shape[0], connect))
             states = tuple([s.select(0, k) for s in hx])
             if order is not None:
                 states = tuple(order.initial(s, direction) for s in states)
-            tensors = (x, w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr, w.peephole, batch_sizes)
-            result, *final = run_layer(Mode(mode, backend, direction == 1, options["recompute"]), tensors, states)
+            if by_rows:
+                count = k * shape.numel()
+                firsts = (count * w.w_hh.shape[1], count * states[-1].shape[1])
+                loop = RowsMode(mode, x.dtype, zones, firsts, options["training"], direction == 1)
+                given = (batch_sizes, seed, None if order is None else order.tokens)
+                result, *final = run_rows(backend, loop, options["recompute"], x, w, states, *given)
+            else:
+                tensors = (x, w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr, w.peephole, batch_sizes)
+                result, *final = run_layer(Mode(mode, backend, direction == 1, options["recompute"]), tensors, states)
             outputs.append(result)
             finals.append(tuple(final) if order is None else tuple(order.final(s, direction) for s in final))
         x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
         if between > 0 and layer < layers - 1:
             assert seed is not None
-            x = _dropped(x, seed, layer, between, shape.numel(), order)
+            places = None if order is None else order.tokens
+            x = drop(backend, x, seed, 0, layer, shape.numel(), between, places)
     if len(finals) == 1:
         final_states = tuple([s.unsqueeze(0) for s in finals[0]])
     else:
@@ -283,11 +301,3 @@ def _order(options: dict[str, Any], input: Tensor) -> Order | None:
     if resets is not None and options["batch_first"]:
         resets = resets.transpose(0, 1)
     return Order(lengths, steps, resets=resets)
-
-
-def _dropped(x: Tensor, seed: Tensor, layer: int, p: float, tokens: int, order: Order | None) -> Tensor:
-    """Dropout between layers; the mask is addressed by the element's place in the layout that was given."""
-    if order is None:
-        return dropped(x, seed, 0, layer, p)
-    keep = reference.recurrent.keep(seed, 0, layer, (tokens, x.shape[1]), p, x.device).index_select(0, order.tokens)
-    return torch.where(keep, x * (1 / (1 - p) if p < 1 else 0.0), 0)

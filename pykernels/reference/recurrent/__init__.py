@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._step import GATES, State, Step, Weights, dropped, extra_names, keep, prepare, unflatten, wide
+from ._step import GATES, State, Step, Weights, dropped, extra_names, keep, prepare, stepper, unflatten, wide
+from ._step import kept_at as kept_at
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_relu_cell", "rnn_tanh_cell"]
 
@@ -289,30 +291,54 @@ def layer(
     return tuple(part.to(input.dtype) for part in (output, *final))
 
 
-def _zone(
-    options: Options, k: int, tokens: torch.Size, state: State, sizes: list[int] | None, dtype: torch.dtype
-) -> Zone | None:
-    """Zoneout of layer and direction k, whose tokens are (T, B) or, packed, (N,)."""
-    zones = options.zones(len(state))
+def rows(
+    mode: str, gates: Tensor, state: State, weights: Weights, batch_sizes: Tensor | None, zone: Zone | None,
+    reverse: bool, dtype: torch.dtype,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The time loop of one layer in one direction over packed tokens, from the gates of the input (N, G) with their
+    biases: (output, *final states), all wide; h is rounded to `dtype`. Of `weights`, also wide, those of the state."""
+    step = stepper(mode, dtype, weights)
+    if batch_sizes is not None:
+        sizes = [n for n in batch_sizes.tolist() if n]
+        output, final = _scan_packed(step, gates[: sum(sizes)], state, sizes, None, zone, reverse)
+        return torch.nn.functional.pad(output, (0, 0, 0, gates.shape[0] - output.shape[0])), *final
+    batch = state[0].shape[0]
+    steps = gates.shape[0] // batch if batch else 0
+    output, final = _scan(step, gates.reshape(steps, batch, gates.shape[1]), state, None, None, zone, reverse)
+    return output.reshape(gates.shape[0], state[0].shape[1]), *final
+
+
+def zone_of(zones: Sequence[float], training: bool, masks: Sequence[Tensor | None], dtype: torch.dtype) -> Zone | None:
+    """Zoneout with a probability for each state; in training masks[i][t] are the new elements of state i at step t."""
     if not any(zones):
         return None
-    if not options.training:
+    if not training:
 
         def blend(t: int, before: State, after: State) -> State:
             h, *c = (z * b + (1 - z) * a for z, b, a in zip(zones, before, after, strict=True))
             return h.to(dtype).to(h.dtype), *c
 
         return blend
-    assert options.seed is not None
-    masks = []
-    for i, (z, s) in enumerate(zip(zones, state, strict=True)):
-        mask = keep(options.seed, 2 + i, k, (*tokens, s.shape[1]), z, s.device)
-        masks.append(mask.unbind(0) if sizes is None else mask.split(sizes))
 
     def choose(t: int, before: State, after: State) -> State:
-        return tuple(torch.where(m[t], a, b) for m, a, b in zip(masks, after, before, strict=True))
+        pairs = zip(masks, after, before, strict=True)
+        return tuple(a if m is None else torch.where(m[t], a, b) for m, a, b in pairs)
 
     return choose
+
+
+def _zone(
+    options: Options, k: int, tokens: torch.Size, state: State, sizes: list[int] | None, dtype: torch.dtype
+) -> Zone | None:
+    """Zoneout of layer and direction k, whose tokens are (T, B) or, packed, (N,)."""
+    zones = options.zones(len(state))
+    masks: list[Any] = [None] * len(state)
+    if options.training and any(zones):
+        assert options.seed is not None
+        for i, (z, s) in enumerate(zip(zones, state, strict=True)):
+            mask = keep(options.seed, 2 + i, k, (*tokens, s.shape[1]), z, s.device)
+            masks[i] = mask.unbind(0) if sizes is None else mask.split(sizes)
+    return zone_of(zones, options.training, masks, dtype)
 
 
 def _sequence(

@@ -66,9 +66,12 @@ def keep(seed: Tensor, use: int, index: int, shape: Sequence[int], p: float, dev
     recurrent dropout, 2 and 3: zoneout of h and c. Offsets count on from one tensor to the next.
     """
     count = math.prod(shape)
-    offsets = torch.arange(index * count, (index + 1) * count, device=device)
-    words = philox_words(seed.to(device) + _SHIFTS[use], offsets)
-    return (words >= round(p * 2.0**32)).reshape(tuple(shape))
+    return kept_at(seed, use, torch.arange(index * count, (index + 1) * count, device=device), p).reshape(tuple(shape))
+
+
+def kept_at(seed: Tensor, use: int, offsets: Tensor, p: float) -> Tensor:
+    """`keep` of the elements at these offsets."""
+    return philox_words(seed.to(offsets.device) + _SHIFTS[use], offsets) >= round(p * 2.0**32)
 
 
 def dropped(x: Tensor, seed: Tensor, use: int, index: int, p: float) -> Tensor:
@@ -102,13 +105,23 @@ def prepare(mode: str, input: Tensor, weights: Weights) -> tuple[Tensor, Step]:
     The GRU's b_hh stays inside the step: its n' is multiplied by r. Elsewhere both biases add up outside.
     """
     w = Weights(*(None if x is None else wide(x) for x in weights))  # type: ignore[arg-type]
-    w_hh, b_ih, b_hh = w.w_hh.mT, w.b_ih, w.b_hh
-    project = None if w.w_hr is None else w.w_hr.mT
+    b_ih, b_hh = w.b_ih, w.b_hh
     if mode != "gru":
         b_ih, b_hh = (b_hh if b_ih is None else b_ih if b_hh is None else b_ih + b_hh), None
+    step = stepper(mode, input.dtype, w._replace(b_hh=b_hh))
+    if w.norm_ih is None:
+        return linear(wide(input), w.w_ih, b_ih), step
+    gates = layer_norm(linear(wide(input), w.w_ih), w.norm_ih.shape, w.norm_ih, eps=EPS)
+    return gates if b_ih is None else gates + b_ih, step
+
+
+def stepper(mode: str, dtype: torch.dtype, w: Weights) -> Step:
+    """The function of one step: of w, which is wide, it reads what belongs to the state. h is rounded to `dtype`."""
+    w_hh, b_hh = w.w_hh.mT, w.b_hh
+    project = None if w.w_hr is None else w.w_hr.mT
 
     def rounded(h: Tensor) -> Tensor:
-        return h.to(input.dtype).to(h.dtype)
+        return h.to(dtype).to(h.dtype)
 
     def recurrent(h: Tensor, add: Tensor | None) -> Tensor:
         if w.norm_hh is None:
@@ -131,7 +144,4 @@ def prepare(mode: str, input: Tensor, weights: Weights) -> tuple[Tensor, Step]:
         return (rounded(gru_gates(gates, recurrent(h, b_hh), h)),)
 
     step: Step = {"lstm": lstm_step, "gru": gru_step}.get(mode, rnn_step)
-    if w.norm_ih is None:
-        return linear(wide(input), w.w_ih, b_ih), step
-    gates = layer_norm(linear(wide(input), w.w_ih), w.norm_ih.shape, w.norm_ih, eps=EPS)
-    return gates if b_ih is None else gates + b_ih, step
+    return step

@@ -14,6 +14,7 @@ from ..spec import Case, Input, OpSpec
 
 KERNELS = ("cpu", "triton", "cuda", "emulator")
 PROJECTED = KERNELS  # backends that serve projections and peepholes
+ROWS = ("cpu",)  # layer normalisation and zoneout
 
 _GATES = {"rnn": 1, "lstm": 4, "gru": 3}
 
@@ -115,6 +116,8 @@ def _case(
             shapes += [(gated, width * directions if layer else size), (gated, width)]
             shapes += [(gated,)] * 2 * bias + [(proj, hidden)] * (proj > 0)
             shapes += [(3 * hidden,)] * options.get("peephole", False)
+            if options.get("layer_norm"):
+                shapes += [(gated,)] * 2 + [(hidden,)] * (2 * (mode == "lstm"))
     inputs |= {f"w{i}": Input(s, scale=0.3) for i, s in enumerate(shapes)}
     return Case(label, inputs, options, dy)
 
@@ -188,6 +191,32 @@ def _projected() -> OpSpec:
     return OpSpec("lstm", "recurrent", cases, kernels=PROJECTED, long_sums=_LONG, wrap=_of_named_tensors)
 
 
+def _rows(mode: str) -> OpSpec:
+    """Layer normalisation and zoneout, in training (by a mask) and in evaluation (a blend)."""
+    norm: dict[str, Any] = {"layer_norm": True}
+    zone: dict[str, Any] = {"zoneout": 0.3, "seed": torch.tensor([0x1234_5678_9ABC_DEF])}
+    train: dict[str, Any] = {**zone, "training": True}
+    cases = [
+        # a row of one or two gates is normalised to its signs, whose gradients are all rounding
+        _case("sample", mode, 3, 3, 5, 3 if mode == "rnn" else 2, **norm, **train),
+        _case("norm", mode, 5, 3, 4, 33, **norm),
+        _case("norm-zoneout-deep", mode, 4, 3, 4, 6, bias=False, num_layers=2, bidirectional=True, **norm, **train),
+        _case("zoneout-off", mode, 5, 3, 4, 6, **zone),
+    ]
+    if mode == "lstm":
+        more: dict[str, Any] = {**train, "zoneout": (0.4, 0.2)}
+        cases.append(_case("norm-peephole", mode, 5, 17, 4, 20, peephole=True, **norm, **more))
+    return OpSpec(
+        mode,
+        "recurrent",
+        tuple(cases),
+        kernels=ROWS,
+        extra=frozenset(("seed",)),
+        long_sums=_LONG,
+        wrap=_of_named_tensors,
+    )
+
+
 def _sequence(mode: str) -> OpSpec:
     bench = tuple(_case(f"T{t}-B{b}-H{h}", mode, t, b, h, h) for t, b, h in _BENCH)
     peer = _torch_sequence(mode)
@@ -207,6 +236,9 @@ SPECS = (
     _sequence("lstm"),
     _sequence("gru"),
     _projected(),
+    _rows("rnn"),
+    _rows("lstm"),
+    _rows("gru"),
     OpSpec(
         "lstm",
         "recurrent",
