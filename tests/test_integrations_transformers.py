@@ -6,6 +6,7 @@ Small random configurations, nothing is downloaded. One group: importing Transfo
 from __future__ import annotations
 
 import importlib
+import pickle
 import sys
 from typing import Any
 
@@ -284,6 +285,7 @@ def test_masks_that_a_model_computes_with_stay_tensors(transformers: Any) -> Non
 def test_compiled_whole(transformers: Any) -> None:
     model = make(transformers, "llama")
     model.set_attn_implementation("pykernels")
+    pk.patch(model)
     given = batch("llama", "right")
     expected = model(**given).loss
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -312,3 +314,68 @@ def test_what_is_not_served_says_so(transformers: Any, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"needs transformers >= 5.0: pip install transformers"):
         pk.integrations.transformers.register()
+
+
+FUSED = {
+    "gpt2": "NewGELUActivation",
+    "bert": "GELUActivation",
+    "t5": "T5DenseGatedActDense",
+    "llama": "LlamaMLP",
+    "mistral": "MistralMLP",
+    "gemma2": "Gemma2MLP",
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_patched(transformers: Any, name: str) -> None:
+    """Feed-forward blocks, activations, embeddings and the attention of a whole model; then copied, and put back."""
+    given = batch(name, "left")
+    oracle, eager = (row_by_row(make(transformers, name, dtype), given) for dtype in (torch.float64, torch.float32))
+    model = make(transformers, name)
+    model.set_attn_implementation("sdpa" if name != "gemma2" else "pykernels")  # whose soft cap "sdpa" does not have
+    state = {key: id(x) for key, x in model.named_parameters()}
+    report = pk.patch(model)
+    fused = [entry for entry in report.entries if entry.kind == FUSED[name]]
+    assert len(fused) >= LAYERS and all(entry.status == "patched" for entry in fused), report
+    assert model.config._attn_implementation == "pykernels"
+    assert {key: id(x) for key, x in model.named_parameters()} == state
+    same(padded(model, given), oracle, eager)
+    again = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(again(**given).logits, model(**given).logits)
+    assert not pk.patch(model).patched
+    pk.unpatch(model)
+    assert not any("pykernels" in type(part).__module__ for part in model.modules())
+    assert model.config._attn_implementation == ("sdpa" if name != "gemma2" else "pykernels")
+
+
+def test_what_patch_leaves(transformers: Any) -> None:
+    model = make(transformers, "llama")
+    first, second = (layer.mlp for layer in model.model.layers)
+    first.act_fn.register_forward_hook(lambda *given: None)
+    second.act_fn = torch.nn.Hardswish()
+    left = pk.patch(model).left
+    assert "act_fn has hooks" in left["model.layers.0.mlp"]
+    assert "no gated kernel for its activation Hardswish" in left["model.layers.1.mlp"]
+    assert "chosen as 'eager'" in left[""]
+
+
+def test_a_block_is_told_by_what_it_computes(transformers: Any) -> None:
+    from pykernels.integrations.transformers.modules import rule_for
+
+    class Added(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
+
+    class Swapped(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+    class Chunks(torch.nn.Module):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            up_states = self.gate_up_proj(hidden_states)
+            gate, up_states = up_states.chunk(2, dim=0)
+            up_states = up_states * self.activation_fn(gate)
+            return self.down_proj(up_states)
+
+    assert [rule_for(kind) is None for kind in (Added, Swapped, Chunks, torch.nn.Module)] == [True] * 4
+    assert rule_for(transformers.models.llama.modeling_llama.LlamaMLP) is not None

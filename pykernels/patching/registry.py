@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,8 @@ class Rule:
 
 PROVIDERS: dict[str, str] = {"transformers": "pykernels.integrations.transformers"}
 """Top-level package -> the module of ours that knows its classes. It is imported when a model holds a module of that
-package for the first time, and its `patch_rules()` gives the rules (`Iterable[Rule]`). An ImportError out of it (the
+package for the first time, and its `patch_rules()` gives the rules (`Iterable[Rule]`); `rule_for(class)` gives those of
+classes that it knows only when it sees them, or None. An ImportError out of it (the
 package's version does not fit) is the reason, in one sentence, why the package's modules are left."""
 
 _rules: dict[type, Rule] = {}
@@ -79,6 +81,10 @@ def rule_for(kind: type) -> Rule | None:
     if package in PROVIDERS and package not in _provided:
         _provided[package] = _provide(package)
     rule = _rules.get(kind)
+    if rule is None and package in PROVIDERS and not _provided[package]:
+        rule = sys.modules[PROVIDERS[package]].rule_for(kind)
+        if rule is not None:
+            register(rule)
     if rule is None:
         above = (_rules.get(base) for base in kind.__mro__[1:])
         rule = next((r for r in above if r is not None and r.subclasses), None)

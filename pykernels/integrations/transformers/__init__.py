@@ -9,14 +9,17 @@ Transformers itself is imported by `register`, not before.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 __all__ = ["register"]
 
 OLDEST = (5, 0)
+NAME = "pykernels"
 
 
-def register(name: str = "pykernels", *, backend: str | None = None) -> None:
+def register(name: str = NAME, *, backend: str | None = None) -> None:
     """Makes `attn_implementation=name` known to Transformers: an attention function and the maker of its masks.
 
     Served are decoders, encoders and encoder-decoders, in training and in generation: grouped key heads, sliding
@@ -34,6 +37,32 @@ def register(name: str = "pykernels", *, backend: str | None = None) -> None:
     Raises:
         ImportError: Transformers is missing, or older than 5.0.
     """
+    _check()
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    from .attention import attention_forward
+    from .masks import make_mask
+
+    AttentionInterface.register(name, partial(attention_forward, backend=backend) if backend else attention_forward)
+    AttentionMaskInterface.register(name, make_mask)
+
+
+def patch_rules() -> Iterable[Any]:
+    """The rules of `pykernels.patch` for Transformers' classes; ImportError where the version does not fit."""
+    _check()
+    from . import modules
+
+    return modules.patch_rules()
+
+
+def rule_for(kind: type) -> Any:
+    """The rule of `pykernels.patch` for a class that `patch_rules` does not name, or None."""
+    from . import modules
+
+    return modules.rule_for(kind)
+
+
+def _check() -> None:
     try:
         import transformers
     except ImportError as error:
@@ -45,10 +74,3 @@ def register(name: str = "pykernels", *, backend: str | None = None) -> None:
             f"pykernels.integrations.transformers needs transformers >= 5.0, not {transformers.__version__}: "
             "pip install --upgrade transformers"
         )
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    from .attention import attention_forward
-    from .masks import make_mask
-
-    AttentionInterface.register(name, partial(attention_forward, backend=backend) if backend else attention_forward)
-    AttentionMaskInterface.register(name, make_mask)
