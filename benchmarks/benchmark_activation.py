@@ -32,7 +32,7 @@ def test_speed(benchmark: Any, row: tuple[OpSpec, Case, torch.dtype], direction:
     assert all(c.passed for c in check_case(spec, case, "auto", dtype, DEVICE)), "a wrong kernel has no speed"
     tensors = case.make(dtype, DEVICE)
     inputs = {name: x.requires_grad_(direction != "forward") for name, x in tensors.items()}
-    function = spec.function if provider == "pykernels" else spec.call_peer
+    function = spec.function if provider == "pykernels" else spec.call_timed_peer
 
     def call() -> None:
         out = function(**inputs, **case.options)

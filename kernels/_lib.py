@@ -315,6 +315,12 @@ def tanh_value(x, alpha, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def tanh_gradient(dy, x, alpha, PRECISE: tl.constexpr):
+    y = tanh(x, PRECISE)
+    return dy * (1.0 - y * y)
+
+
+@triton.jit
 def tanh_gradient_of_output(dy, y, alpha, PRECISE: tl.constexpr):
     return dy * (1.0 - y * y)
 

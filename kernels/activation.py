@@ -2,7 +2,8 @@
 
 Every kernel moves its bytes once, in 128-bit accesses for any length, with int64 offsets and float32 arithmetic.
 Tensors that are dense in any one memory format, or rows with unit inner stride (the halves of a fused projection), are
-read and written in place; what fits neither is copied first. Activations with a learnt parameter are in _parametric.py.
+read and written in place; what fits neither is copied first. Activations with a learnt parameter are in
+_parametric.py, fusion with bias and dropout in _fused.py.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _lib
+from ._fused import fused_backward, fused_forward
 from ._parametric import parametric_backward, parametric_forward
 
 __all__ = [
-    "gated_backward", "gated_forward", "glu_backward", "glu_forward", "parametric_backward", "parametric_forward",
-    "rrelu_backward", "rrelu_forward", "unary_", "unary_backward", "unary_forward", "unsupported",
+    "fused_backward", "fused_forward", "gated_backward", "gated_forward", "glu_backward", "glu_forward",
+    "parametric_backward", "parametric_forward", "rrelu_backward", "rrelu_forward", "unary_", "unary_backward",
+    "unary_forward", "unsupported",
 ]  # fmt: skip
 
 #: What a unary backward is given: the output for these, the input for all others.

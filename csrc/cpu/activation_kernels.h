@@ -74,6 +74,26 @@ struct RreluArgs {
   Output out{};
 };
 
+// activation(x + bias), or activation(x + bias) * (up + up_bias), then dropout. The flat index is that of the output,
+// row-major.
+struct FusedArgs {
+  Activation activation;
+  Dtype dtype;
+  double alpha;
+  bool gated;
+  int64_t cols;  // with a bias: its length (of each half)
+  double scale;  // 1 / (1 - p)
+  uint64_t seed;
+  int64_t threshold;  // an element is kept iff its word >= threshold; 0: no dropout
+  Input x{}, up{}, dy{};
+  Output dx{}, dup{};
+  Output out{};  // the result, in a backward too
+  const void *bias = nullptr, *up_bias = nullptr;
+  // Backward: the rows' sums of dx, and of dup, float (double for double), in the order of lanes: padded_row(cols)
+  // numbers each, set to zero before. Null: not wanted.
+  void *dbias = nullptr, *dup_bias = nullptr;
+};
+
 struct ActivationKernels {
   void (*unary_forward)(const UnaryArgs&, int64_t begin, int64_t end);
   void (*unary_backward)(const UnaryArgs&, int64_t begin, int64_t end);
@@ -86,6 +106,11 @@ struct ActivationKernels {
   // before.
   void (*parametric_backward_by_column)(const ParametricArgs&, int64_t begin, int64_t end);
   void (*rrelu)(const RreluArgs&, int64_t begin, int64_t end);
+  void (*fused_forward)(const FusedArgs&, int64_t begin, int64_t end);
+  // With dbias, begin and end are multiples of cols.
+  void (*fused_backward)(const FusedArgs&, int64_t begin, int64_t end);
+  // Sums in the order of lanes -> in the order of columns.
+  void (*fused_order)(Dtype dtype, void* sums, int64_t cols);
 };
 
 constexpr int64_t kSegment =

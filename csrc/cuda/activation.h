@@ -44,4 +44,21 @@ void parametric_backward(const void* dy, const void* x, const void* weight, void
                          int64_t x_outer, int64_t x_channel, int64_t dx_outer, int64_t dx_channel,
                          const std::string& activation, DType dtype, void* stream);
 
+// out[c] = sum of partial[p][c] over the parts p, in a fixed order.
+void sum_parts(const double* partial, void* out, int64_t parts, int64_t channels, DType dtype, void* stream);
+
+// y = activation(x + bias), or activation(x + bias) * (x' + bias') with the halves of x and of bias at gate_at and
+// up_at (0 and 0 where it is not gated); then 0 where the word of the element row * cols + col is below `threshold`,
+// and `scale` times that elsewhere.  threshold 0: no dropout.  cols: of y, which is contiguous.  bias may be null.
+void fused_forward(const void* x, const void* bias, const int64_t* seed, void* y, int64_t rows, int64_t cols,
+                   int64_t x_stride, bool gated, int64_t gate_at, int64_t up_at, const std::string& activation,
+                   float alpha, float scale, int64_t threshold, DType dtype, void* stream);
+// How many rows of doubles, as long as the bias, fused_backward needs as scratch.
+int64_t fused_parts(int64_t rows, int64_t cols, DType dtype);
+// dx, dbias or y, which is made again, may be null: not wanted.  partial: fused_parts() rows, with dbias only.
+void fused_backward(const void* dy, const void* x, const void* bias, const int64_t* seed, void* dx, void* dbias,
+                    void* y, double* partial, int64_t rows, int64_t cols, int64_t dy_stride, int64_t x_stride,
+                    int64_t dx_stride, bool gated, int64_t gate_at, int64_t up_at, const std::string& activation,
+                    float alpha, float scale, int64_t threshold, DType dtype, void* stream);
+
 }  // namespace pk

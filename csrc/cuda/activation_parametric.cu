@@ -217,6 +217,15 @@ bool rows_aligned(const void* p, int64_t outer_stride, int64_t channel_stride, c
 
 }  // namespace
 
+void sum_parts(const double* partial, void* out, int64_t parts, int64_t channels, DType dtype, void* stream) {
+  dispatch(dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    const int lane_bits = bits_for(channels, 5);
+    const auto blocks = static_cast<unsigned>(ceil_div(channels, int64_t{1} << lane_bits));
+    launch(sum_parts_kernel<T>, blocks, kThreads, 0, stream, partial, static_cast<T*>(out), parts, channels, lane_bits);
+  });
+}
+
 int64_t parametric_parts(int64_t outer, int64_t channels, int64_t inner, DType dtype) {
   return dtype == DType::f32 ? parts<float>(outer, channels, inner) : parts<fp16>(outer, channels, inner);
 }
@@ -255,11 +264,7 @@ void parametric_backward(const void* dy, const void* x, const void* weight, void
              static_cast<T*>(dx), dweight ? partial : nullptr, c, dy_outer, dy_channel, x_outer, x_channel, dx_outer,
              dx_channel);
     });
-    if (!dweight) return;
-    const int lane_bits = bits_for(channels, 5);
-    const auto blocks = static_cast<unsigned>(ceil_div(channels, int64_t{1} << lane_bits));
-    launch(sum_parts_kernel<T>, blocks, kThreads, 0, stream, partial, static_cast<T*>(dweight),
-           static_cast<int64_t>(c.row_parts) * c.col_parts, channels, lane_bits);
+    if (dweight) sum_parts(partial, dweight, static_cast<int64_t>(c.row_parts) * c.col_parts, channels, dtype, stream);
   });
 }
 

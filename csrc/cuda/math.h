@@ -100,6 +100,10 @@ struct Tanh {
   static __device__ __forceinline__ float value(float x, float) {
     return hyperbolic_tangent<P>(x);
   }
+  template <bool P>
+  static __device__ __forceinline__ float gradient(float dy, float x, float) {
+    return gradient_of_output(dy, hyperbolic_tangent<P>(x));
+  }
   static __device__ __forceinline__ float gradient_of_output(float dy, float y) { return dy * (1.f - y * y); }
 };
 

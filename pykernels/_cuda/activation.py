@@ -13,10 +13,12 @@ from torch import Tensor
 
 from . import _layout
 from ._extension import DTYPE_CODES, Extension
+from ._fused import fused_backward, fused_forward
 
 __all__ = [
-    "gated_backward", "gated_forward", "glu_backward", "glu_forward", "parametric_backward", "parametric_forward",
-    "rrelu_backward", "rrelu_forward", "unary_", "unary_backward", "unary_forward", "unsupported",
+    "fused_backward", "fused_forward", "gated_backward", "gated_forward", "glu_backward", "glu_forward",
+    "parametric_backward", "parametric_forward", "rrelu_backward", "rrelu_forward", "unary_", "unary_backward",
+    "unary_forward", "unsupported",
 ]  # fmt: skip
 
 

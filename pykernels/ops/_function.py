@@ -16,9 +16,11 @@ from torch.autograd import Function
 Kernels = Mapping[str, Callable[..., Any]]
 
 
-def second_derivative(first: Callable[..., Any], primals: tuple[Tensor, ...], cotangents: Any) -> list[Tensor | None]:
+def second_derivative(
+    first: Callable[..., Any], primals: tuple[Tensor | None, ...], cotangents: Any
+) -> list[Tensor | None]:
     """Gradients of `first(*primals)` for the primals that are floating point; None for the others."""
-    differentiable = [i for i, p in enumerate(primals) if p.is_floating_point()]
+    differentiable = [i for i, p in enumerate(primals) if p is not None and p.is_floating_point()]
 
     def partial(*chosen: Tensor) -> Any:
         full = list(primals)
@@ -34,7 +36,8 @@ def second_derivative(first: Callable[..., Any], primals: tuple[Tensor, ...], co
 def differentiable(
     name: str, forward: Kernels, backward: Kernels, reference: Callable[..., Tensor], tensors: int, masked: bool = False
 ) -> type[Function]:
-    """A Function `apply(backend, *tensors, *options)` that saves its tensors and nothing else.
+    """A Function `apply(backend, *tensors, *options)` that saves its tensors (some may be None) and nothing else. Its
+    attribute `gradient` is the second Function, `apply(backend, mask, dy, *tensors, *options)`.
 
     Args:
         forward: backend -> kernel(*tensors, *options).
@@ -87,4 +90,5 @@ def differentiable(
 
     Forward.__name__ = Forward.__qualname__ = name
     Gradient.__name__ = Gradient.__qualname__ = f"{name}Grad"
+    Forward.gradient = Gradient  # type: ignore[attr-defined]
     return Forward

@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._random import uniform
+from ._random import keep_mask, uniform
 
 __all__ = [
-    "bilinear", "elu", "geglu", "gelu", "glu", "leaky_relu", "prelu", "reglu", "relu", "rrelu", "sigmoid", "silu",
-    "swiglu", "swish", "tanh",
+    "bias_activation_dropout", "bilinear", "elu", "geglu", "gelu", "glu", "leaky_relu", "prelu", "reglu", "relu",
+    "rrelu", "sigmoid", "silu", "swiglu", "swish", "tanh",
 ]  # fmt: skip
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -164,3 +164,70 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
 def bilinear(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """gate * up"""
     return gated(gate, up, "identity")
+
+
+#: Names for `bias_activation_dropout`: function of (x, alpha), and of one tensor that holds both halves.
+UNARY: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "identity": lambda x, _: x,
+    "sigmoid": lambda x, _: sigmoid(x),
+    "tanh": lambda x, _: tanh(x),
+    "relu": lambda x, _: relu(x),
+    "leaky_relu": leaky_relu,
+    "elu": elu,
+    "gelu": lambda x, _: gelu(x),
+    "gelu_tanh": lambda x, _: gelu(x, "tanh"),
+    "silu": lambda x, _: silu(x),
+    "swish": swish,
+}
+GATED_UNITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "glu": glu,
+    "reglu": reglu,
+    "geglu": geglu,
+    "geglu_tanh": lambda x: geglu(x, approximate="tanh"),
+    "swiglu": swiglu,
+    "bilinear": bilinear,
+}
+ALPHA = {"leaky_relu": 0.01, "elu": 1.0, "swish": 1.0}  #: defaults of the activations that take a number
+
+
+@_rounded_once
+def bias_activation_dropout(
+    input: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "gelu",
+    p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | None = None,
+    *,
+    alpha: float | None = None,
+) -> Tensor:
+    """dropout(activation(input + bias)): what is kept is divided by 1 - p. Kept iff word >= round(p 2^32)."""
+    x = input if bias is None else input + bias
+    if activation in GATED_UNITS:
+        y = GATED_UNITS[activation](x)
+    else:
+        y = UNARY[activation](x, ALPHA.get(activation, 0.0) if alpha is None else alpha)
+    if not training or round(p * 2.0**32) == 0:
+        return y
+    assert seed is not None
+    return torch.where(keep_mask(seed.to(y.device), y.shape, p), y * (1.0 / (1.0 - p)), torch.zeros_like(y))
+
+
+def mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str = "gelu",
+    save: str = "preactivation",
+    *,
+    p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | None = None,
+    alpha: float | None = None,
+) -> Tensor:
+    """dropout(activation(x w1^T + b1)) w2^T + b2. `save` is what the fused form keeps, and has no meaning here."""
+    hidden = torch.nn.functional.linear(x, w1)
+    hidden = bias_activation_dropout(hidden, b1, activation, p, training, seed, alpha=alpha)
+    return torch.nn.functional.linear(hidden, w2, b2)

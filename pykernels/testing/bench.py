@@ -181,7 +181,7 @@ def _providers(
         return function(**leaves, **case.options, backend=backend)
 
     def eager(**leaves: Tensor) -> Tensor:
-        return spec.call_peer(**leaves, **case.options)
+        return spec.call_timed_peer(**leaves, **case.options)
 
     calls, unavailable = {OURS: _Call(ours, case, inputs), "eager": _Call(eager, case, inputs)}, []
     for mode in compile_modes:
@@ -223,7 +223,7 @@ def overhead(spec: OpSpec, case: Case, rounds: int = 20) -> dict[str, dict[str, 
         return function(**leaves, **tiny.options)
 
     def eager(**leaves: Tensor) -> Tensor:
-        return spec.call_peer(**leaves, **tiny.options)
+        return spec.call_timed_peer(**leaves, **tiny.options)
 
     found = {}
     with one_thread():

@@ -128,6 +128,8 @@ class OpSpec:
         long_sums: inputs whose gradients sum over a long axis.
         extra: arguments that both the function and the reference take but torch's operator does not (a seed).
         differentiable: False for in-place updates and inference functions: no test takes gradients of them.
+        timed_peer: what is timed in place of `peer`, where torch draws random numbers of its own: the same work, with
+            results that cannot be compared. It takes no `seed`.
         wrap: for functions that take lists or nested states of tensors: makes one of the case's arguments from the
             function (and from the reference), giving one tensor or a flat tuple. `peer` takes the case's as it is.
     """
@@ -145,6 +147,7 @@ class OpSpec:
     extra: frozenset[str] = frozenset()
     differentiable: bool = True
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    timed_peer: Callable[..., Any] | None = None
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -166,6 +169,12 @@ class OpSpec:
         if self.peer is None:
             return self.reference(**arguments)
         return self.peer(**{k: v for k, v in arguments.items() if k not in self.extra})
+
+    def call_timed_peer(self, **arguments: Any) -> Any:
+        """What is timed beside the function."""
+        if self.timed_peer is None:
+            return self.call_peer(**arguments)
+        return self.timed_peer(**{k: v for k, v in arguments.items() if k != "seed"})
 
 
 def load(room: str | None = None) -> list[OpSpec]:

@@ -7,9 +7,11 @@ tensor that holds both, and nothing of the size of their output.
 
 from __future__ import annotations
 
+from .fused import *  # noqa: F403
+from .fused import __all__ as _fused
 from .gated import *  # noqa: F403
 from .gated import __all__ as _gated
 from .unary import *  # noqa: F403
 from .unary import __all__ as _unary
 
-__all__ = [*_gated, *_unary]
+__all__ = [*_fused, *_gated, *_unary]

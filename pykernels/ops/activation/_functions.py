@@ -35,6 +35,10 @@ REFERENCE: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
+#: `bias_activation_dropout`'s names of the gated units; their input holds both halves.
+GATED_UNITS = frozenset(reference.activation.GATED_UNITS)
+
+
 def _dense(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
@@ -100,6 +104,33 @@ rrelu_backward = define(
     lambda dy, x, lower, upper, seed: _contiguous(x),
 )
 
+
+def _fused_shape(x: Tensor, activation: str) -> list[int]:
+    return [*x.shape[:-1], x.shape[-1] // 2] if activation in GATED_UNITS else list(x.shape)
+
+
+def _fake_fused_backward(
+    dy: Tensor, x: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, alpha: float, p: float, mask: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if mask[0] else 0),
+        x.new_empty(bias.shape if mask[1] and bias is not None else 0),
+        x.new_empty(_fused_shape(x, activation) if mask[2] else 0),
+    )
+
+
+fused_forward = define(
+    ROOM,
+    "fused_forward(Tensor x, Tensor? bias, Tensor? seed, str activation, float alpha, float p) -> Tensor",
+    lambda x, bias, seed, activation, alpha, p: x.new_empty(_fused_shape(x, activation)),
+)
+# output_mask: dx, dbias, and the output, made anew: what a weight gradient downstream needs need not be kept for it.
+fused_backward = define(
+    ROOM,
+    "fused_backward(Tensor dy, Tensor x, Tensor? bias, Tensor? seed, str activation, float alpha, float p, "
+    "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    _fake_fused_backward,
+)
 
 Options = tuple[str, float, str]  # activation, alpha, backend: one argument, since apply pays for each
 
@@ -178,6 +209,16 @@ Gated = differentiable("Gated", gated_forward, gated_backward, reference.activat
 Glu = differentiable("Glu", glu_forward, glu_backward, lambda *a: glu_reference(*a), tensors=1)
 Parametric = differentiable(
     "Parametric", parametric_forward, parametric_backward, lambda *a: parametric_reference(*a), tensors=2, masked=True
+)
+Fused = differentiable(
+    "BiasActivationDropout",
+    fused_forward,
+    _by_backend(fused_backward, lambda kernel: lambda *a: (*kernel(*a[:-1], (*a[-1][:2], False))[:2], None)),
+    lambda x, bias, seed, activation, alpha, p: reference.bias_activation_dropout(
+        x, bias, activation, p, True, seed, alpha=alpha
+    ),
+    tensors=3,
+    masked=True,
 )
 RReLU = differentiable(
     "RReLU",

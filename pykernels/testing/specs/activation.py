@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ... import reference
 from ..spec import Case, Input, OpSpec
 
 KERNELS = ("cpu", "triton", "cuda", "emulator")
@@ -104,6 +106,118 @@ def _rrelu_cases() -> tuple[Case, ...]:
     return tuple(cases)
 
 
+# Each activation and gated unit, with and without bias and dropout in turns.
+_FUSED = (
+    "identity", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "swish",
+    "glu", "reglu", "geglu", "geglu_tanh", "swiglu", "bilinear",
+)  # fmt: skip
+_ALPHA = {"leaky_relu": 0.2, "elu": 1.5, "swish": 1.702}
+
+
+def _fused_cases() -> tuple[Case, ...]:
+    seed = torch.tensor([0x1234_5678_9ABC_DEF])
+
+    def case(
+        label: str,
+        size: tuple[int, ...],
+        activation: str,
+        p: float,
+        bias: bool = True,
+        dy: str = "contiguous",
+        **x: Any,
+    ) -> Case:
+        inputs = {"input": Input(size, **x)}
+        if bias:
+            inputs["bias"] = Input(size[-1:], scale=0.5)
+        options = {"activation": activation, "p": p, "seed": seed}
+        if activation in _ALPHA:
+            options["alpha"] = _ALPHA[activation]
+        return Case(label, inputs, options, dy)
+
+    cases = [case(name, (7, 66), name, 0.0 if i % 2 else 0.3) for i, name in enumerate(_FUSED)]
+    cases += [case(f"{name}-x50", (3, 34), name, 0.1 if i % 2 else 0.0, scale=50.0) for i, name in enumerate(_FUSED)]
+    cases += [
+        case(_label("shape", (name, *size)), size, name, 0.25)
+        for name in ("gelu", "swiglu")
+        for size in ((2,), (0, 2), (5, 0), (1, 1026), (2, 3, 4, 6), (130, 2))
+    ]
+    cases += [case("odd", (5, 1, 33), "silu", 0.5), case("many-rows", (600, 18), "gelu", 0.1)]
+    cases += [case("many-rows-gated", (600, 18), "geglu", 0.1), case("wide-gated", (3, 2 * 1031), "glu", 0.1)]
+    cases += [case("no-bias", (4, 1023), "gelu", 0.2, bias=False), case("scalar", (), "elu", 0.0, bias=False)]
+    cases += [case("no-bias-gated", (5, 2 * 33), "swiglu", 0.2, bias=False)]
+    cases += [case("nothing-kept", (9, 7), "relu", 1 - 2.0**-40), case("nothing-dropped", (9, 7), "relu", 2.0**-40)]
+    for layout in ("transposed", "expanded", "rows", "offset", "every_other"):
+        for name in ("silu", "swiglu"):
+            cases.append(case(f"{name}-{layout}", (4, 5, 18), name, 0.3, layout=layout))
+            cases.append(case(f"{name}-dy-{layout}", (4, 5, 18), name, 0.3, dy=layout))
+    cases.append(case("no-bias-rows", (4, 5, 18), "tanh", 0.3, bias=False, layout="rows"))
+    cases.append(case("special", (3, 40), "gelu", 0.0, values="special"))
+    cases.append(case("sample", (9, 34), "gelu", 0.2))
+    return tuple(cases)
+
+
+def _eager_gated(activation: Callable[..., Any], gate_first: bool = True) -> Callable[..., Any]:
+    def eager(x: torch.Tensor, alpha: float) -> torch.Tensor:
+        first, second = x.chunk(2, -1)
+        return activation(first) * second if gate_first else activation(second) * first
+
+    return eager
+
+
+_EAGER: dict[str, Callable[..., Any]] = {
+    "identity": lambda x, alpha: x,
+    "sigmoid": lambda x, alpha: torch.sigmoid(x),
+    "tanh": lambda x, alpha: torch.tanh(x),
+    "relu": lambda x, alpha: F.relu(x),
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "gelu": lambda x, alpha: F.gelu(x),
+    "gelu_tanh": lambda x, alpha: F.gelu(x, approximate="tanh"),
+    "silu": lambda x, alpha: F.silu(x),
+    "swish": lambda x, alpha: x * torch.sigmoid(alpha * x),
+    "glu": lambda x, alpha: F.glu(x),
+    "reglu": _eager_gated(F.relu),
+    "geglu": _eager_gated(F.gelu),
+    "geglu_tanh": _eager_gated(functools.partial(F.gelu, approximate="tanh")),
+    "swiglu": _eager_gated(F.silu),
+    "bilinear": _eager_gated(lambda gate: gate),
+}
+
+
+def _fused_peer(
+    input: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "gelu",
+    p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    alpha: float = 1.0,
+) -> torch.Tensor:
+    """Torch's operators one after another, but with our mask: torch's dropout draws another."""
+    y = _EAGER[activation](input if bias is None else input + bias, alpha)
+    return y * reference.bias_activation_dropout(torch.ones_like(y), None, "identity", p, True, seed)
+
+
+def _fused_eager(
+    input: torch.Tensor, bias: torch.Tensor | None = None, activation: str = "gelu", p: float = 0.0, alpha: float = 1.0
+) -> torch.Tensor:
+    return F.dropout(_EAGER[activation](input if bias is None else input + bias, alpha), p)
+
+
+def _fused_bytes(case: Case, dtype: torch.dtype) -> dict[str, int]:
+    """Forward reads x, writes y; backward reads x and dy, writes dx; the bias is small beside them."""
+    n = math.prod(case.inputs["input"].shape) * _size(dtype)
+    out = n // 2 if case.options["activation"] in _FUSED[10:] else n
+    return {"forward": n + out, "backward": 2 * n + out}
+
+
+def _fused_bench(activation: str, cols: int) -> tuple[Case, ...]:
+    options = {"activation": activation, "p": 0.1, "seed": torch.tensor([5])}
+    return tuple(
+        Case(f"{activation} {rows}x{cols}", {"input": Input((rows, cols)), "bias": Input((cols,))}, options)
+        for rows in (256, 2048)
+    )
+
+
 def _count(case: Case) -> int:
     return math.prod(next(iter(case.inputs.values())).shape)
 
@@ -176,6 +290,12 @@ SPECS = (
     _unary("swish", None, {"beta": 1.702}),
     OpSpec("swish", "activation", _parametric_cases("beta"), (), _swish, KERNELS, long_sums=frozenset(("beta",))),
     OpSpec("prelu", "activation", _parametric_cases("weight"), (), F.prelu, KERNELS, long_sums=frozenset(("weight",))),
+    OpSpec(
+        "bias_activation_dropout", "activation", _fused_cases(),
+        (*_fused_bench("gelu", 4096), *_fused_bench("swiglu", 8192)), _fused_peer, KERNELS,
+        bytes_moved=_fused_bytes, saved=lambda case, dtype: _count(case) * _size(dtype) + 8,
+        long_sums=frozenset(("bias",)), timed_peer=_fused_eager,
+    ),
     OpSpec("rrelu", "activation", _rrelu_cases(), (), None, KERNELS, extra=frozenset(("seed",))),
     OpSpec(
         "glu", "activation", _glu_cases(), (), F.glu, KERNELS, bytes_moved=_gated_bytes, saved=_gated_saved

@@ -83,9 +83,27 @@ def strided(dtype: str) -> Iterator[Entry]:
         yield entry("parametric_backward", "prelu", dtype, args, rules=PARAMETRIC)
 
 
+def fused(dtype: str) -> Iterator[Entry]:
+    """Bias, activation and dropout: an activation and a gated unit stand for the others, whose arithmetic is above."""
+    seed = torch.zeros(1, dtype=torch.int64)
+    for name, p, cols in (("gelu", 0.1, 4096), ("swiglu", 0.0, 8192)):
+        x, bias = torch.empty(1024, cols, dtype=DTYPES[dtype]), torch.empty(cols, dtype=DTYPES[dtype])
+        dy = x.new_empty(1024, 4096)
+        words = PHILOX[dtype] if p else ELEMENTWISE
+        # The gradient of the bias is a second stage, and its first keeps sums in registers.
+        backward = {"fused_bwd_kernel": dataclasses.replace(words, occupancy=0.375), "sum_parts_kernel": Rules()}
+        args = (name, 0.0, p)
+        yield entry(
+            "fused_forward", name, dtype, (x, bias, seed, *args), "fused_fwd_kernel", 3 / 2 if p == 0 else 2, words
+        )
+        mask = (True, True, False)
+        yield entry("fused_backward", name, dtype, (dy, x, bias, seed, *args, mask), "fused_bwd_kernel",
+                    5 if p == 0 else 3, backward)  # fmt: skip
+
+
 ENTRIES = [
     entry
     for dtype in DTYPES
-    for entries in (dense(dtype, (1024, 4096)), dense(dtype, (1023, 4099)), strided(dtype))
+    for entries in (dense(dtype, (1024, 4096)), dense(dtype, (1023, 4099)), strided(dtype), fused(dtype))
     for entry in entries
 ]
