@@ -213,7 +213,7 @@ __device__ __forceinline__ void store_sums(const float (&sum)[N], double* partia
 }
 
 template <class T, bool GATED>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     fused_bwd_kernel(const T* dy, const T* x, const T* up, const T* bias, const T* up_bias, T* dx, T* dup, T* y,
                      double* partial, int64_t gate_at, int64_t up_at, const Plan c, int64_t dy_stride, int64_t x_stride,
                      int64_t dx_stride) {
