@@ -15,7 +15,7 @@ from torch import Tensor
 from ._random import keep_mask, uniform
 
 __all__ = [
-    "bias_activation_dropout", "bilinear", "elu", "geglu", "gelu", "glu", "leaky_relu", "prelu", "reglu", "relu",
+    "bias_activation_dropout", "bilinear", "elu", "geglu", "gelu", "glu", "leaky_relu", "mlp", "prelu", "reglu", "relu",
     "rrelu", "sigmoid", "silu", "swiglu", "swish", "tanh",
 ]  # fmt: skip
 

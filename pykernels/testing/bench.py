@@ -200,7 +200,8 @@ def _providers(
 def _tiny(spec: OpSpec, case: Case) -> Case:
     """The case's options at a shape of 2 x 4 (of more dimensions: at most 4 in each); where shapes depend on one
     another (the weights of a cell), the smallest ordinary case of the contract."""
-    if spec.room in ("recurrent", "sampled_softmax") or spec.name == "dot_interaction":
+    dependent = spec.name in ("bias_activation_dropout", "dot_interaction", "mlp")
+    if spec.room in ("recurrent", "sampled_softmax") or dependent:
         ordinary = [c for c in spec.cases if all(math.prod(x.shape) for x in c.inputs.values())]
         return min(ordinary, key=lambda c: sum(math.prod(x.shape) for x in c.inputs.values()))
     shapes = {n: (2, 4) if len(x.shape) <= 2 else tuple(min(d, 4) for d in x.shape) for n, x in case.inputs.items()}

@@ -11,7 +11,9 @@ from .fused import *  # noqa: F403
 from .fused import __all__ as _fused
 from .gated import *  # noqa: F403
 from .gated import __all__ as _gated
+from .mlp import *  # noqa: F403
+from .mlp import __all__ as _mlp
 from .unary import *  # noqa: F403
 from .unary import __all__ as _unary
 
-__all__ = [*_fused, *_gated, *_unary]
+__all__ = [*_fused, *_gated, *_mlp, *_unary]

@@ -57,36 +57,31 @@ def bias_activation_dropout(
     name = "bias_activation_dropout"
     _check.tensor(name, "input", input)
     _check.floating(name, "input", input)
-    alpha, p = _check_options(name, activation, alpha, p, training)
+    alpha, p = check_options(name, activation, alpha, p, training)
     _check_width(name, "input", input, activation)
     if bias is not None:
         _check.tensor(name, "bias", bias)
         if bias.dtype in _check.FLOATS and _autocast.enabled(input.device):
             bias = bias.to(input.dtype)
         _check.same(name, "bias", bias, "input", input)
-        _check_length(name, "bias", bias, input.shape[-1] if input.dim() else 0, "the last dimension of 'input'")
+        check_length(name, "bias", bias, input.shape[-1] if input.dim() else 0, "the last dimension of 'input'")
     backend = ROOM.resolve(name, backend, input)
     drawn = as_seed(seed, input, name) if p > 0.0 else None
-    return apply(backend, input, bias, drawn, activation, alpha, p)
-
-
-def apply(
-    backend: str, x: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, alpha: float, p: float
-) -> Tensor:
-    """The operator on checked arguments."""
     if backend == "reference":
-        return reference.bias_activation_dropout(x, bias, activation, p, True, seed, alpha=alpha)
-    if activation == "identity":
-        activation, alpha = "leaky_relu", 1.0
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        result: Tensor = Fused.apply(backend, x, bias, seed, activation, alpha, p)
+        return reference.bias_activation_dropout(input, bias, activation, p, True, drawn, alpha=alpha)
+    activation, alpha = kernel_options(activation, alpha)
+    if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
+        result: Tensor = Fused.apply(backend, input, bias, drawn, activation, alpha, p)
         return result
-    return fused_forward[backend](x, bias, seed, activation, alpha, p)  # type: ignore[no-any-return]
+    return fused_forward[backend](input, bias, drawn, activation, alpha, p)  # type: ignore[no-any-return]
 
 
-def _check_options(
-    function: str, activation: str, alpha: float | None, p: float, training: bool
-) -> tuple[float, float]:
+def kernel_options(activation: str, alpha: float) -> tuple[str, float]:
+    """The activation by which kernels serve this one, and its alpha."""
+    return ("leaky_relu", 1.0) if activation == "identity" else (activation, alpha)
+
+
+def check_options(function: str, activation: str, alpha: float | None, p: float, training: bool) -> tuple[float, float]:
     """alpha with its default, and p, which is 0 where nothing is dropped."""
     if not isinstance(activation, str):
         raise TypeError(f"{function}(): argument 'activation' must be str, not {type(activation).__name__}")
@@ -115,7 +110,7 @@ def _check_width(function: str, name: str, value: Tensor, activation: str) -> No
         )
 
 
-def _check_length(function: str, name: str, value: Tensor, length: int, of: str) -> None:
+def check_length(function: str, name: str, value: Tensor, length: int, of: str) -> None:
     if value.dim() != 1 or value.shape[0] != length:
         raise RuntimeError(
             f"{function}(): argument '{name}' must have shape ({length},), {of}, got {tuple(value.shape)}"

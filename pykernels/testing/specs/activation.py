@@ -203,6 +203,76 @@ def _fused_eager(
     return F.dropout(_EAGER[activation](input if bias is None else input + bias, alpha), p)
 
 
+def _mlp_cases() -> tuple[Case, ...]:
+    def case(
+        label: str, x: tuple[int, ...], hidden: int, activation: str, p: float = 0.0, save: str = "preactivation",
+        biases: bool = True, **more: Any,
+    ) -> Case:  # fmt: skip
+        width = 2 * hidden if activation in _FUSED[10:] else hidden
+        inputs = {"x": Input(x, **more), "w1": Input((width, x[-1]), scale=0.5)}
+        inputs["b1"] = Input((width,), scale=0.5)
+        inputs |= {"w2": Input((5, hidden), scale=0.5), "b2": Input((5,))}
+        if not biases:
+            inputs = {name: value for name, value in inputs.items() if name[0] != "b"}
+        options = {"activation": activation, "p": p, "save": save}
+        return Case(label, inputs, {**options, "seed": torch.tensor([7])} if p else options)
+
+    return (
+        case("gelu", (3, 7, 6), 33, "gelu"),
+        case("gelu-dropout-input", (17, 6), 33, "gelu", 0.2, "input"),
+        case("swiglu", (17, 6), 35, "swiglu"),
+        case("swiglu-dropout-input", (3, 7, 6), 35, "swiglu", 0.2, "input"),
+        case("glu", (9, 4), 5, "glu", 0.1),
+        case("no-bias", (9, 4), 16, "relu", biases=False),
+        case("no-bias-gated", (9, 4), 16, "geglu_tanh", 0.3, "input", biases=False),
+        case("one-row", (4,), 7, "tanh"),
+        case("no-row", (0, 4), 7, "silu"),
+        case("rows", (4, 9), 7, "silu", layout="rows"),
+        case("expanded", (6, 9), 7, "silu", layout="expanded"),
+        case("sample", (5, 6), 8, "gelu", 0.2),
+    )
+
+
+def _without_biases(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Cases without biases pass none."""
+
+    def call(b1: torch.Tensor | None = None, b2: torch.Tensor | None = None, **arguments: Any) -> torch.Tensor:
+        result: torch.Tensor = function(b1=b1, b2=b2, **arguments)
+        return result
+
+    return call
+
+
+def _mlp_peer(
+    x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: torch.Tensor | None = None, b2: torch.Tensor | None = None,
+    save: str = "preactivation", **options: Any,
+) -> torch.Tensor:  # fmt: skip
+    return F.linear(_fused_peer(F.linear(x, w1, b1), **options), w2, b2)
+
+
+def _mlp_eager(
+    x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: torch.Tensor | None = None, b2: torch.Tensor | None = None,
+    save: str = "preactivation", **options: Any,
+) -> torch.Tensor:  # fmt: skip
+    return F.linear(_fused_eager(F.linear(x, w1, b1), **options), w2, b2)
+
+
+def _mlp_bench(activation: str, p: float, save: str) -> Case:
+    rows, width, hidden = 512, 512, 2048
+    first = 2 * hidden if activation in _FUSED[10:] else hidden
+    shapes = {"x": (rows, width), "w1": (first, width), "b1": (first,), "w2": (width, hidden), "b2": (width,)}
+    options = {"activation": activation, "p": p, "save": save, **({"seed": torch.tensor([5])} if p else {})}
+    label = f"{activation} p={p} {save} {rows}x{width}x{hidden}"
+    return Case(label, {name: Input(shape, scale=0.05) for name, shape in shapes.items()}, options)
+
+
+def _mlp_saved(case: Case, dtype: torch.dtype) -> int:
+    """Beyond x and the parameters: the first product, unless it is made again, and the seed."""
+    rows = math.prod(case.inputs["x"].shape[:-1])
+    kept = 0 if case.options["save"] == "input" else rows * case.inputs["w1"].shape[0] * _size(dtype)
+    return kept + (8 if case.options["p"] else 0)
+
+
 def _fused_bytes(case: Case, dtype: torch.dtype) -> dict[str, int]:
     """Forward reads x, writes y; backward reads x and dy, writes dx; the bias is small beside them."""
     n = math.prod(case.inputs["input"].shape) * _size(dtype)
@@ -295,6 +365,13 @@ SPECS = (
         (*_fused_bench("gelu", 4096), *_fused_bench("swiglu", 8192)), _fused_peer, KERNELS,
         bytes_moved=_fused_bytes, saved=lambda case, dtype: _count(case) * _size(dtype) + 8,
         long_sums=frozenset(("bias",)), timed_peer=_fused_eager,
+    ),
+    OpSpec(
+        "mlp", "activation", _mlp_cases(),
+        (_mlp_bench("gelu", 0.0, "preactivation"), _mlp_bench("gelu", 0.1, "preactivation"),
+         _mlp_bench("swiglu", 0.0, "preactivation"), _mlp_bench("swiglu", 0.0, "input")),
+        _mlp_peer, KERNELS, saved=_mlp_saved, long_sums=frozenset(("w1", "b1", "w2", "b2")), timed_peer=_mlp_eager,
+        wrap=_without_biases,
     ),
     OpSpec("rrelu", "activation", _rrelu_cases(), (), None, KERNELS, extra=frozenset(("seed",))),
     OpSpec(
