@@ -115,3 +115,24 @@ def check_length(function: str, name: str, value: Tensor, length: int, of: str) 
         raise RuntimeError(
             f"{function}(): argument '{name}' must have shape ({length},), {of}, got {tuple(value.shape)}"
         )
+
+
+def check_block(
+    module: str, activation: str, alpha: float | None, p: float, save: str, gated: bool
+) -> tuple[float | None, float]:
+    """alpha and p of a feed-forward module, checked when it is made.
+
+    Raises:
+        as `bias_activation_dropout`, and ValueError: a gated unit where none is taken, or none where one is; save.
+    """
+    check_options(module, activation, alpha, p, True)
+    if (activation in GATED_UNITS) != gated:
+        allowed = reference.activation.GATED_UNITS if gated else reference.activation.UNARY
+        raise ValueError(f"{module}(): activation must be one of {', '.join(allowed)}, not {activation!r}")
+    check_save(module, save)
+    return alpha, p
+
+
+def check_save(function: str, save: str) -> None:
+    if save not in ("preactivation", "input"):
+        raise ValueError(f"{function}(): argument 'save' must be 'preactivation' or 'input', not {save!r}")

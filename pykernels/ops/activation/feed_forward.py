@@ -13,7 +13,7 @@ from ... import reference
 from .. import _autocast, _check
 from .._library import as_seed
 from ._functions import GATED_UNITS, ROOM, Fused, fused_backward, fused_forward
-from .fused import check_length, check_options, kernel_options
+from .fused import check_length, check_options, check_save, kernel_options
 
 __all__ = ["mlp"]
 
@@ -121,8 +121,7 @@ def mlp(
             _check.tensor("mlp", name, value)
     _check.floating("mlp", "x", x)
     alpha, p = check_options("mlp", activation, alpha, p, training)
-    if save not in ("preactivation", "input"):
-        raise ValueError(f"mlp(): argument 'save' must be 'preactivation' or 'input', not {save!r}")
+    check_save("mlp", save)
     if _autocast.enabled(x.device):
         x, w1, b1, w2, b2 = _autocast.lower((x, w1, b1, w2, b2), x.device)  # type: ignore[assignment]
     _check_parameters(x, w1, b1, w2, b2, activation)
