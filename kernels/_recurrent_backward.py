@@ -7,13 +7,37 @@ import triton.language as tl
 
 from . import _recurrent_cells as cells
 
-_STEP = ("offset", "rows", "previous", "begun", "following", "staying")
+_VISIT = ("offset", "rows", "previous", "begun", "following", "staying")
+_STEP = ("tokens", "batch", *_VISIT, *(f"{name}_2" for name in _VISIT))
+
+
+@triton.jit
+def _sides(
+    dy_ptr, dy_side, w_ptr, peephole_ptr, h0_ptr, c0_ptr, output_ptr, kept_ptr, cell_ptr, dgates_ptr, dh_ptr, carry_ptr,
+    tokens, batch, hidden, KIND: tl.constexpr, PEEPHOLE: tl.constexpr,
+):  # fmt: skip
+    """This direction's share of everything that there is."""
+    dy_ptr = cells.of_direction(dy_ptr, 1, dy_side)
+    w_ptr = cells.of_direction(w_ptr, cells.gates_of(KIND) * hidden, hidden)
+    if PEEPHOLE:
+        peephole_ptr = cells.of_direction(peephole_ptr, 3, hidden)
+    h0_ptr, dh_ptr = cells.of_direction(h0_ptr, batch, hidden), cells.of_direction(dh_ptr, batch, hidden)
+    output_ptr = cells.of_direction(output_ptr, 1, hidden)
+    dgates_ptr = cells.of_direction(dgates_ptr, tokens, cells.width_of(KIND) * hidden)
+    if KIND <= cells.GRU:
+        kept_ptr = cells.of_direction(kept_ptr, tokens, 4 * hidden)
+        carry_ptr = cells.of_direction(carry_ptr, batch, hidden)
+    if KIND == cells.LSTM:
+        c0_ptr = cells.of_direction(c0_ptr, batch, hidden)
+        cell_ptr = cells.of_direction(cell_ptr, tokens, hidden)
+    return dy_ptr, w_ptr, peephole_ptr, h0_ptr, c0_ptr, output_ptr, kept_ptr, cell_ptr, dgates_ptr, dh_ptr, carry_ptr
 
 
 @triton.jit
 def _finish(
     kept_ptr, cell_ptr, peephole_ptr, c0_ptr, h0_ptr, output_ptr, dgates_ptr, token, row, unit, hidden, previous,
     begun, mask, dh, carry, KIND: tl.constexpr, PEEPHOLE: tl.constexpr, PRECISE: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
 ):  # fmt: skip
     """Applies the cell's derivative and stores the gates' gradient: (its four parts as they are stored, carry)."""
     WIDTH: tl.constexpr = cells.width_of(KIND)
@@ -24,10 +48,10 @@ def _finish(
         before = tl.load(cell_ptr + (row + previous) * hidden + unit, mask=started, other=0.0)
         before += tl.load(c0_ptr + row * hidden + unit, mask=fresh, other=0.0).to(tl.float32)
     elif KIND == cells.GRU:
-        before = tl.load(output_ptr + (row + previous) * hidden + unit, mask=started, other=0.0).to(tl.float32)
+        before = tl.load(output_ptr + (row + previous) * (DIRECTIONS * hidden) + unit, mask=started, other=0.0).to(tl.float32)
         before += tl.load(h0_ptr + row * hidden + unit, mask=fresh, other=0.0).to(tl.float32)
     else:
-        y = tl.load(output_ptr + token * hidden + unit, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(output_ptr + token * (DIRECTIONS * hidden) + unit, mask=mask, other=0.0).to(tl.float32)
     d0, d1, d2, d3, carry = cells.backward_cell(
         kept_ptr, peephole_ptr, token, unit, hidden, mask, dh, carry, c, before, y, KIND, PEEPHOLE, PRECISE
     )
@@ -45,16 +69,28 @@ def _finish(
 @triton.jit(do_not_specialize=_STEP)
 def recurrent_step_bwd_kernel(
     dy_ptr, dh_n_ptr, w_ptr, peephole_ptr, h0_ptr, c0_ptr, output_ptr, kept_ptr, cell_ptr, dgates_ptr, carry_ptr,
-    hidden, dy_stride, offset, rows, previous, begun, following, staying,
+    hidden, dy_stride, dy_side, tokens, batch, offset, rows, previous, begun, following, staying,
+    offset_2, rows_2, previous_2, begun_2, following_2, staying_2,
     KIND: tl.constexpr, PEEPHOLE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    DIRECTIONS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One step for a tile of rows and units: dh from the gates' gradient of the step after it, and the cell's part.
 
-    A row's last token takes dh_n in place of that product. The carry is updated in place, by its only program.
+    A row's last token takes dh_n in place of that product. The carry is updated in place, by its only program. Of two
+    directions each makes a step of its own (`*_2`: the second's).
     """
     GATES: tl.constexpr = cells.gates_of(KIND)
     WIDTH: tl.constexpr = cells.width_of(KIND)
+    if DIRECTIONS == 2:
+        (
+            dy_ptr, w_ptr, peephole_ptr, h0_ptr, c0_ptr, output_ptr, kept_ptr, cell_ptr, dgates_ptr, dh_n_ptr, carry_ptr,
+        ) = _sides(
+            dy_ptr, dy_side, w_ptr, peephole_ptr, h0_ptr, c0_ptr, output_ptr, kept_ptr, cell_ptr, dgates_ptr, dh_n_ptr,
+            carry_ptr, tokens, batch, hidden, KIND, PEEPHOLE,
+        )  # fmt: skip
+        second = tl.program_id(2) == 1
+        offset, rows, previous = cells.chosen(second, offset, offset_2, rows, rows_2, previous, previous_2)
+        begun, following, staying = cells.chosen(second, begun, begun_2, following, following_2, staying, staying_2)
     row = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None].to(tl.int64)
     unit = (tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :].to(tl.int64)
     k = tl.arange(0, BLOCK_K)
@@ -79,7 +115,7 @@ def recurrent_step_bwd_kernel(
     dh += tl.load(dy_ptr + (row + offset) * dy_stride + unit, mask=mask, other=0.0).to(tl.float32)
     _, _, _, _, carry = _finish(
         kept_ptr, cell_ptr, peephole_ptr, c0_ptr, h0_ptr, output_ptr, dgates_ptr, row + offset, row, unit,
-        hidden, previous, begun, mask, dh, carry, KIND, PEEPHOLE, PRECISE,
+        hidden, previous, begun, mask, dh, carry, KIND, PEEPHOLE, PRECISE, DIRECTIONS,
     )  # fmt: skip
     if KIND <= cells.GRU:
         tl.store(carry_ptr + state, carry, mask=mask)
@@ -91,15 +127,24 @@ def _weights(w_ptr, k, unit, hidden, GATE: tl.constexpr):
     return tl.load(w_ptr + (k + GATE * hidden) * hidden + unit, mask=(k < hidden) & (unit < hidden), other=0.0)
 
 
-@triton.jit(do_not_specialize=("batch",))
+@triton.jit(do_not_specialize=("batch", "tokens"))
 def recurrent_loop_bwd_kernel(
     dy_ptr, w_ptr, peephole_ptr, h0_ptr, c0_ptr, output_ptr, kept_ptr, cell_ptr, dgates_ptr, dh_ptr, carry_ptr,
-    offset_ptr, steps_ptr, hidden, batch, dy_stride,
-    KIND: tl.constexpr, PEEPHOLE: tl.constexpr, REVERSE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
+    offset_ptr, steps_ptr, hidden, batch, dy_stride, dy_side, tokens,
+    KIND: tl.constexpr, PEEPHOLE: tl.constexpr, DIRECTIONS: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """All steps for a tile of rows, last to first. dh_ptr: dh_n (B, H), replaced by dh0; carry_ptr: dc_n, by dc0."""
     GATES: tl.constexpr = cells.gates_of(KIND)
+    reverse = False
+    if DIRECTIONS == 2:
+        (
+            dy_ptr, w_ptr, peephole_ptr, h0_ptr, c0_ptr, output_ptr, kept_ptr, cell_ptr, dgates_ptr, dh_ptr, carry_ptr,
+        ) = _sides(
+            dy_ptr, dy_side, w_ptr, peephole_ptr, h0_ptr, c0_ptr, output_ptr, kept_ptr, cell_ptr, dgates_ptr, dh_ptr,
+            carry_ptr, tokens, batch, hidden, KIND, PEEPHOLE,
+        )  # fmt: skip
+        reverse = tl.program_id(2) == 1
     tile = tl.program_id(0)
     row = (tile * BLOCK_B + tl.arange(0, BLOCK_B))[:, None].to(tl.int64)
     unit = tl.arange(0, BLOCK_H)[None, :].to(tl.int64)
@@ -119,23 +164,22 @@ def recurrent_loop_bwd_kernel(
     if GATES > 3:
         w3 = _weights(w_ptr, k, unit, hidden, 3)
     for step in range(0, steps):
-        t = step if REVERSE else steps - 1 - step
+        t = tl.where(reverse, step, steps - 1 - step)
         offset = tl.load(offset_ptr + t)
         end = tl.load(offset_ptr + t + 1)
         rows = end - offset
-        if REVERSE:  # what was visited before: the step after it in time, if there is one
-            more = t + 1 < steps
-            begun = tl.load(offset_ptr + t + 2, mask=more, other=end) - end
-            previous = end
-        else:
-            previous = tl.load(offset_ptr + t - 1, mask=t > 0, other=0)
-            begun = tl.where(t > 0, rows, 0)
+        previous = tl.load(offset_ptr + t - 1, mask=t > 0, other=0)
+        begun = tl.where(t > 0, rows, 0)
+        if DIRECTIONS == 2:  # against time, what was visited before is the step after it, if there is one
+            after = tl.load(offset_ptr + t + 2, mask=t + 1 < steps, other=0)
+            begun = tl.where(reverse, tl.where(t + 1 < steps, after - end, 0), begun)
+            previous = tl.where(reverse, end, previous)
         mask = (row < rows) & (unit < hidden)
         token = row + offset
         total = dh + tl.load(dy_ptr + token * dy_stride + unit, mask=mask, other=0.0).to(tl.float32)
         d0, d1, d2, d3, passed = _finish(
             kept_ptr, cell_ptr, peephole_ptr, c0_ptr, h0_ptr, output_ptr, dgates_ptr, token, row, unit, hidden,
-            previous, begun, mask, total, carry, KIND, PEEPHOLE, PRECISE,
+            previous, begun, mask, total, carry, KIND, PEEPHOLE, PRECISE, DIRECTIONS,
         )  # fmt: skip
         if KIND == cells.GRU:  # parts n, r, z, n': the state's gates r, z, n are the last three
             before = tl.dot(d1, w0, passed, input_precision=PRECISION)

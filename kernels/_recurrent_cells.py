@@ -39,6 +39,18 @@ def width_of(KIND: tl.constexpr):
 
 
 @triton.jit
+def of_direction(ptr, rows, columns):
+    """This program's share of a tensor (2, rows, columns). The third axis of programs is a layer's directions."""
+    return ptr + tl.program_id(2).to(tl.int64) * rows * columns
+
+
+@triton.jit
+def chosen(second, a, a_2, b, b_2, c, c_2):
+    """Of each pair the second one, or the first."""
+    return tl.where(second, a_2, a), tl.where(second, b_2, b), tl.where(second, c_2, c)
+
+
+@triton.jit
 def bias_tiles(bias_ptr, unit, hidden, KIND: tl.constexpr, BIAS: tl.constexpr):
     """The biases of a row of units, one tile for each of the four parts; zeros without."""
     if not BIAS:

@@ -1,4 +1,4 @@
-"""The recurrent room on Triton: one layer in one direction over packed tokens.
+"""The recurrent room on Triton: one layer over packed tokens, both directions of one in the same launches.
 
 The product with the input is one of torch's over all tokens, and so is each of the gradients after the loop
 (pykernels/_packed); kernels make what depends on time. Two kinds: small hidden sizes take one launch in which each
@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._packed import SERVED, Backward, Floor, Forward
+from .._packed import SERVED, Backward, Floor, Forward, Steps, Visit
 from . import _lib
 from ._recurrent_backward import recurrent_loop_bwd_kernel, recurrent_step_bwd_kernel
 from ._recurrent_cells import KINDS
@@ -73,57 +73,67 @@ def precision() -> str:
 
 class _Floor(Floor):
     def forward(self, f: Forward) -> None:
-        batch, hidden = f.h0.shape
-        device, given, steps = f.output.device, f.products is not None, f.steps
+        ways, batch, hidden = f.h0.shape
+        device, given, steps, tokens = f.output.device, f.products is not None, f.steps, f.gates.shape[1]
         constants = {**_constants(f), "BIAS": f.bias is not None, "KEEP": f.kept is not None}
         if given or resident(hidden, f.output.dtype):
             tiles = loop_tiles(min(hidden, 64) if given else hidden)
-            programs = triton.cdiv(batch, tiles.rows), triton.cdiv(hidden, tiles.units)
+            programs = triton.cdiv(batch, tiles.rows), triton.cdiv(hidden, tiles.units), ways
             _lib.launch(
                 recurrent_loop_fwd_kernel, programs, f.output,
                 f.gates, f.w_hh, f.products, f.bias, f.peephole, f.h0, f.output, f.h_n, f.c_n, f.kept, f.cells,
-                steps.offsets_on(device), steps.tile_steps(tiles.rows, device), hidden, batch,
-                REVERSE=steps.reverse, GIVEN=given, BLOCK_B=tiles.rows, BLOCK_H=tiles.units, num_warps=tiles.warps,
-                **constants,
+                steps.offsets_on(device), steps.tile_steps(tiles.rows, device), hidden, batch, tokens,
+                GIVEN=given, BLOCK_B=tiles.rows, BLOCK_H=tiles.units, num_warps=tiles.warps, **constants,
             )  # fmt: skip
             return
         tiles = step_tiles(batch, f.output)
-        for visit in steps.visits():
-            programs = triton.cdiv(hidden, tiles.units), triton.cdiv(visit.rows, tiles.rows)
+        for visit, other in _visits(steps, ways):
+            programs = triton.cdiv(hidden, tiles.units), triton.cdiv(max(visit.rows, other.rows), tiles.rows), ways
             _lib.launch(
                 recurrent_step_fwd_kernel, programs, f.output,
-                f.gates, f.w_hh, f.bias, f.peephole, f.h0, f.output, f.h_n, f.c_n, f.kept, f.cells, hidden,
+                f.gates, f.w_hh, f.bias, f.peephole, f.h0, f.output, f.h_n, f.c_n, f.kept, f.cells,
+                hidden, tokens, batch,
                 visit.offset, visit.rows, visit.previous, visit.begun, visit.staying,
+                other.offset, other.rows, other.previous, other.begun, other.staying,
                 **constants, **tiles.constants(),
             )  # fmt: skip
 
     def backward(self, b: Backward) -> bool:
-        batch, hidden = b.h0.shape
+        ways, batch, hidden = b.h0.shape
         device, steps, constants = b.output.device, b.steps, _constants(b)
         kept = b.peephole, b.h0, b.c0, b.output, b.kept, b.cells, b.dgates
+        apart, tokens = (b.dy.stride(1), b.dy.stride(0)), b.dgates.shape[1]
         if resident(hidden, b.output.dtype):
             tiles = loop_tiles(hidden)
             _lib.launch(
-                recurrent_loop_bwd_kernel, (triton.cdiv(batch, tiles.rows),), b.output,
+                recurrent_loop_bwd_kernel, (triton.cdiv(batch, tiles.rows), 1, ways), b.output,
                 b.dy, b.w_hh, *kept, b.dh, b.carry,
-                steps.offsets_on(device), steps.tile_steps(tiles.rows, device), hidden, batch, b.dy.stride(0),
-                REVERSE=steps.reverse, BLOCK_B=tiles.rows, BLOCK_H=tiles.units, num_warps=tiles.warps, **constants,
+                steps.offsets_on(device), steps.tile_steps(tiles.rows, device), hidden, batch, *apart, tokens,
+                BLOCK_B=tiles.rows, BLOCK_H=tiles.units, num_warps=tiles.warps, **constants,
             )  # fmt: skip
             return True
         tiles = step_tiles(batch, b.output)
-        for visit in reversed(list(steps.visits())):
-            programs = triton.cdiv(hidden, tiles.units), triton.cdiv(visit.rows, tiles.rows)
+        for visit, other in reversed(_visits(steps, ways)):
+            programs = triton.cdiv(hidden, tiles.units), triton.cdiv(max(visit.rows, other.rows), tiles.rows), ways
             _lib.launch(
                 recurrent_step_bwd_kernel, programs, b.output, b.dy, b.dh, b.w_hh, *kept, b.carry, hidden,
-                b.dy.stride(0), *visit, **constants, **tiles.constants(),
+                *apart, tokens, batch, *visit, *other, **constants, **tiles.constants(),
             )  # fmt: skip
         return False
+
+
+def _visits(steps: Steps, ways: int) -> list[tuple[Visit, Visit]]:
+    """The steps of both directions that are made together; of one direction twice the same."""
+    return list(zip(steps.visits(False), steps.visits(ways == 2), strict=True))
 
 
 def _constants(given: Forward | Backward) -> dict[str, Any]:
     precise = given.output.dtype == torch.float32
     peephole = given.peephole is not None
-    return {"KIND": KINDS[given.kind], "PEEPHOLE": peephole, "PRECISE": precise, "PRECISION": precision()}
+    return {
+        "KIND": KINDS[given.kind], "PEEPHOLE": peephole, "PRECISE": precise, "PRECISION": precision(),
+        "DIRECTIONS": given.h0.shape[0],
+    }  # fmt: skip
 
 
 _floor = _Floor()

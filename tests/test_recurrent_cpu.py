@@ -195,13 +195,13 @@ def test_operators_refuse_what_would_read_outside() -> None:
     """Operators may be called on their own (a saved graph); they check what guards memory."""
     x, h, w_ih, w_hh = torch.randn(6, 3), torch.randn(2, 4), torch.randn(16, 3), torch.randn(16, 4)
     forward = torch.ops.pykernels.lstm_forward.cpu
-    for sizes in ([3, 3], [2, 2, 1], [1, 2, 3], [2, 2, 2, 0]):
+    for sizes in ([3, 3], [2, 2, 2, 1], [1, 2, 3], [2, 0, 2], [2, -1]):
         with pytest.raises(RuntimeError, match="batch_sizes"):
-            forward(x, h, h, w_ih, w_hh, None, None, None, None, torch.tensor(sizes), False, True)
+            forward(x, h, h, w_ih, w_hh, None, None, None, None, torch.tensor(sizes), True)
     with pytest.raises(RuntimeError, match="w_ih"):
-        forward(x, h, h, w_ih[:8], w_hh, None, None, None, None, None, False, True)
+        forward(x, h, h, w_ih[:8], w_hh, None, None, None, None, None, True)
     with pytest.raises(NotImplementedError, match="float32"):
-        forward(x.double(), h, h, w_ih, w_hh, None, None, None, None, None, False, True)
+        forward(x.double(), h, h, w_ih, w_hh, None, None, None, None, None, True)
 
 
 @pytest.mark.parametrize(

@@ -163,14 +163,16 @@ void forward(const AmxForwardArgs& a, int64_t first, int64_t last, int64_t row, 
   Tiles tiles;
   Pair h(memory, row_end - row, H);
   alignas(64) float sums[4][kTile * kTile];
-  const auto copy_in = [&](const Word* from, int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) std::memcpy(h.now + (r - row) * h.stride, from + r * H, 2 * H);
+  const auto copy_in = [&](const Word* from, int64_t stride, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) std::memcpy(h.now + (r - row) * h.stride, from + r * stride, 2 * H);
   };
   for (int64_t step = first; step < last; ++step) {
     const int64_t t = a.steps.at(step), token = a.steps.offsets[t], end = std::min(row_end, a.steps.sizes[t]);
     const int64_t continued = std::min(row_end, a.steps.continued(step));
-    if (step == first && step) copy_in(a.output + a.steps.offsets[a.steps.at(step - 1)] * H, row, continued);
-    copy_in(a.h0, std::max(row, continued), end);
+    if (step == first && step) {
+      copy_in(a.output + a.steps.offsets[a.steps.at(step - 1)] * a.output_stride, a.output_stride, row, continued);
+    }
+    copy_in(a.h0, H, std::max(row, continued), end);
     for (int64_t unit = 0; unit < H; unit += kTile) {
       const Word* panel = a.weight + unit * 4 * depth;
       for (int64_t block = row; block < end; block += kTile) {
@@ -193,7 +195,7 @@ void forward(const AmxForwardArgs& a, int64_t first, int64_t last, int64_t row, 
             const V o = sigmoid<M>(V::loadu(sums[3] + s) + bo + load(p + 3 * H, m));
             const V c = fmadd(f, load(state, m), i * g), y = o * M::tanh(c);
             store(state, m, c);
-            store(a.output + at, m, y);
+            store(a.output + (token + block + r) * a.output_stride + n, m, y);
             store(h.next + (block + r - row) * h.stride + n, m, y);
             if (a.keep) {
               store(a.cells + at, m, c);
@@ -231,7 +233,7 @@ void backward(const AmxBackwardArgs& a, int64_t first, int64_t last, int64_t row
           for (int64_t r = 0; r < rows; ++r) {
             const int64_t b = block + r, at = (token + b) * H + n;
             const Word* p = a.gates + (token + b) * G + n;
-            Word *out = a.dgates + (token + b) * G + n, *kept = d.next + (b - row) * d.stride + n;
+            Word *out = a.dgates + (token + b) * a.dgates_stride + n, *kept = d.next + (b - row) * d.stride + n;
             float* carry = a.carry + b * H + n;
             const V more = r < product ? V::loadu(sums + r * kTile + u) : load(a.dhn + b * H + n, m);
             const V dh = load(a.dy + (token + b) * a.dy_stride + n, m) + more;
@@ -290,10 +292,10 @@ int64_t gradient_scratch_words(int64_t columns) {
   return round_up(columns, kTile) * kDepthStride + kDepth * kTile + kDepth * kTile;
 }
 
-// sums (round_up(columns, 32) x round_up(width, 32)) += x^T d for x (tokens x columns), d (tokens x width), dense. That
-// is the transposed gradient of a weight: of the two sides it is the narrow one that is transposed here.
-void add_weight_gradient(const Word* x, int64_t x_stride, int64_t columns, const Word* d, int64_t width, int64_t tokens,
-                         float* sums, Word* scratch) {
+// sums (round_up(columns, 32) x round_up(width, 32)) += x^T d for x (tokens x columns), d (tokens x width). That is the
+// transposed gradient of a weight: of the two sides it is the narrow one that is transposed here.
+void add_weight_gradient(const Word* x, int64_t x_stride, int64_t columns, const Word* d, int64_t d_stride,
+                         int64_t width, int64_t tokens, float* sums, Word* scratch) {
   Tiles tiles;
   const int64_t rows = round_up(columns, kTile), pitch = round_up(width, kTile);
   Word *left = scratch, *panel = left + rows * kDepthStride, *pairs = panel + kDepth * kTile;
@@ -312,7 +314,7 @@ void add_weight_gradient(const Word* x, int64_t x_stride, int64_t columns, const
     }
     for (int64_t n = 0; n < width; n += kTile) {
       std::memset(panel + round_up(depth, 2) * kTile, 0, (whole - round_up(depth, 2)) * kTile * sizeof(Word));
-      interleave(d + begin * width + n, width, depth, width - n, panel);
+      interleave(d + begin * d_stride + n, d_stride, depth, width - n, panel);
       for (int64_t m = 0; m < rows; m += kTile) {
         const Word* a = left + m * kDepthStride;
         float* c = sums + m * pitch + n;

@@ -17,8 +17,9 @@ uint16_t* words_out(const Tensor& t) { return static_cast<uint16_t*>(t.mutable_d
 Tensor widened(const Tensor& t) { return t.to(at::kFloat).contiguous(); }
 Tensor rows_of(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous(); }
 
-// d^T x, (width, columns). torch's product of a transposed bfloat16 matrix reaches half of what it does otherwise.
-Tensor weight_gradient(const Tensor& d, const Tensor& input) {
+// d^T x, (width, columns), in `out`. torch's product of a transposed bfloat16 matrix reaches half of what it does
+// otherwise.
+void weight_gradient(const Tensor& d, const Tensor& input, const Tensor& out) {
   const AmxKernels& table = *recurrent_kernels_amx();
   const Tensor x = rows_of(input);
   const int64_t columns = x.size(1), width = d.size(1), tokens = d.size(0);
@@ -31,14 +32,128 @@ Tensor weight_gradient(const Tensor& d, const Tensor& input) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * stripe, mine = std::min(stripe, columns - first);
       const Tensor scratch = at::empty({table.gradient_scratch_words(mine)}, at::kBFloat16);
-      table.add_weight_gradient(words(x) + first, x.stride(0), mine, words(d), width, tokens,
+      table.add_weight_gradient(words(x) + first, x.stride(0), mine, words(d), d.stride(0), width, tokens,
                                 sums.mutable_data_ptr<float>() + first * pitch, words_out(scratch));
     }
   });
-  const Tensor out = at::empty({width, columns}, at::kBFloat16);
   table.round_transposed(sums.const_data_ptr<float>(), pitch, columns, width, words_out(out));
-  return out;
 }
+
+// One direction forward: `out` is its share, with c0 in c_n and h0 in h_n.
+class ForwardLoop {
+ public:
+  ForwardLoop(const Sequence& sequence, const Tensor& input, const Layer& layer, bool reverse, bool keep,
+              const Forward& out)
+      : sequence_(sequence),
+        input_(input),
+        w_in_(layer.w_ih.t()),
+        h_(layer.h0.contiguous()),
+        out_(out),
+        chunks_(sequence.chunks(kChunk, reverse)),
+        hidden_(layer.w_hh.size(1)),
+        reverse_(reverse) {
+    const AmxKernels& table = *recurrent_kernels_amx();
+    const Tensor w = layer.w_hh.contiguous();
+    bias_ = biases(Cell::kLstm, hidden_, layer.b_ih, layer.b_hh).first;
+    packed_ = at::empty({table.packed_forward(hidden_)}, at::kBFloat16);
+    table.pack_forward(hidden_, words(w), words_out(packed_));
+    gates_ = keep ? out.gates : at::empty({sequence.largest_chunk(kChunk), 4 * hidden_}, at::kHalf);
+    args_.steps = sequence.steps(reverse);
+    args_.hidden = hidden_;
+    args_.weight = words(packed_);
+    args_.bias = bias_.const_data_ptr<float>();
+    args_.h0 = words(h_);
+    args_.state = out.c_n.mutable_data_ptr<float>();
+    args_.keep = keep;
+    args_.cells = out.cells.mutable_data_ptr<float>();
+    args_.output = words_out(out.output);
+    args_.output_stride = out.output.stride(0);
+  }
+
+  int64_t count() const { return static_cast<int64_t>(chunks_.size()); }
+  const Chunk& chunk(int64_t i) const { return chunks_[i]; }
+  const Steps& steps() const { return args_.steps; }
+  void before(int64_t i) {
+    const Chunk& chunk = chunks_[i];
+    const int64_t at = args_.keep ? chunk.token : 0;
+    Tensor gates = gates_.narrow(0, at, chunk.tokens).view(at::kBFloat16);
+    at::mm_out(gates, input_.narrow(0, chunk.token, chunk.tokens), w_in_);
+    args_.gates = words_out(gates_) + (at - chunk.token) * 4 * hidden_;
+  }
+  void run(int64_t i, int64_t row, int64_t end) const {
+    const AmxKernels& table = *recurrent_kernels_amx();
+    const Tensor scratch = at::empty({table.scratch_bytes(hidden_, end - row)}, at::kByte);
+    table.forward(args_, chunks_[i].first, chunks_[i].last, row, end, scratch.mutable_data_ptr());
+  }
+  void after(int64_t i) {
+    if (i + 1 < count()) return;
+    sequence_.for_ending(reverse_, [&](int64_t row, int64_t rows, int64_t token) {
+      for (int64_t r = 0; r < rows; ++r)
+        std::memcpy(words_out(out_.h_n) + (row + r) * hidden_, args_.output + (token + r) * args_.output_stride,
+                    hidden_ * 2);
+    });
+  }
+
+ private:
+  static constexpr int64_t kChunk = 4096;  // tokens
+  const Sequence& sequence_;
+  Tensor input_, w_in_, h_;
+  Forward out_;
+  std::vector<Chunk> chunks_;
+  int64_t hidden_;
+  bool reverse_;
+  Tensor bias_, packed_, gates_;
+  AmxForwardArgs args_{};
+};
+
+// One direction backward: `dgates` (tokens, 4 H) with rows any distance apart is its share, as is `carry`, with dc_n.
+class BackwardLoop {
+ public:
+  BackwardLoop(const Sequence& sequence, const Tensor& dy, const Tensor& last, const Layer& layer, const Saved& saved,
+               bool reverse, const Tensor& dgates, const Tensor& carry)
+      : gradient_(rows_of(dy)),
+        last_(last),
+        gates_(saved.gates->contiguous()),
+        c0_(widened(*layer.c0)),
+        dgates_(dgates),
+        hidden_(layer.w_hh.size(1)),
+        chunk_{0, sequence.count(), 0, sequence.tokens()} {
+    const AmxKernels& table = *recurrent_kernels_amx();
+    const Tensor w = layer.w_hh.contiguous();
+    packed_ = at::empty({table.packed_backward(hidden_)}, at::kBFloat16);
+    table.pack_backward(hidden_, words(w), words_out(packed_));
+    args_.steps = sequence.steps(reverse);
+    args_.hidden = hidden_;
+    args_.weight = words(packed_);
+    args_.c0 = c0_.const_data_ptr<float>();
+    args_.gates = words(gates_);
+    args_.cells = saved.cells->const_data_ptr<float>();
+    args_.dy = words(gradient_);
+    args_.dy_stride = gradient_.stride(0);
+    args_.dhn = last_.const_data_ptr<float>();
+    args_.carry = carry.mutable_data_ptr<float>();
+    args_.dgates = words_out(dgates_);
+    args_.dgates_stride = dgates_.stride(0);
+  }
+
+  int64_t count() const { return chunk_.tokens > 0; }
+  const Chunk& chunk(int64_t) const { return chunk_; }
+  const Steps& steps() const { return args_.steps; }
+  void before(int64_t) {}
+  void run(int64_t, int64_t row, int64_t end) const {
+    const AmxKernels& table = *recurrent_kernels_amx();
+    const Tensor scratch = at::empty({table.scratch_bytes(hidden_, end - row)}, at::kByte);
+    table.backward(args_, 0, chunk_.last, row, end, scratch.mutable_data_ptr());
+  }
+  void after(int64_t) {}
+
+ private:
+  Tensor gradient_, last_, gates_, c0_, dgates_;
+  int64_t hidden_;
+  Chunk chunk_;
+  Tensor packed_;
+  AmxBackwardArgs args_{};
+};
 
 }  // namespace
 
@@ -50,98 +165,83 @@ bool amx_usable() {
 }
 
 Forward forward_bfloat16(const Sequence& sequence, const Layer& layer, bool keep) {
-  constexpr int64_t kChunk = 4096;  // tokens
-  const AmxKernels& table = *recurrent_kernels_amx();
-  const int64_t hidden = layer.w_hh.size(1), width = 4 * hidden, tokens = layer.input.size(0);
-  const Tensor w = layer.w_hh.contiguous(), h = layer.h0.contiguous(), w_in = layer.w_ih.t();
-  const Tensor bias = biases(Cell::kLstm, hidden, layer.b_ih, layer.b_hh).first;
-  const Tensor packed = at::empty({table.packed_forward(hidden)}, at::kBFloat16);
-  table.pack_forward(hidden, words(w), words_out(packed));
-
+  const Tensor& h0 = layer.h0;
+  const int64_t hidden = h0.size(-1), ways = directions(h0), room = layer.input.size(0), tokens = sequence.tokens();
   Forward out;
-  out.output = at::empty({tokens, hidden}, at::kBFloat16);
-  out.h_n = h.clone();
+  out.output = at::empty({room, ways * hidden}, at::kBFloat16);
+  if (tokens < room) out.output.narrow(0, tokens, room - tokens).zero_();
+  out.h_n = h0.clone(at::MemoryFormat::Contiguous);
   out.c_n = float_copy(layer.c0, *layer.c0);
-  out.cells = at::empty({keep ? tokens : 0, hidden}, at::kFloat);
-  out.gates = at::empty({keep ? tokens : sequence.largest_chunk(kChunk), width}, at::kHalf);
-
-  AmxForwardArgs args{};
-  args.steps = sequence.steps();
-  args.hidden = hidden;
-  args.weight = words(packed);
-  args.bias = bias.const_data_ptr<float>();
-  args.h0 = words(h);
-  args.state = out.c_n.mutable_data_ptr<float>();
-  args.keep = keep;
-  args.cells = out.cells.mutable_data_ptr<float>();
-  args.output = words_out(out.output);
-  for (const Chunk& chunk : sequence.chunks(kChunk)) {
-    const int64_t at = keep ? chunk.token : 0;
-    Tensor gates = out.gates.narrow(0, at, chunk.tokens).view(at::kBFloat16);
-    at::mm_out(gates, layer.input.narrow(0, chunk.token, chunk.tokens), w_in);
-    args.gates = words_out(out.gates) + (at - chunk.token) * width;
-    over_rows(args.steps, chunk.first, chunk.last, kRowsForThread, [&](int64_t row, int64_t end) {
-      const Tensor scratch = at::empty({table.scratch_bytes(hidden, end - row)}, at::kByte);
-      table.forward(args, chunk.first, chunk.last, row, end, scratch.mutable_data_ptr());
-    });
+  out.cells = at::empty(sizes_of(h0, {keep ? room : 0, hidden}), at::kFloat);
+  out.gates = at::empty(sizes_of(h0, {keep ? room : 0, 4 * hidden}), at::kHalf);
+  std::vector<ForwardLoop> loops;
+  loops.reserve(ways);
+  for (int64_t d = 0; d < ways; ++d) {
+    const Forward own{out.output.narrow(1, d * hidden, hidden), share(out.h_n, ways, d), share(out.c_n, ways, d),
+                      share(out.gates, ways, d), share(out.cells, ways, d)};
+    loops.emplace_back(sequence, layer.input, direction_of(layer, d), d == 1, keep, own);
   }
-  sequence.for_ending([&](int64_t row, int64_t rows, int64_t token) {
-    std::memcpy(words_out(out.h_n) + row * hidden, words(out.output) + token * hidden, rows * hidden * 2);
-  });
-  if (!keep) out.gates = at::empty({0, width}, at::kHalf);
+  run_loops(loops, kRowsForThread);
   return out;
 }
 
 Gradients backward_bfloat16(const Sequence& sequence, const Tensor& dy, const Optional& dhn, const Optional& dcn,
                             const Layer& layer, const Saved& saved, Wanted wanted) {
   const AmxKernels& table = *recurrent_kernels_amx();
-  const int64_t hidden = layer.w_hh.size(1), width = 4 * hidden, tokens = layer.input.size(0), batch = layer.h0.size(0);
-  const Tensor w = layer.w_hh.contiguous(), output = saved.output.contiguous(), h = layer.h0.contiguous();
-  const Tensor gradient = rows_of(dy), last = dhn ? widened(*dhn) : at::zeros(h.sizes(), at::kFloat);
-  const Tensor gates = saved.gates->contiguous(), c0 = widened(*layer.c0);
-  TORCH_CHECK(gates.scalar_type() == at::kHalf, "lstm_backward: gates must be float16, not ", gates.scalar_type());
-  const Tensor packed = at::empty({table.packed_backward(hidden)}, at::kBFloat16);
-  table.pack_backward(hidden, words(w), words_out(packed));
-  const Tensor dgates = at::empty({tokens, width}, at::kBFloat16);
-
+  const Tensor& h0 = layer.h0;
+  const int64_t hidden = h0.size(-1), width = 4 * hidden, ways = directions(h0), batch = h0.size(-2);
+  const int64_t room = layer.input.size(0), tokens = sequence.tokens();
+  const Tensor input = layer.input.narrow(0, 0, tokens);
+  const Tensor last = dhn ? widened(*dhn) : at::zeros(h0.sizes(), at::kFloat);
+  TORCH_CHECK(saved.gates->scalar_type() == at::kHalf, "lstm_backward: gates must be float16, not ",
+              saved.gates->scalar_type());
+  // Directions side by side: the products with the input are then those of one wide layer.
+  const Tensor dgates = at::empty({tokens, ways * width}, at::kBFloat16);
   Gradients out;
   out.c0 = float_copy(dcn, *layer.c0);
-  AmxBackwardArgs args{};
-  args.steps = sequence.steps();
-  args.hidden = hidden;
-  args.weight = words(packed);
-  args.c0 = c0.const_data_ptr<float>();
-  args.gates = words(gates);
-  args.cells = saved.cells->const_data_ptr<float>();
-  args.dy = words(gradient);
-  args.dy_stride = gradient.stride(0);
-  args.dhn = last.const_data_ptr<float>();
-  args.carry = out.c0.mutable_data_ptr<float>();
-  args.dgates = words_out(dgates);
-  const Chunk all{0, sequence.count(), 0, tokens};
-  if (tokens) {
-    over_rows(args.steps, 0, all.last, kRowsForThread, [&](int64_t row, int64_t end) {
-      const Tensor scratch = at::empty({table.scratch_bytes(hidden, end - row)}, at::kByte);
-      table.backward(args, 0, all.last, row, end, scratch.mutable_data_ptr());
-    });
+  std::vector<BackwardLoop> loops;
+  loops.reserve(ways);
+  for (int64_t d = 0; d < ways; ++d) {
+    const Saved own{saved.output, share(*saved.gates, ways, d), share(*saved.cells, ways, d)};
+    loops.emplace_back(sequence, dy.narrow(1, d * hidden, hidden), share(last, ways, d), direction_of(layer, d), own,
+                       d == 1, dgates.narrow(1, d * width, width), share(out.c0, ways, d));
   }
-  if (wanted.input) out.input = at::mm(dgates, layer.w_ih);
-  if (wanted.w_ih) out.w_ih = weight_gradient(dgates, layer.input);
-  if (wanted.w_hh) {
-    const Tensor previous = at::empty({tokens, hidden}, at::kBFloat16);
-    gather_previous(args.steps, all, output, h, previous);
-    out.w_hh = weight_gradient(dgates, previous);
+  run_loops(loops, kRowsForThread);
+  const auto made = [](bool is_wanted, at::IntArrayRef sizes) {
+    return is_wanted ? at::empty(sizes, at::kBFloat16) : Tensor();
+  };
+  if (wanted.input) {
+    out.input = made(true, layer.input.sizes());
+    Tensor dx = out.input.narrow(0, 0, tokens);
+    at::mm_out(dx, dgates, layer.w_ih.reshape({ways * width, layer.input.size(1)}));
+    if (tokens < room) out.input.narrow(0, tokens, room - tokens).zero_();
   }
+  out.w_ih = made(wanted.w_ih, layer.w_ih.sizes());
+  if (wanted.w_ih) weight_gradient(dgates, input, out.w_ih);
   if (wanted.bias) {
-    out.b_ih = at::zeros({width}, at::kFloat);
-    table.add_column_sums(words(dgates), tokens, width, out.b_ih.mutable_data_ptr<float>());
+    out.b_ih = at::zeros(sizes_of(h0, {width}), at::kFloat);
+    table.add_column_sums(words(dgates), tokens, ways * width, out.b_ih.mutable_data_ptr<float>());
   }
-  if (wanted.h0) {
-    const Tensor began = at::zeros({batch, width}, at::kBFloat16);
-    gather_first(args.steps, all, dgates, began);
-    out.h0 = at::mm(began, w);
-    const int64_t idle = sequence.rows();  // sequences of no steps hand the gradient through
-    if (idle < batch) out.h0.narrow(0, idle, batch - idle).copy_(last.narrow(0, idle, batch - idle));
+  out.w_hh = made(wanted.w_hh, layer.w_hh.sizes());
+  out.h0 = made(wanted.h0, h0.sizes());
+  for (int64_t d = 0; d < ways; ++d) {
+    const Chunk all{0, sequence.count(), 0, tokens};
+    const Steps steps = sequence.steps(d == 1);
+    const Tensor own = dgates.narrow(1, d * width, width);
+    if (wanted.w_hh) {
+      const Tensor previous = at::empty({tokens, hidden}, at::kBFloat16);
+      gather_previous(steps, all, saved.output.narrow(1, d * hidden, hidden), share(h0, ways, d).contiguous(),
+                      previous);
+      weight_gradient(own, previous, share(out.w_hh, ways, d));
+    }
+    if (wanted.h0) {
+      const Tensor began = at::zeros({batch, width}, at::kBFloat16);
+      gather_first(steps, all, own, began);
+      Tensor dh0 = share(out.h0, ways, d);
+      at::mm_out(dh0, began, share(layer.w_hh, ways, d));
+      const int64_t idle = sequence.rows();  // sequences of no steps hand the gradient through
+      if (idle < batch) dh0.narrow(0, idle, batch - idle).copy_(share(last, ways, d).narrow(0, idle, batch - idle));
+    }
   }
   if (!wanted.c0) out.c0 = Tensor();
   return out;

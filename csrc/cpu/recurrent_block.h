@@ -78,7 +78,8 @@ PK_INLINE void clear(V (&sum)[R][Q]) {
 }
 
 // One block of rows and one panel of units. Pointers are at the block's first row and the panel's first unit; `stride`
-// is the distance between rows of the product's left side, everything else has H or the width between rows.
+// is the distance between rows of the product's left side, out_stride between those of the output (and of a vanilla
+// RNN's gates, which are its output); everything else without a stride has H or the width between rows.
 struct Block {
   int64_t hidden, unit, depth, stride;
   const float *left, *panel, *ahead;
@@ -91,7 +92,7 @@ struct Block {
   bool keep, ready;
   // backward
   const float *saved, *saved_cells, *saved_output, *previous, *dy, *final;
-  int64_t dy_stride, out_stride;
+  int64_t previous_stride, dy_stride, out_stride;
   float *carry, *dgates;
 };
 
@@ -124,7 +125,7 @@ struct Lstm {
       if (b.peephole) a[r][3] = fmadd(load<kPart>(b.peephole + 2 * H, n), c, a[r][3]);
       const V o = sigmoid<M>(a[r][3]);
       store<kPart>(b.state + r * H, c, n);
-      if (b.output) store<kPart>(b.output + r * H, o * M::tanh(c), n);
+      if (b.output) store<kPart>(b.output + r * b.out_stride, o * M::tanh(c), n);
       if (b.keep) {
         float* p = b.gates + r * 4 * H;
         store<kPart>(b.cells + r * H, c, n);
@@ -144,7 +145,7 @@ struct Lstm {
     float *d = b.dgates + r * 4 * H + u, *carry = b.carry + r * H + u;
     const V one(1.f), i = load<kPart>(p, n), f = load<kPart>(p + H, n), g = load<kPart>(p + 2 * H, n);
     const V o = load<kPart>(p + 3 * H, n), t = M::tanh(load<kPart>(b.saved_cells + r * H + u, n));
-    const V before = load<kPart>(b.previous + r * H + u, n), dout = dh * t * negated_fmadd(o, o, o);
+    const V before = load<kPart>(b.previous + r * b.previous_stride + u, n), dout = dh * t * negated_fmadd(o, o, o);
     V e = fmadd(dh * o, negated_fmadd(t, t, one), load<kPart>(carry, n));
     if (b.peephole) e = fmadd(dout, load<kPart>(b.peephole + 2 * H + u, n), e);
     const V di = e * g * negated_fmadd(i, i, i), df = e * before * negated_fmadd(f, f, f);
@@ -182,8 +183,8 @@ struct Gru {
       const V input = load<kPart>(p + 2 * H, n) + load<kPart>(b.bias + 2 * H, n);
       const V candidate = M::tanh(fmadd(reset, hidden, input));
       if (b.output) {
-        const V h = load<kPart>(b.before + r * H, n);
-        store<kPart>(b.output + r * H, fmadd(z, h - candidate, candidate), n);
+        const V h = load<kPart>(b.before + r * b.stride, n);
+        store<kPart>(b.output + r * b.out_stride, fmadd(z, h - candidate, candidate), n);
       }
       if (b.keep) {
         store<kPart>(p, reset, n);
@@ -200,7 +201,7 @@ struct Gru {
     const float* p = b.saved + r * 4 * H + u;
     float* d = b.dgates + r * 4 * H + u;
     const V reset = load<kPart>(p, count), z = load<kPart>(p + H, count), n = load<kPart>(p + 2 * H, count);
-    const V h = load<kPart>(b.previous + r * H + u, count);
+    const V h = load<kPart>(b.previous + r * b.previous_stride + u, count);
     const V dn = negated_fmadd(dh, z, dh) * negated_fmadd(n, n, V(1.f));
     store<kPart>(d, dn, count);
     store<kPart>(d + H, dn * load<kPart>(p + 3 * H, count) * negated_fmadd(reset, reset, reset), count);
@@ -228,19 +229,19 @@ struct Vanilla {
       const int64_t n = count_at(b.unit + q * kV, H);
       const V bias = load<kPart>(b.bias + q * kV, n);
       PK_UNROLL for (int r = 0; r < R; ++r) a[r][q] =
-          a[r][q] + (b.x_panel ? bias : load<kPart>(b.gates + r * H + q * kV, n) + bias);
+          a[r][q] + (b.x_panel ? bias : load<kPart>(b.gates + r * b.out_stride + q * kV, n) + bias);
     }
     PK_UNROLL for (int r = 0; r < R; ++r) {
       PK_UNROLL for (int q = 0; q < 4; ++q) {
         const V h = kTanh ? M::tanh(a[r][q]) : zero_unless_positive(a[r][q], a[r][q]);
-        store<kPart>(b.output + r * H + q * kV, h, count_at(b.unit + q * kV, H));
+        store<kPart>(b.output + r * b.out_stride + q * kV, h, count_at(b.unit + q * kV, H));
       }
     }
   }
 
   template <bool kPart>
   static PK_INLINE void backward(const Block& b, int r, int64_t u, int64_t n, V dh) {
-    const V y = load<kPart>(b.saved_output + r * b.hidden + u, n);
+    const V y = load<kPart>(b.saved_output + r * b.out_stride + u, n);
     store<kPart>(b.dgates + r * b.hidden + u, kTanh ? dh * negated_fmadd(y, y, V(1.f)) : zero_unless_positive(y, dh),
                  n);
   }

@@ -105,7 +105,7 @@ std::vector<Tensor> cell_forward(const Tensor& input, const Tensor& h, const Opt
   const bool lstm = cell == Cell::kLstm, gru = cell == Cell::kGru;
   const auto dtype = input.scalar_type();
   if (dtype != at::kFloat) {
-    const Sequence sequence(input, h, std::nullopt, false);
+    const Sequence sequence(input, h, std::nullopt);
     const bool amx = lstm && dtype == at::kBFloat16 && amx_usable();
     const Forward out = amx ? forward_bfloat16(sequence, layer, save) : forward_float(cell, sequence, layer, save);
     std::vector<Tensor> found{out.output.to(dtype)};
@@ -141,6 +141,7 @@ std::vector<Tensor> cell_forward(const Tensor& input, const Tensor& h, const Opt
   args.state = args.cells = lstm ? state.mutable_data_ptr<float>() : nullptr;
   args.gates = sums;
   args.output = output.mutable_data_ptr<float>();
+  args.output_stride = hidden;
   args.keep = save;
   args.ready = true;
   over_batch(batch, hidden,
@@ -176,7 +177,7 @@ std::vector<Tensor> cell_backward(const Optional& dh, const Optional& dc, const 
   };
   const bool of_bias = mask[5] || mask[6];
   if (dtype != at::kFloat) {
-    const Sequence sequence(input, h, std::nullopt, false);
+    const Sequence sequence(input, h, std::nullopt);
     const Wanted wanted{mask[0], mask[1], mask[2], mask[3], mask[4], of_bias};
     const Tensor dy = dh ? *dh : at::zeros(h.sizes(), h.options());
     const Saved saved{output ? *output : h, gates, cells};
@@ -208,6 +209,7 @@ std::vector<Tensor> cell_backward(const Optional& dh, const Optional& dc, const 
   args.gates = kept.defined() ? kept.const_data_ptr<float>() : nullptr;
   args.cells = c_after.defined() ? c_after.const_data_ptr<float>() : nullptr;
   args.output = y.const_data_ptr<float>();
+  args.output_stride = hidden;
   args.dy = dy.const_data_ptr<float>();
   args.dy_stride = dh ? dy.stride(0) : 0;
   args.carry = carry.defined() ? carry.mutable_data_ptr<float>() : nullptr;

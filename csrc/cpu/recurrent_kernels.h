@@ -2,8 +2,8 @@
 // pointers and numbers, no torch type.
 //
 // A sequence is packed: tokens are sorted by time, step t has sizes[t] rows from token offsets[t] on, and sizes do not
-// increase. Everything here is about one layer in one direction. Work is split by rows of the batch, which are
-// independent: a thread runs the whole time loop for its rows and never waits for another.
+// increase. Everything here is about one direction of a layer. Work is split by directions and rows of the batch, which
+// are independent: a thread runs the whole time loop for its rows and never waits for another.
 //
 // Matrices are row-major. H is the hidden size; gates have the weights' order: i f g o, or r z n.
 #pragma once
@@ -49,14 +49,15 @@ struct ForwardArgs {
   // packed. Otherwise x_weight is null and `gates` hold the product.
   const float *x, *x_weight;
   int64_t x_stride, inputs;
-  const float* bias;    // of the gates from the input (gates_of H): b_ih + b_hh, but for the GRU's n b_ih alone
-  const float* bias_n;  // GRU: b_hn (H)
-  const float* h0;      // (B, H)
-  float* state;         // LSTM: running c (B, H), c0 before and c_n after
-  float* gates;         // (tokens, width): gates from the input before, activations after; RNN: this is the output
-  bool keep;            // activations (and cells) are wanted
-  float* cells;         // LSTM: c (tokens, H)
-  float* output;        // (tokens, state_size); null: not wanted (only if `ready`)
+  const float* bias;      // of the gates from the input (gates_of H): b_ih + b_hh, but for the GRU's n b_ih alone
+  const float* bias_n;    // GRU: b_hn (H)
+  const float* h0;        // (B, H)
+  float* state;           // LSTM: running c (B, H), c0 before and c_n after
+  float* gates;           // (tokens, width): gates from the input before, activations after; RNN: this is the output
+  bool keep;              // activations (and cells) are wanted
+  float* cells;           // LSTM: c (tokens, H)
+  float* output;          // (tokens, state_size); null: not wanted (only if `ready`)
+  int64_t output_stride;  // between its rows: of two directions they lie side by side
   // All products are in `gates` already (the GRU's n' = h W_hn^T behind the input's three): what is left is
   // elementwise.
   bool ready;
@@ -72,7 +73,8 @@ struct BackwardArgs {
   const float* weight;  // W_hh as pack_columns leaves it
   const float *h0, *c0;
   const float *gates, *cells, *output;  // as forward left them
-  const float* dy;                      // (tokens, H), rows dy_stride apart
+  int64_t output_stride;
+  const float* dy;  // (tokens, H), rows dy_stride apart
   int64_t dy_stride;
   const float* dhn;  // (B, H), or null
   float* carry;      // (B, H). LSTM: gradient of c, dc_n before and dc0 after. GRU: the part of dh that skips the gates
@@ -110,6 +112,7 @@ struct AmxForwardArgs {
   bool keep;
   float* cells;
   uint16_t* output;
+  int64_t output_stride;
 };
 
 struct AmxBackwardArgs {
@@ -124,6 +127,7 @@ struct AmxBackwardArgs {
   const float* dhn;
   float* carry;
   uint16_t* dgates;
+  int64_t dgates_stride;
 };
 
 struct AmxKernels {
@@ -135,11 +139,11 @@ struct AmxKernels {
   void (*forward)(const AmxForwardArgs&, int64_t first, int64_t last, int64_t row, int64_t row_end, void* scratch);
   // All steps: first is 0, last the number of steps.
   void (*backward)(const AmxBackwardArgs&, int64_t first, int64_t last, int64_t row, int64_t row_end, void* scratch);
-  // sums += x^T d, rows and columns padded to 32, for x (tokens x columns) with rows x_stride apart and d (tokens x
-  // width)
+  // sums += x^T d, rows and columns padded to 32, for x (tokens x columns) and d (tokens x width) with rows x_stride
+  // and d_stride apart
   int64_t (*gradient_scratch_words)(int64_t columns);
-  void (*add_weight_gradient)(const uint16_t* x, int64_t x_stride, int64_t columns, const uint16_t* d, int64_t width,
-                              int64_t tokens, float* sums, uint16_t* scratch);
+  void (*add_weight_gradient)(const uint16_t* x, int64_t x_stride, int64_t columns, const uint16_t* d, int64_t d_stride,
+                              int64_t width, int64_t tokens, float* sums, uint16_t* scratch);
   // out (width x columns) = the transpose of sums, whose rows are `pitch` apart
   void (*round_transposed)(const float* sums, int64_t pitch, int64_t columns, int64_t width, uint16_t* out);
   void (*add_column_sums)(const uint16_t* a, int64_t rows, int64_t cols, float* sums);

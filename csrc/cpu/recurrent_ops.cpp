@@ -1,4 +1,4 @@
-// The recurrent room's `.cpu` operators: one layer in one direction. Schemas are defined in Python
+// The recurrent room's `.cpu` operators: one layer. Schemas are defined in Python
 // (pykernels/ops/recurrent/_functions.py).
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
@@ -38,9 +38,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(const Tensor& in
                                                                 const Tensor& w_ih, const Tensor& w_hh,
                                                                 const Optional& b_ih, const Optional& b_hh,
                                                                 const Optional& w_hr, const Optional& peephole,
-                                                                const Optional& batch_sizes, bool reverse, bool save) {
+                                                                const Optional& batch_sizes, bool save) {
   const AsGiven guard;
-  const Sequence sequence(input, h0, batch_sizes, reverse);
+  const Sequence sequence(input, h0, batch_sizes);
   const Layer layer{input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, peephole};
   check_layer("lstm_forward", Cell::kLstm, layer);
   const Forward out =
@@ -53,9 +53,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(const Tensor& in
 std::tuple<Tensor, Tensor> lstm_recompute(const Tensor& input, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
                                           const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
                                           const Optional& w_hr, const Optional& peephole, const Optional& batch_sizes,
-                                          const Tensor& output, bool reverse) {
+                                          const Tensor& output) {
   const AsGiven guard;
-  const Sequence sequence(input, h0, batch_sizes, reverse);
+  const Sequence sequence(input, h0, batch_sizes);
   const Layer layer{input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, peephole};
   check_layer("lstm_recompute", Cell::kLstm, layer);
   check_tokens("lstm_recompute", layer, {&output}, nullptr);
@@ -68,16 +68,16 @@ std::tuple<Tensor, Tensor> lstm_recompute(const Tensor& input, const Tensor& h0,
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
     const Tensor& dy, const Optional& dhn, const Optional& dcn, const Tensor& input, const Tensor& h0, const Tensor& c0,
     const Tensor& w_ih, const Tensor& w_hh, const Optional& w_hr, const Optional& peephole, const Optional& batch_sizes,
-    const Tensor& output, const Tensor& gates, const Tensor& cells, bool reverse, std::array<bool, 8> mask) {
+    const Tensor& output, const Tensor& gates, const Tensor& cells, std::array<bool, 8> mask) {
   const AsGiven guard;
-  const Sequence sequence(input, h0, batch_sizes, reverse);
+  const Sequence sequence(input, h0, batch_sizes);
   const Layer layer{input, h0, c0, w_ih, w_hh, std::nullopt, std::nullopt, w_hr, peephole};
   check_layer("lstm_backward", Cell::kLstm, layer);
   check_tokens("lstm_backward", layer, {&dy, &output}, &gates);
   check_final("lstm_backward", dhn, h0);
   check_final("lstm_backward", dcn, c0);
-  TORCH_CHECK(cells.dim() == 2 && cells.size(0) == input.size(0) && cells.size(1) == c0.size(1) &&
-                  cells.scalar_type() == at::kFloat && cells.is_contiguous(),
+  TORCH_CHECK(cells.sizes() == sizes_of(h0, {input.size(0), c0.size(-1)}) && cells.scalar_type() == at::kFloat &&
+                  cells.is_contiguous(),
               "lstm_backward: cells must be dense float32 (tokens, H), not ", cells.sizes());
   const Wanted wanted{mask[0],
                       mask[1],
@@ -97,9 +97,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_
 
 std::tuple<Tensor, Tensor, Tensor> gru_forward(const Tensor& input, const Tensor& h0, const Tensor& w_ih,
                                                const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
-                                               const Optional& batch_sizes, bool reverse, bool save) {
+                                               const Optional& batch_sizes, bool save) {
   const AsGiven guard;
-  const Sequence sequence(input, h0, batch_sizes, reverse);
+  const Sequence sequence(input, h0, batch_sizes);
   const Layer layer{input, h0, {}, w_ih, w_hh, b_ih, b_hh, {}, {}};
   check_layer("gru_forward", Cell::kGru, layer);
   const Forward out = forward_float(Cell::kGru, sequence, layer, save);
@@ -108,10 +108,9 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(const Tensor& input, const Tensor
 }
 
 Tensor gru_recompute(const Tensor& input, const Tensor& h0, const Tensor& w_ih, const Tensor& w_hh,
-                     const Optional& b_ih, const Optional& b_hh, const Optional& batch_sizes, const Tensor& output,
-                     bool reverse) {
+                     const Optional& b_ih, const Optional& b_hh, const Optional& batch_sizes, const Tensor& output) {
   const AsGiven guard;
-  const Sequence sequence(input, h0, batch_sizes, reverse);
+  const Sequence sequence(input, h0, batch_sizes);
   const Layer layer{input, h0, {}, w_ih, w_hh, b_ih, b_hh, {}, {}};
   check_layer("gru_recompute", Cell::kGru, layer);
   check_tokens("gru_recompute", layer, {&output}, nullptr);
@@ -123,9 +122,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(const Te
                                                                         const Tensor& w_ih, const Tensor& w_hh,
                                                                         const Optional& batch_sizes,
                                                                         const Tensor& output, const Tensor& gates,
-                                                                        bool reverse, std::array<bool, 5> mask) {
+                                                                        std::array<bool, 5> mask) {
   const AsGiven guard;
-  const Sequence sequence(input, h0, batch_sizes, reverse);
+  const Sequence sequence(input, h0, batch_sizes);
   const Layer layer{input, h0, {}, w_ih, w_hh, {}, {}, {}, {}};
   check_layer("gru_backward", Cell::kGru, layer);
   check_tokens("gru_backward", layer, {&dy, &output}, &gates);
@@ -140,9 +139,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(const Te
 
 std::tuple<Tensor, Tensor> rnn_forward(const Tensor& input, const Tensor& h0, const Tensor& w_ih, const Tensor& w_hh,
                                        const Optional& b_ih, const Optional& b_hh, const Optional& batch_sizes,
-                                       c10::string_view nonlinearity, bool reverse) {
+                                       c10::string_view nonlinearity) {
   const AsGiven guard;
-  const Sequence sequence(input, h0, batch_sizes, reverse);
+  const Sequence sequence(input, h0, batch_sizes);
   const Layer layer{input, h0, {}, w_ih, w_hh, b_ih, b_hh, {}, {}};
   check_layer("rnn_forward", Cell::kTanh, layer);
   const Forward out = forward_float(vanilla(nonlinearity), sequence, layer, false);
@@ -153,10 +152,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(const Tensor& dy
                                                                 const Tensor& input, const Tensor& h0,
                                                                 const Tensor& w_ih, const Tensor& w_hh,
                                                                 const Optional& batch_sizes, const Tensor& output,
-                                                                c10::string_view nonlinearity, bool reverse,
+                                                                c10::string_view nonlinearity,
                                                                 std::array<bool, 5> mask) {
   const AsGiven guard;
-  const Sequence sequence(input, h0, batch_sizes, reverse);
+  const Sequence sequence(input, h0, batch_sizes);
   const Layer layer{input, h0, {}, w_ih, w_hh, {}, {}, {}, {}};
   check_layer("rnn_backward", Cell::kTanh, layer);
   check_tokens("rnn_backward", layer, {&dy, &output}, nullptr);

@@ -120,6 +120,16 @@ Tensor places_of(const Optional& places, int64_t tokens) {
   return places ? places->contiguous() : Tensor();
 }
 
+// Of tokens with padding behind them, those that are there; and back, zeros for padding.
+Tensor present(const Tensor& t, int64_t tokens) { return t.dim() == 2 ? t.narrow(0, 0, tokens) : t; }
+Optional present(const Optional& t, int64_t tokens) { return t ? Optional(t->narrow(0, 0, tokens)) : std::nullopt; }
+Tensor padded(const Tensor& t, int64_t room) {
+  if (t.dim() != 2) return t;
+  const Tensor out = at::zeros({room, t.size(1)}, t.scalar_type());
+  out.narrow(0, 0, t.size(0)).copy_(t);
+  return out;
+}
+
 // output, h_n, of an LSTM c_n; with `save` products (normalised: (tokens, G H), otherwise empty), kept, stats and of an
 // LSTM cells.
 std::vector<Tensor> rows_forward(const Tensor& gates, const Tensor& h0, const Optional& c0, const Tensor& w_hh,
@@ -132,7 +142,15 @@ std::vector<Tensor> rows_forward(const Tensor& gates, const Tensor& h0, const Op
   const Weights w{w_hh, dense(w_hr), dense(bias_n), dense(peephole), dense(norm_hh), dense(norm_c), dense(norm_c_bias)};
   const Sizes s(cell_of(kind), gates, h0, c0, w);
   s.check("gates", gates, {s.tokens, s.gated});
-  const Sequence sequence(gates, h0, batch_sizes, reverse);
+  const Sequence sequence(gates, h0, batch_sizes);
+  if (const int64_t n = sequence.tokens(); n < s.tokens) {
+    std::vector<Tensor> found =
+        rows_forward(present(gates, n), h0, c0, w_hh, w_hr, bias_n, peephole, norm_hh, norm_c, norm_c_bias, batch_sizes,
+                     seed, present(places, n), kind, dtype, zones, firsts, training, reverse, save);
+    for (size_t i = 0; i < found.size(); ++i)
+      if (i == 0 || i > (s.lstm ? 2 : 1)) found[i] = padded(found[i], s.tokens);
+    return found;
+  }
   const Tensor x = gates.contiguous(), h = h0.contiguous(), where = places_of(places, s.tokens);
   const Tensor weight = packed(w_hh.t()), projection = w_hr ? packed(w_hr->t()) : Tensor();
   const bool normed = norm_hh.has_value(), keep = save && normed;
@@ -147,7 +165,7 @@ std::vector<Tensor> rows_forward(const Tensor& gates, const Tensor& h0, const Op
   args.cell = s.cell;
   args.rounding = dtype == at::kHalf ? Rounding::kHalf : dtype == at::kBFloat16 ? Rounding::kBFloat16 : Rounding::kNone;
   args.keep = keep;
-  args.steps = sequence.steps();
+  args.steps = sequence.steps(reverse);
   args.hidden = s.hidden;
   args.state_size = s.state_size;
   args.weight = read(weight);
@@ -171,7 +189,7 @@ std::vector<Tensor> rows_forward(const Tensor& gates, const Tensor& h0, const Op
   if (sequence.count())
     over_rows(args.steps, 0, sequence.count(), kRowsForThread,
               [&](int64_t row, int64_t end) { rows_kernels().forward(args, row, end); });
-  sequence.for_ending([&](int64_t row, int64_t rows, int64_t token) {
+  sequence.for_ending(reverse, [&](int64_t row, int64_t rows, int64_t token) {
     std::memcpy(write(h_n) + row * s.state_size, read(output) + token * s.state_size,
                 rows * s.state_size * sizeof(float));
   });
@@ -205,7 +223,15 @@ std::vector<Tensor> rows_backward(const Tensor& dy, const Optional& dhn, const O
   if (dcn) s.check("dcn", *dcn, {s.batch, H});
   TORCH_CHECK(cells.has_value() == s.lstm, "rows: cells are an LSTM's");
   if (cells) s.check("cells", *cells, {N, H});
-  const Sequence sequence(dy, h0, batch_sizes, reverse);
+  const Sequence sequence(dy, h0, batch_sizes);
+  if (const int64_t n = sequence.tokens(); n < N) {
+    std::vector<Tensor> found =
+        rows_backward(present(dy, n), dhn, dcn, h0, c0, w_hh, w_hr, peephole, norm_hh, norm_c, norm_c_bias, batch_sizes,
+                      seed, present(places, n), present(output, n), present(products, n), present(kept, n),
+                      present(stats, n), present(cells, n), kind, at::kFloat, zones, firsts, training, reverse, wanted);
+    if (wanted[0]) found[0] = padded(found[0], N);
+    return found;
+  }
   const Tensor gradient = dy.stride(1) == 1 || P == 1 ? dy : dy.contiguous(), h = h0.contiguous(), c = dense(c0);
   const Tensor y = output.contiguous(), where = places_of(places, N), held = kept.contiguous(), c_of = dense(cells);
   const Tensor normed = products.contiguous(), figures = stats.contiguous();
@@ -222,7 +248,7 @@ std::vector<Tensor> rows_backward(const Tensor& dy, const Optional& dhn, const O
 
   RowsBackward args{};
   args.cell = s.cell;
-  args.steps = sequence.steps();
+  args.steps = sequence.steps(reverse);
   args.hidden = H;
   args.state_size = P;
   args.weight = read(weight);

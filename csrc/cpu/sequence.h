@@ -19,17 +19,19 @@ struct Chunk {
 
 class Sequence {
  public:
-  // batch_sizes: int64 (T) on the CPU, positive and not increasing; absent: every step has all rows of h0.
-  Sequence(const at::Tensor& input, const at::Tensor& h0, const std::optional<at::Tensor>& batch_sizes, bool reverse)
-      : reverse_(reverse) {
-    TORCH_CHECK(input.dim() == 2 && h0.dim() == 2, "recurrent: input and h0 must be 2-D");
-    const int64_t tokens = input.size(0), batch = h0.size(0);
+  // h0: (batch, columns), or two of these. batch_sizes: int64 (T) on the CPU, not increasing; absent: every step has
+  // all rows of h0. Tokens that no step has, all behind the others, are padding.
+  Sequence(const at::Tensor& input, const at::Tensor& h0, const std::optional<at::Tensor>& batch_sizes) {
+    TORCH_CHECK(input.dim() == 2 && (h0.dim() == 2 || (h0.dim() == 3 && h0.size(0) == 2)),
+                "recurrent: input must be 2-D and h0 (batch, hidden size), or two of these");
+    const int64_t tokens = input.size(0), batch = h0.size(-2);
     if (batch_sizes) {
       TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->scalar_type() == at::kLong && batch_sizes->is_cpu(),
                   "recurrent: batch_sizes must be a 1-D int64 tensor on the CPU");
       const at::Tensor sizes = batch_sizes->contiguous();
       const int64_t* p = sizes.const_data_ptr<int64_t>();
       sizes_.assign(p, p + sizes.numel());
+      while (!sizes_.empty() && sizes_.back() == 0) sizes_.pop_back();
     } else if (batch > 0) {
       sizes_.assign(tokens / batch, batch);
     }
@@ -43,38 +45,41 @@ class Sequence {
       most = n;
     }
     offsets_.push_back(total);
-    TORCH_CHECK(total == tokens, "recurrent: input has ", tokens, " rows, batch_sizes sum to ", total);
+    TORCH_CHECK(batch_sizes ? total <= tokens : total == tokens, "recurrent: input has ", tokens,
+                " rows, batch_sizes sum to ", total);
   }
 
   int64_t count() const { return static_cast<int64_t>(sizes_.size()); }
   int64_t rows() const { return sizes_.empty() ? 0 : sizes_[0]; }
-  Steps steps() const { return {count(), sizes_.data(), offsets_.data(), reverse_}; }
+  int64_t tokens() const { return offsets_.back(); }
+  Steps steps(bool reverse) const { return {count(), sizes_.data(), offsets_.data(), reverse}; }
 
-  // As many steps as have at most `limit` tokens together, at least one.
-  std::vector<Chunk> chunks(int64_t limit) const {
+  // As many steps as have at most `limit` tokens together, at least one; as the direction visits them. Both directions
+  // have the same chunks.
+  std::vector<Chunk> chunks(int64_t limit, bool reverse) const {
     std::vector<Chunk> found;
-    const Steps all = steps();
     for (int64_t first = 0; first < count();) {
       int64_t last = first, tokens = 0;
       do {
-        tokens += sizes_[all.at(last++)];
-      } while (last < count() && tokens + sizes_[all.at(last)] <= limit);
-      found.push_back({first, last, offsets_[reverse_ ? all.at(last - 1) : first], tokens});
+        tokens += sizes_[last++];
+      } while (last < count() && tokens + sizes_[last] <= limit);
+      found.push_back({reverse ? count() - last : first, reverse ? count() - first : last, offsets_[first], tokens});
       first = last;
     }
+    if (reverse) std::reverse(found.begin(), found.end());
     return found;
   }
 
   int64_t largest_chunk(int64_t limit) const {
     int64_t most = 0;
-    for (const Chunk& chunk : chunks(limit)) most = std::max(most, chunk.tokens);
+    for (const Chunk& chunk : chunks(limit, false)) most = std::max(most, chunk.tokens);
     return most;
   }
 
   // body(row, rows, token): these rows' sequences end with the tokens from `token` on.
   template <class Body>
-  void for_ending(Body body) const {
-    const Steps all = steps();
+  void for_ending(bool reverse, Body body) const {
+    const Steps all = steps(reverse);
     for (int64_t step = 0; step < count(); ++step) {
       const int64_t t = all.at(step), row = all.going_on(step);
       if (row < sizes_[t]) body(row, sizes_[t] - row, offsets_[t] + row);
@@ -83,7 +88,6 @@ class Sequence {
 
  private:
   std::vector<int64_t> sizes_, offsets_;
-  bool reverse_;
 };
 
 // Boundaries between the rows of up to `threads` threads, each with about as many tokens of these steps.

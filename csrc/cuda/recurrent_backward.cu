@@ -14,7 +14,7 @@ struct Backward {
   void* dgates;
   float* carry;
   Loop loop;
-  int64_t dy_stride;
+  int64_t dy_stride, dy_side;
   bool relu;
 };
 
@@ -29,30 +29,54 @@ __device__ __forceinline__ CellGradient gradient_of(const Backward& f, const Vis
     for (int part = 0; part < 4; ++part)
       kept[part] = to_float(static_cast<const Kept<T, K>*>(f.kept)[token * (4 * hidden) + part * hidden + unit]);
   }
-  const int64_t initial = row * hidden + unit, earlier = (v.previous + row) * hidden + unit;
+  const int64_t initial = row * hidden + unit, pitch = f.loop.pitch();
   if constexpr (K == Kind::lstm) {
     c = f.cells[token * hidden + unit];
-    before = row < v.begun ? f.cells[earlier] : to_float(static_cast<const T*>(f.c0)[initial]);
+    before =
+        row < v.begun ? f.cells[(v.previous + row) * hidden + unit] : to_float(static_cast<const T*>(f.c0)[initial]);
   } else if constexpr (K == Kind::gru) {
-    before = to_float(row < v.begun ? output[earlier] : static_cast<const T*>(f.h0)[initial]);
+    before = to_float(row < v.begun ? output[(v.previous + row) * pitch + unit] : static_cast<const T*>(f.h0)[initial]);
   } else {
-    y = to_float(output[token * hidden + unit]);
+    y = to_float(output[token * pitch + unit]);
   }
   const Peephole peephole = load_peephole(f.peephole, f.loop.hidden, static_cast<int>(unit));
   return cell_backward<K, std::is_same_v<T, float>>(kept, peephole, dh, carry, c, before, y, f.relu);
 }
 
 template <class T, Kind K>
-__global__ void __launch_bounds__(kTileThreads) recurrent_backward_kernel(const Backward f) {
+__device__ __forceinline__ Backward second_direction(Backward f) {
+  const Loop& loop = f.loop;
+  const int64_t hidden = loop.hidden, states = loop.batch * hidden;
+  f.dy = static_cast<const T*>(f.dy) + f.dy_side;
+  f.dh_n += states;
+  advance(f.peephole, 3 * hidden);
+  f.h0 = static_cast<const T*>(f.h0) + states;
+  f.output = static_cast<const T*>(f.output) + hidden;
+  f.dgates = static_cast<T*>(f.dgates) + loop.tokens * kWidth<K> * hidden;
+  if constexpr (K != Kind::rnn) {
+    f.kept = static_cast<const Kept<T, K>*>(f.kept) + loop.tokens * 4 * hidden;
+    f.carry += states;
+  }
+  if constexpr (K == Kind::lstm) {
+    f.c0 = static_cast<const T*>(f.c0) + states;
+    f.cells += loop.tokens * hidden;
+  }
+  return f;
+}
+
+template <class T, Kind K>
+__global__ void __launch_bounds__(kTileThreads) recurrent_backward_kernel(const Backward given) {
   constexpr int G = kGates<K>, W = kWidth<K>;
   PK_DYN_SHARED(shared);
-  const Loop& loop = f.loop;
-  const Tile<T, 1> tile(loop.sizes, shared, f.weights, static_cast<int>(blockIdx.x));
+  const Loop& loop = given.loop;
+  const bool reverse = loop.reverse();
+  const Backward f = reverse ? second_direction<T, K>(given) : given;
+  const Tile<T, 1> tile(loop.sizes, shared, f.weights, loop.weights());
   const int64_t hidden = loop.hidden, first_row = loop.first_row();
-  const int first_unit = loop.first_unit(), number = loop.tile();
+  const int first_unit = loop.first_unit();
   T* const dgates = static_cast<T*>(f.dgates);
   const bool vectors = hidden % Vec16<T>::N == 0;
-  uint32_t* const arrived = loop.arrived + number;
+  uint32_t* const arrived = loop.arrived + loop.number();
 
   tile.for_elements([&](int, int, int row, int unit) {
     const bool real = K != Kind::rnn && first_row + row < loop.batch && first_unit + unit < hidden;
@@ -60,10 +84,10 @@ __global__ void __launch_bounds__(kTileThreads) recurrent_backward_kernel(const 
   });
   if (loop.sizes.local) tile.load(0, 0, false, [](int) -> const T* { return nullptr; });
   __syncthreads();
-  const Turns turns = loop.turns(number);
+  const Turns turns = loop.turns();
   uint32_t meetings = 0;
   for (int64_t turn = turns.last - 1; turn >= turns.first; --turn) {
-    const Visit v = visit(loop.offsets, loop.steps, turn, loop.reverse);
+    const Visit v = visit(loop.offsets, loop.steps, turn, reverse);
     if (meetings) await(arrived, meetings * gridDim.x);
     float sum[kMostUnits][1][4] = {};
     if (first_row < v.staying) {
@@ -120,8 +144,8 @@ int gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 
 void recurrent_backward(const void* weights, const void* dy, const float* dh_n, const float* peephole, const void* h0,
                         const void* c0, const void* output, const void* kept, const float* cells, void* dgates,
                         float* carry, const int64_t* offsets, const int* tile_steps, uint32_t* arrived,
-                        int64_t dy_stride, int64_t batch, int64_t steps, int hidden, bool reverse, int way, int blocks,
-                        int units, int tiles, int cell, DType dtype, void* stream) {
+                        int64_t dy_stride, int64_t dy_side, int64_t batch, int64_t steps, int64_t tokens, int hidden,
+                        int ways, int way, int blocks, int units, int tiles, int cell, DType dtype, void* stream) {
   dispatch_cell(cell, dtype, [&](auto t, auto k) {
     using T = typename decltype(t)::type;
     constexpr Kind K = decltype(k)::value;
@@ -136,9 +160,10 @@ void recurrent_backward(const void* weights, const void* dy, const float* dh_n, 
                      cells,
                      dgates,
                      carry,
-                     {offsets, tile_steps, arrived, batch, steps, hidden, reverse, way != 3,
-                      tile_sizes<T>(1, kGates<K> * hidden, units, way), 0, 0, 0},
+                     {offsets, tile_steps, arrived, batch, steps, tokens, hidden, ways, way != 3,
+                      tile_sizes<T>(1, kGates<K> * hidden, units, way), 0, 0, 0, 0},
                      dy_stride,
+                     dy_side,
                      static_cast<Cell>(cell) == Cell::relu};
     run_loop(recurrent_backward_kernel<T, K>, f, {way, blocks, units, tiles}, true, stream);
   });
@@ -153,11 +178,12 @@ int64_t recurrent_backward_resident(int cell, DType dtype, const TileSizes& size
   return found;
 }
 
-RecurrentPlan recurrent_plan(const void* where, int cell, bool backward, int hidden, int64_t batch, int wish,
+RecurrentPlan recurrent_plan(const void* where, int cell, bool backward, int hidden, int64_t batch, int ways, int wish,
                              DType dtype) {
   const DeviceGuard guard(where);
   const int gates = gates_of(static_cast<Cell>(cell)), parts = dtype == DType::f32 ? 3 : 1;
-  const int all = ceil_div(hidden, kUnits), tiles = static_cast<int>(ceil_div(batch, int64_t{kTileRows}));
+  const int all = ceil_div(hidden, kUnits);
+  const int tiles = static_cast<int>(ways * ceil_div(batch, int64_t{kTileRows}));
   const size_t limit = shared_limit();
   const int most_units = kMostUnits * kTileWarps, most_tiles = 65535;  // the second axis of a grid is that short
   const auto sizes = [&](int units, int way) {

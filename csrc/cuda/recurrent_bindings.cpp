@@ -10,11 +10,12 @@ void bind_recurrent(pybind11::module_& m) {
   def(m, "recurrent_forward", &recurrent_forward);
   def(m, "recurrent_backward", &recurrent_backward);
   def(m, "recurrent_recompute", &recurrent_recompute);
-  m.def("recurrent_plan", [](uintptr_t where, int cell, bool backward, int hidden, int64_t batch, int wish, int dtype) {
-    const RecurrentPlan p = recurrent_plan(reinterpret_cast<const void*>(where), cell, backward, hidden, batch, wish,
-                                           static_cast<DType>(dtype));
-    return std::make_tuple(p.way, p.blocks, p.units, p.tiles);
-  });
+  m.def("recurrent_plan",
+        [](uintptr_t where, int cell, bool backward, int hidden, int64_t batch, int ways, int wish, int dtype) {
+          const RecurrentPlan p = recurrent_plan(reinterpret_cast<const void*>(where), cell, backward, hidden, batch,
+                                                 ways, wish, static_cast<DType>(dtype));
+          return std::make_tuple(p.way, p.blocks, p.units, p.tiles);
+        });
 }
 
 }  // namespace pk

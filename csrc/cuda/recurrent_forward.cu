@@ -18,17 +18,37 @@ struct Forward {
 };
 
 template <class T, Kind K>
-__global__ void __launch_bounds__(kTileThreads) recurrent_forward_kernel(const Forward f) {
+__device__ __forceinline__ Forward second_direction(Forward f) {
+  const Loop& loop = f.loop;
+  const int64_t hidden = loop.hidden, states = loop.batch * hidden;
+  f.x += loop.tokens * kGates<K> * hidden;
+  advance(f.bias, kWidth<K> * hidden);
+  advance(f.peephole, 3 * hidden);
+  f.h0 = static_cast<const T*>(f.h0) + states;
+  f.output = static_cast<T*>(f.output) + hidden;
+  f.h_n = static_cast<T*>(f.h_n) + states;
+  if constexpr (K == Kind::lstm) f.c += states;
+  if (K != Kind::rnn && f.kept) {
+    f.kept = static_cast<Kept<T, K>*>(f.kept) + loop.tokens * 4 * hidden;
+    if constexpr (K == Kind::lstm) f.cells += loop.tokens * hidden;
+  }
+  return f;
+}
+
+template <class T, Kind K>
+__global__ void __launch_bounds__(kTileThreads) recurrent_forward_kernel(const Forward given) {
   constexpr int G = kGates<K>;
   constexpr bool PRECISE = std::is_same_v<T, float>;
   PK_DYN_SHARED(shared);
-  const Loop& loop = f.loop;
-  const Tile<T, G> tile(loop.sizes, shared, f.weights, static_cast<int>(blockIdx.x));
-  const int64_t hidden = loop.hidden, first_row = loop.first_row();
-  const int first_unit = loop.first_unit(), number = loop.tile();
+  const Loop& loop = given.loop;
+  const bool reverse = loop.reverse();
+  const Forward f = reverse ? second_direction<T, K>(given) : given;
+  const Tile<T, G> tile(loop.sizes, shared, f.weights, loop.weights());
+  const int64_t hidden = loop.hidden, first_row = loop.first_row(), pitch = loop.pitch();
+  const int first_unit = loop.first_unit();
   const T *h0 = static_cast<const T*>(f.h0), *output = static_cast<const T*>(f.output);
   const bool vectors = hidden % Vec16<T>::N == 0;
-  uint32_t* const arrived = loop.arrived + number;
+  uint32_t* const arrived = loop.arrived + loop.number();
 
   if constexpr (K == Kind::lstm) {
     tile.for_elements([&](int, int, int row, int unit) {
@@ -36,13 +56,13 @@ __global__ void __launch_bounds__(kTileThreads) recurrent_forward_kernel(const F
       tile.own(row, unit) = real ? f.c[(first_row + row) * hidden + first_unit + unit] : 0.f;
     });
   }
-  const Turns turns = loop.turns(number);
+  const Turns turns = loop.turns();
   uint32_t meetings = 0;
   for (int64_t turn = turns.first; turn < turns.last; ++turn) {
-    const Visit v = visit(loop.offsets, loop.steps, turn, loop.reverse);
+    const Visit v = visit(loop.offsets, loop.steps, turn, reverse);
     const auto state_of = [&](int row, int64_t rows) -> const T* {
       const int64_t r = first_row + row;
-      return r >= rows ? nullptr : r < v.begun ? output + (v.previous + r) * hidden : h0 + r * hidden;
+      return r >= rows ? nullptr : r < v.begun ? output + (v.previous + r) * pitch : h0 + r * hidden;
     };
     float x[kMostUnits][G][4], old[kMostUnits][4];  // before the wait: this memory is far
     tile.for_elements([&](int n, int e, int row, int unit) {
@@ -90,7 +110,7 @@ __global__ void __launch_bounds__(kTileThreads) recurrent_forward_kernel(const F
       }
       if constexpr (K == Kind::lstm) tile.own(row, unit) = found.c;
       const T h = from_float<T>(found.h);
-      static_cast<T*>(f.output)[token * hidden + u] = h;
+      static_cast<T*>(f.output)[token * pitch + u] = h;
       if (r >= v.staying) static_cast<T*>(f.h_n)[r * hidden + u] = h;
       if (loop.sizes.local) tile.put(row, static_cast<int>(u), to_float(h));
     });
@@ -113,10 +133,19 @@ template <class T, Kind K>
 __global__ void __launch_bounds__(kTileThreads)
     recurrent_recompute_kernel(const float* x, const float* products, const float* bias_ptr, const float* peephole_ptr,
                                float* state, T* kept, float* cells, const int64_t* offsets, int64_t batch,
-                               int64_t steps, int hidden, bool reverse) {
+                               int64_t steps, int64_t tokens, int hidden) {
   constexpr int G = kGates<K>;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kTileThreads + threadIdx.x;
   if (i >= batch * hidden) return;
+  const bool reverse = blockIdx.y == 1;
+  if (reverse) {
+    x += tokens * G * hidden;
+    products += tokens * G * hidden;
+    advance(bias_ptr, kWidth<K> * hidden);
+    advance(peephole_ptr, 3 * hidden);
+    kept += tokens * 4 * hidden;
+    if constexpr (K == Kind::lstm) state += batch * hidden, cells += tokens * hidden;
+  }
   const int64_t row = i / hidden, unit = i % hidden;
   float bias[4], c = K == Kind::lstm ? state[i] : 0.f;
   load_bias<K>(bias, bias_ptr, hidden, static_cast<int>(unit));
@@ -142,19 +171,20 @@ __global__ void __launch_bounds__(kTileThreads)
 
 template <class T, Kind K>
 void recompute(const float* x, const float* products, const float* bias, const float* peephole, float* c, void* kept,
-               float* cells, const int64_t* offsets, int64_t batch, int64_t steps, int hidden, bool reverse,
+               float* cells, const int64_t* offsets, int64_t batch, int64_t steps, int64_t tokens, int hidden, int ways,
                void* stream) {
-  const unsigned blocks = static_cast<unsigned>(ceil_div(batch * hidden, kTileThreads));
+  const dim3 blocks(static_cast<unsigned>(ceil_div(batch * hidden, kTileThreads)), static_cast<unsigned>(ways));
   launch(recurrent_recompute_kernel<T, K>, blocks, kTileThreads, 0, stream, x, products, bias, peephole, c,
-         static_cast<T*>(kept), cells, offsets, batch, steps, hidden, reverse);
+         static_cast<T*>(kept), cells, offsets, batch, steps, tokens, hidden);
 }
 
 }  // namespace
 
 void recurrent_forward(const void* weights, const float* x, const float* bias, const float* peephole, const void* h0,
                        void* output, void* h_n, float* c, void* kept, float* cells, const int64_t* offsets,
-                       const int* tile_steps, uint32_t* arrived, int64_t batch, int64_t steps, int hidden, bool reverse,
-                       int way, int blocks, int units, int tiles, int cell, DType dtype, void* stream) {
+                       const int* tile_steps, uint32_t* arrived, int64_t batch, int64_t steps, int64_t tokens,
+                       int hidden, int ways, int way, int blocks, int units, int tiles, int cell, DType dtype,
+                       void* stream) {
   dispatch_cell(cell, dtype, [&](auto t, auto k) {
     using T = typename decltype(t)::type;
     constexpr Kind K = decltype(k)::value;
@@ -168,18 +198,18 @@ void recurrent_forward(const void* weights, const float* x, const float* bias, c
                     c,
                     kept,
                     cells,
-                    {offsets, tile_steps, arrived, batch, steps, hidden, reverse, way != 3,
-                     tile_sizes<T>(kGates<K>, hidden, units, way), 0, 0, 0},
+                    {offsets, tile_steps, arrived, batch, steps, tokens, hidden, ways, way != 3,
+                     tile_sizes<T>(kGates<K>, hidden, units, way), 0, 0, 0, 0},
                     static_cast<Cell>(cell) == Cell::relu};
     run_loop(recurrent_forward_kernel<T, K>, f, {way, blocks, units, tiles}, false, stream);
   });
 }
 
 void recurrent_recompute(const float* x, const float* products, const float* bias, const float* peephole, float* c,
-                         void* kept, float* cells, const int64_t* offsets, int64_t batch, int64_t steps, int hidden,
-                         bool reverse, int cell, DType dtype, void* stream) {
+                         void* kept, float* cells, const int64_t* offsets, int64_t batch, int64_t steps, int64_t tokens,
+                         int hidden, int ways, int cell, DType dtype, void* stream) {
   const auto go = [&](auto run) {
-    run(x, products, bias, peephole, c, kept, cells, offsets, batch, steps, hidden, reverse, stream);
+    run(x, products, bias, peephole, c, kept, cells, offsets, batch, steps, tokens, hidden, ways, stream);
   };
   if (static_cast<Cell>(cell) == Cell::gru) return go(&recompute<float, Kind::gru>);
   dtype == DType::f32 ? go(&recompute<float, Kind::lstm>) : go(&recompute<fp16, Kind::lstm>);

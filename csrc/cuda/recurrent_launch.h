@@ -12,23 +12,37 @@ struct Loop {
   const int64_t* offsets;
   const int* tile_steps;
   uint32_t* arrived;
-  int64_t batch, steps;
-  int hidden;
-  bool reverse, whole;  // whole: all steps in this launch, not turns first .. last
+  int64_t batch, steps, tokens;  // tokens: those that each direction's tensors have room for
+  int hidden, ways;              // ways: directions, 1 or 2
+  bool whole;                    // all steps in this launch, not turns first .. last
   TileSizes sizes;
+  int tiles;  // of one direction
   int first_tile;
   int64_t first_turn, last_turn;
 
-  __device__ __forceinline__ int tile() const { return first_tile + static_cast<int>(blockIdx.y); }
+  // The second direction's tiles come after the first one's.
+  __device__ __forceinline__ int number() const { return first_tile + static_cast<int>(blockIdx.y); }
+  __device__ __forceinline__ bool reverse() const { return number() >= tiles; }
+  __device__ __forceinline__ int tile() const { return reverse() ? number() - tiles : number(); }
+  __device__ __forceinline__ int weights() const {
+    return static_cast<int>(blockIdx.x) + (reverse() ? static_cast<int>(gridDim.x) : 0);
+  }
+  __device__ __forceinline__ int64_t pitch() const { return static_cast<int64_t>(ways) * hidden; }  // of the output
   __device__ __forceinline__ int64_t first_row() const { return static_cast<int64_t>(tile()) * kTileRows; }
   __device__ __forceinline__ int first_unit() const { return static_cast<int>(blockIdx.x) * sizes.units * kUnits; }
   // Steps that have a row of this tile are the first ones in time.
-  __device__ __forceinline__ Turns turns(int tile) const {
-    const int64_t mine = tile_steps[tile];
-    const Turns active = reverse ? Turns{steps - mine, steps} : Turns{0, mine};
+  __device__ __forceinline__ Turns turns() const {
+    const int64_t mine = tile_steps[tile()];
+    const Turns active = reverse() ? Turns{steps - mine, steps} : Turns{0, mine};
     return whole ? active : Turns{max(active.first, first_turn), min(active.last, last_turn)};
   }
 };
+
+// Moves a pointer, if there is one, to the second direction's share: `count` elements on.
+template <class P>
+__device__ __forceinline__ void advance(P*& p, int64_t count) {
+  if (p) p += count;
+}
 
 // What is kept of a gate.
 template <class T, Kind K>
@@ -63,7 +77,8 @@ template <class A>
 void run_loop(void (*kernel)(A), A args, const RecurrentPlan& plan, bool backward, void* stream) {
   const DeviceGuard guard(args.weights);
   Loop& loop = args.loop;
-  const int64_t tiles = ceil_div(loop.batch, static_cast<int64_t>(kTileRows));
+  loop.tiles = static_cast<int>(ceil_div(loop.batch, static_cast<int64_t>(kTileRows)));
+  const int64_t tiles = static_cast<int64_t>(loop.tiles) * loop.ways;
   const size_t bytes = loop.sizes.bytes();
   const auto grid = [&](int64_t first) {
     const int64_t left = tiles - first;

@@ -44,23 +44,23 @@ def unsupported(ext: Extension, x: Tensor, *features: str) -> str | None:
 
 
 def _packed_weights(w: Tensor, blocks: int) -> Tensor:
-    """W (gates, units, terms) in the order in which lanes read it, for `blocks` blocks of 8 units.
+    """W (D, gates, units, terms) in the order in which lanes read it, for `blocks` blocks of 8 units a direction.
 
-    (block of units, 32 terms, gate, part, lane, 8 numbers): lane l of a warp has unit l // 4 and, of each 16 terms, the
-    pairs at 2 (l % 4) and 8 beyond: two operands of mma.m16n8k16. float32 comes in three parts that add up to it.
+    (D, block of units, 32 terms, gate, part, lane, 8 numbers): lane l of a warp has unit l // 4 and, of each 16 terms,
+    the pairs at 2 (l % 4) and 8 beyond: two operands of mma.m16n8k16. float32 comes in three parts that add up to it.
     """
-    gates, units, terms = w.shape
+    ways, gates, units, terms = w.shape
     slices = -(-terms // 32)
-    whole = w.new_zeros(gates, blocks * 8, slices * 32)
-    whole[:, :units, :terms] = w
+    whole = w.new_zeros(ways, gates, blocks * 8, slices * 32)
+    whole[..., :units, :terms] = w
     parts = [whole]
     if w.dtype == torch.float32:
         parts = []
         for _ in range(3):
             parts.append(whole.bfloat16())
             whole = whole - parts[-1].float()
-    split = torch.stack(parts).view(len(parts), gates, blocks, 8, slices, 2, 2, 4, 2)
-    return split.permute(2, 4, 1, 0, 3, 7, 5, 6, 8).contiguous()
+    split = torch.stack(parts).view(len(parts), ways, gates, blocks, 8, slices, 2, 2, 4, 2)
+    return split.permute(1, 3, 5, 2, 0, 4, 8, 6, 7, 9).contiguous()
 
 
 class _Floor(Floor):
@@ -70,19 +70,19 @@ class _Floor(Floor):
     def _plan(self, kind: str, backward: bool, h0: Tensor) -> tuple[int, int, int, int]:
         """(way, blocks for a tile of rows, blocks of units of each, tiles in a launch)."""
         module: Any = self.ext.module
-        batch, hidden = h0.shape
+        ways, batch, hidden = h0.shape
         where, dtype = h0.data_ptr(), DTYPE_CODES[h0.dtype]
         plan: tuple[int, int, int, int] = module.recurrent_plan(
-            where, _CELLS[kind], backward, hidden, batch, WAY, dtype
+            where, _CELLS[kind], backward, hidden, batch, ways, WAY, dtype
         )
         if plan[0] == 0:
             raise RuntimeError(f"way {WAY} of running a recurrent loop does not fit hidden size {hidden} here")
         return plan
 
     def forward(self, f: Forward) -> None:
-        (batch, hidden), steps, device = f.h0.shape, f.steps, f.h0.device
+        (ways, batch, hidden), steps, device = f.h0.shape, f.steps, f.h0.device
         offsets = steps.offsets_on(device)
-        shape = batch, len(steps.sizes), hidden, steps.reverse
+        shape = batch, len(steps.sizes), f.gates.shape[1], hidden, ways
         if f.products is not None:
             assert f.kept is not None
             self.ext.call(
@@ -91,22 +91,22 @@ class _Floor(Floor):
             )  # fmt: skip
             return
         plan = self._plan(f.kind, False, f.h0)
-        weights = _packed_weights(f.w_hh.view(GATES[f.kind], hidden, hidden), plan[1] * plan[2])
+        weights = _packed_weights(f.w_hh.view(ways, GATES[f.kind], hidden, hidden), plan[1] * plan[2])
         tiles = steps.tile_steps(_ROWS, device)
         self.ext.call(
             "recurrent_forward", weights, f.gates, f.bias, f.peephole, f.h0, f.output, f.h_n, f.c_n, f.kept, f.cells,
-            offsets, tiles, torch.zeros_like(tiles), *shape, *plan, _CELLS[f.kind], f.h0.dtype,
+            offsets, tiles, tiles.new_zeros(ways, tiles.shape[0]), *shape, *plan, _CELLS[f.kind], f.h0.dtype,
         )  # fmt: skip
 
     def backward(self, b: Backward) -> bool:
-        (batch, hidden), steps, device = b.h0.shape, b.steps, b.h0.device
+        (ways, batch, hidden), steps, device = b.h0.shape, b.steps, b.h0.device
         plan = self._plan(b.kind, True, b.h0)
-        weights = _packed_weights(b.w_hh.t().unsqueeze(0), plan[1] * plan[2])
+        weights = _packed_weights(b.w_hh.mT.unsqueeze(1), plan[1] * plan[2])
         tiles = steps.tile_steps(_ROWS, device)
         self.ext.call(
             "recurrent_backward", weights, b.dy, b.dh, b.peephole, b.h0, b.c0, b.output, b.kept, b.cells, b.dgates,
-            b.carry, steps.offsets_on(device), tiles, torch.zeros_like(tiles), b.dy.stride(0), batch, len(steps.sizes),
-            hidden, steps.reverse, *plan, _CELLS[b.kind], b.h0.dtype,
+            b.carry, steps.offsets_on(device), tiles, tiles.new_zeros(ways, tiles.shape[0]), b.dy.stride(1),
+            b.dy.stride(0), batch, len(steps.sizes), b.dgates.shape[1], hidden, ways, *plan, _CELLS[b.kind], b.h0.dtype,
         )  # fmt: skip
         return False
 
@@ -115,7 +115,7 @@ def lstm_forward(ext: Extension, *args: Any) -> tuple[Tensor, ...]:
     return _Floor(ext).lstm_forward(*args)
 
 
-def lstm_recompute(ext: Extension, *args: Any) -> tuple[Tensor, Tensor]:
+def lstm_recompute(ext: Extension, *args: Any) -> tuple[Tensor, ...]:
     return _Floor(ext).lstm_recompute(*args)
 
 

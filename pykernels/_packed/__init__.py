@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .floor import GATES, SERVED, Backward, Floor, Forward
-from .steps import Steps
+from .steps import Steps, Visit
 
-__all__ = ["GATES", "SERVED", "Backward", "Floor", "Forward", "Steps"]
+__all__ = ["GATES", "SERVED", "Backward", "Floor", "Forward", "Steps", "Visit"]

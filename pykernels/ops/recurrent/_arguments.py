@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._backends import is_compiling
 from ...reference.recurrent import extra_names
 from .. import _autocast, _check, _ids
 from .._library import as_seed
@@ -101,25 +102,20 @@ def sequence_arguments(
     rows = options["num_layers"] * (2 if options["bidirectional"] else 1)
     for key, state, size in zip(names, states, (width, hidden), strict=False):
         _check.same(function, key, state, "input", input)
-        _require(function, key, state, (rows, batch, size))
+        _require(function, key, state, (rows, state.shape[1] if batch is None else batch, size))
     return input, None if hx is None else states, tuple(weights)
 
 
-def _check_layout(function: str, input: Tensor, options: dict[str, Any]) -> int:
-    """Dimensions of the input, `lengths`, `batch_sizes` and `resets`; returns the batch size."""
+def _check_layout(function: str, input: Tensor, options: dict[str, Any]) -> int | None:
+    """Dimensions of the input, `lengths`, `batch_sizes` and `resets`; returns the batch size, None if that is data."""
     lengths, batch_sizes, resets = options["lengths"], options["batch_sizes"], options["resets"]
     if batch_sizes is not None:
         if lengths is not None or options["batch_first"]:
             raise ValueError(f"{function}(): argument 'batch_sizes' excludes 'lengths' and 'batch_first'")
         _check.tensor(function, "batch_sizes", batch_sizes)
-        sizes = batch_sizes.tolist()
-        if input.dim() != 2 or sum(sizes) != input.shape[0]:
-            raise RuntimeError(
-                f"{function}(): argument 'input' must have the shape (sum(batch_sizes), input size) with "
-                f"'batch_sizes', here ({sum(sizes)}, *), not {tuple(input.shape)}"
-            )
-        if not sizes or sizes[-1] < 1 or sizes != sorted(sizes, reverse=True):
-            raise RuntimeError(f"{function}(): argument 'batch_sizes' must be positive and not increase, not {sizes}")
+        if input.dim() != 2:
+            raise RuntimeError(f"{function}(): argument 'input' must be 2-D with 'batch_sizes', not {input.dim()}-D")
+        sizes = [] if is_compiling() else _check_sizes(function, batch_sizes, input)
     elif input.dim() != 3:
         raise RuntimeError(f"{function}(): argument 'input' must be 3-D, not {input.dim()}-D")
     if resets is not None:
@@ -129,7 +125,7 @@ def _check_layout(function: str, input: Tensor, options: dict[str, Any]) -> int:
         _ids.same_device(function, "resets", resets, "input", input)
         _require(function, "resets", resets, tuple(input.shape[:-1]))
     if batch_sizes is not None:
-        return int(sizes[0])
+        return int(sizes[0]) if sizes else None
     steps, batch = (input.shape[1], input.shape[0]) if options["batch_first"] else (input.shape[0], input.shape[1])
     if lengths is not None:
         _check.tensor(function, "lengths", lengths)
@@ -138,6 +134,19 @@ def _check_layout(function: str, input: Tensor, options: dict[str, Any]) -> int:
         _require(function, "lengths", lengths, (batch,))
         _ids.in_range(function, "lengths", lengths, steps + 1)
     return batch
+
+
+def _check_sizes(function: str, batch_sizes: Tensor, input: Tensor) -> list[int]:
+    """The batch sizes, checked. In a graph they are data: there the operators check what guards memory."""
+    sizes: list[int] = batch_sizes.tolist()
+    if sum(sizes) != input.shape[0]:
+        raise RuntimeError(
+            f"{function}(): argument 'input' must have the shape (sum(batch_sizes), input size) with "
+            f"'batch_sizes', here ({sum(sizes)}, *), not {tuple(input.shape)}"
+        )
+    if not sizes or sizes[-1] < 1 or sizes != sorted(sizes, reverse=True):
+        raise RuntimeError(f"{function}(): argument 'batch_sizes' must be positive and not increase, not {sizes}")
+    return sizes
 
 
 def _check_weights(function: str, size: int, weights: Sequence[Tensor], options: dict[str, Any]) -> tuple[int, int]:

@@ -1,8 +1,11 @@
 """The operators of the recurrent room (schemas, fakes) and the autograd Function over them.
 
-An operator serves one layer in one direction over packed tokens: (N, I), sorted by time, with the number of rows of
-each step in `batch_sizes` (none: every step has all rows of the state). Padded, ragged, packed and cut (`resets`) input
-differ only in how tokens are brought into this order; a cell is a sequence of one step.
+An operator serves one layer over packed tokens: (N, I), sorted by time, with the number of rows of each step in
+`batch_sizes` (none: every step has all rows of the state). Padded, ragged, packed and cut (`resets`) input differ only
+in how tokens are brought into this order; a cell is a sequence of one step.
+
+A layer in one direction, forward in time, has states (B, H). States (2, B, H) stand for both directions of a layer, the
+second against time: its weights are stacked in the same way, and the outputs lie side by side.
 """
 
 from __future__ import annotations
@@ -28,7 +31,6 @@ class Mode(NamedTuple):
 
     kind: str
     backend: str
-    reverse: bool = False
     recompute: bool = False
 
 
@@ -40,42 +42,50 @@ def _wanted(*made: tuple[Any, bool]) -> tuple[Tensor, ...]:
     return tuple(_like(x) if wanted else made[0][0].new_empty(0) for x, wanted in made)
 
 
-def _lstm_saved(input: Tensor, w_hh: Tensor, tokens: Any) -> tuple[Tensor, Tensor]:
-    gated = w_hh.shape[0]
+def _output(input: Tensor, h0: Tensor) -> Tensor:
+    return input.new_empty(input.shape[0], h0.shape[-1] * (1 if h0.dim() == 2 else 2))
+
+
+def _lstm_saved(input: Tensor, c0: Tensor, tokens: Any) -> tuple[Tensor, Tensor]:
+    *many, _, hidden = c0.shape
     dtype = torch.float32 if input.dtype == torch.float32 else torch.float16
-    return input.new_empty(tokens, gated, dtype=dtype), input.new_empty(tokens, gated // 4, dtype=torch.float32)
+    gates = input.new_empty(*many, tokens, 4 * hidden, dtype=dtype)
+    return gates, input.new_empty(*many, tokens, hidden, dtype=torch.float32)
 
 
-def _fake_lstm(input: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    saved = _lstm_saved(input, w_hh, input.shape[0] if rest[-1] else 0)
-    return input.new_empty(input.shape[0], h0.shape[1]), _like(h0), _like(c0), *saved
+def _gru_saved(input: Tensor, h0: Tensor, tokens: Any) -> Tensor:
+    *many, _, hidden = h0.shape
+    return input.new_empty(*many, tokens, 4 * hidden, dtype=torch.float32)
 
 
-def _fake_gru(input: Tensor, h0: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    tokens, hidden, kept = input.shape[0], h0.shape[1], input.shape[0] if arguments[-1] else 0
-    gates = input.new_empty(kept, 4 * hidden, dtype=torch.float32)
-    return input.new_empty(tokens, hidden), _like(h0), gates
+def _fake_lstm(input: Tensor, h0: Tensor, c0: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    saved = _lstm_saved(input, c0, input.shape[0] if rest[-1] else 0)
+    return _output(input, h0), _like(h0), _like(c0), *saved
+
+
+def _fake_gru(input: Tensor, h0: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _output(input, h0), _like(h0), _gru_saved(input, h0, input.shape[0] if rest[-1] else 0)
 
 
 def _fake_rnn(input: Tensor, h0: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return input.new_empty(input.shape[0], h0.shape[1]), _like(h0)
+    return _output(input, h0), _like(h0)
 
 
 def _fake_lstm_backward(*arguments: Any) -> tuple[Tensor, ...]:
     (_, _, _, x, h0, c0, w_ih, w_hh, w_hr, peephole, *_, mask) = arguments
-    bias = w_ih.new_empty(w_ih.shape[0])
+    bias = w_ih.new_empty(w_ih.shape[:-1])
     return _wanted(*zip((x, h0, c0, w_ih, w_hh, bias, w_hr, peephole), mask, strict=True))
 
 
 def _fake_gru_backward(*arguments: Any) -> tuple[Tensor, ...]:
     (_, _, x, h0, w_ih, w_hh, *_, mask) = arguments
-    bias = w_ih.new_empty(w_ih.shape[0])
+    bias = w_ih.new_empty(w_ih.shape[:-1])
     return _wanted(*zip((x, h0, w_ih, w_hh, bias, bias), (*mask, mask[4]), strict=True))
 
 
 def _fake_rnn_backward(*arguments: Any) -> tuple[Tensor, ...]:
     (_, _, x, h0, w_ih, w_hh, *_, mask) = arguments
-    return _wanted(*zip((x, h0, w_ih, w_hh, w_ih.new_empty(w_ih.shape[0])), mask, strict=True))
+    return _wanted(*zip((x, h0, w_ih, w_hh, w_ih.new_empty(w_ih.shape[:-1])), mask, strict=True))
 
 
 _WEIGHTS = "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh"
@@ -83,63 +93,63 @@ _LSTM = f"{_WEIGHTS}, Tensor? w_hr, Tensor? peephole, Tensor? batch_sizes"
 _OTHER = f"{_WEIGHTS}, Tensor? batch_sizes"
 
 # G gates, H the hidden size; h0 (B, P), c0 (B, H), w_ih (G H, I), w_hh (G H, P), w_hr (P, H) or none with P = H,
-# peephole (3 H): p_i, p_f, p_o. Gradients of h_n and c_n may be none: zeros.
+# peephole (3 H): p_i, p_f, p_o; of two directions all have a dimension of two in front of these, and so have gradients
+# and what is kept. Gradients of h_n and c_n may be none: zeros.
 
-# output (N, P), h_n, c_n; then what backward reads of every token (zero rows without `save`): gates i f g o after their
-# activations (float16 for both 16-bit dtypes: they are at most 1, where it has three bits more than bfloat16, and 1 - o
-# needs them), c (float32)
+# output (N, P or 2 P), h_n, c_n; then what backward reads of every token (zero rows without `save`): gates i f g o
+# after their activations (float16 for both 16-bit dtypes: they are at most 1, where it has three bits more than
+# bfloat16, and 1 - o needs them), c (float32)
 lstm_forward = define(
     ROOM,
-    f"lstm_forward(Tensor input, Tensor h0, Tensor c0, {_LSTM}, bool reverse, bool save) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"lstm_forward(Tensor input, Tensor h0, Tensor c0, {_LSTM}, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_lstm,
 )
 # the gates and c that forward leaves with `save`, from its output: h before every token is known, so that all products
 # are one, and what is left in the order of time is elementwise
 lstm_recompute = define(
     ROOM,
-    f"lstm_recompute(Tensor input, Tensor h0, Tensor c0, {_LSTM}, Tensor output, bool reverse) -> (Tensor, Tensor)",
-    lambda input, h0, c0, w_ih, w_hh, *_: _lstm_saved(input, w_hh, input.shape[0]),
+    f"lstm_recompute(Tensor input, Tensor h0, Tensor c0, {_LSTM}, Tensor output) -> (Tensor, Tensor)",
+    lambda input, h0, c0, *_: _lstm_saved(input, c0, input.shape[0]),
 )
 # dx, dh0, dc0, dW_ih, dW_hh, db (of either bias), dW_hr, dpeephole; mask in the same order
 lstm_backward = define(
     ROOM,
     "lstm_backward(Tensor dy, Tensor? dhn, Tensor? dcn, Tensor input, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, "
-    "Tensor? w_hr, Tensor? peephole, Tensor? batch_sizes, Tensor output, Tensor gates, Tensor cells, bool reverse, "
+    "Tensor? w_hr, Tensor? peephole, Tensor? batch_sizes, Tensor output, Tensor gates, Tensor cells, "
     "bool[8] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_lstm_backward,
 )
 # output, h_n; then r, z, n and n' = h W_hn^T + b_hn of every token, float32 (n' is not bounded)
 gru_forward = define(
     ROOM,
-    f"gru_forward(Tensor input, Tensor h0, {_OTHER}, bool reverse, bool save) -> (Tensor, Tensor, Tensor)",
+    f"gru_forward(Tensor input, Tensor h0, {_OTHER}, bool save) -> (Tensor, Tensor, Tensor)",
     _fake_gru,
 )
 # r, z, n, n' as forward leaves them, from its output
 gru_recompute = define(
     ROOM,
-    f"gru_recompute(Tensor input, Tensor h0, {_OTHER}, Tensor output, bool reverse) -> Tensor",
-    lambda input, h0, *_: input.new_empty(input.shape[0], 4 * h0.shape[1], dtype=torch.float32),
+    f"gru_recompute(Tensor input, Tensor h0, {_OTHER}, Tensor output) -> Tensor",
+    lambda input, h0, *_: _gru_saved(input, h0, input.shape[0]),
 )
 # dx, dh0, dW_ih, dW_hh, db_ih, db_hh; the last of the mask stands for both biases
 gru_backward = define(
     ROOM,
     "gru_backward(Tensor dy, Tensor? dhn, Tensor input, Tensor h0, Tensor w_ih, Tensor w_hh, Tensor? batch_sizes, "
-    "Tensor output, Tensor gates, bool reverse, bool[5] output_mask) -> "
+    "Tensor output, Tensor gates, bool[5] output_mask) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_gru_backward,
 )
 # output, h_n; backward reads the output alone
 rnn_forward = define(
     ROOM,
-    f"rnn_forward(Tensor input, Tensor h0, {_OTHER}, str nonlinearity, bool reverse) -> (Tensor, Tensor)",
+    f"rnn_forward(Tensor input, Tensor h0, {_OTHER}, str nonlinearity) -> (Tensor, Tensor)",
     _fake_rnn,
 )
 # dx, dh0, dW_ih, dW_hh, db (of either bias)
 rnn_backward = define(
     ROOM,
     "rnn_backward(Tensor dy, Tensor? dhn, Tensor input, Tensor h0, Tensor w_ih, Tensor w_hh, Tensor? batch_sizes, "
-    "Tensor output, str nonlinearity, bool reverse, bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor output, str nonlinearity, bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_rnn_backward,
 )
 
@@ -151,26 +161,26 @@ _SIZES = _LAYER - 1
 
 def _forward(mode: Mode, layer: Tensors, states: Tensors, save: bool) -> tuple[Tensors, Tensors]:
     """((output, *final states), what only backward reads)."""
-    kind, backend, reverse, _ = mode
+    kind, backend, _ = mode
     if kind == "lstm":
-        *results, gates, cells = lstm_forward[backend](layer[0], *states, *layer[1:], reverse, save)
+        *results, gates, cells = lstm_forward[backend](layer[0], *states, *layer[1:], save)
         return tuple(results), (gates, cells)
     weights = (*layer[1:5], layer[_SIZES])
     if kind == "gru":
-        *results, gates = gru_forward[backend](layer[0], *states, *weights, reverse, save)
+        *results, gates = gru_forward[backend](layer[0], *states, *weights, save)
         return tuple(results), (gates,)
-    return rnn_forward[backend](layer[0], *states, *weights, kind, reverse), ()
+    return rnn_forward[backend](layer[0], *states, *weights, kind), ()
 
 
 def _recomputed(mode: Mode, layer: Tensors, states: Tensors, output: Tensor) -> Tensors:
     """What only backward reads, made again."""
     if mode.kind == "lstm":
-        found: Tensors = lstm_recompute[mode.backend](layer[0], *states, *layer[1:], output, mode.reverse)
+        found: Tensors = lstm_recompute[mode.backend](layer[0], *states, *layer[1:], output)
         return found
     if mode.kind != "gru":
         return ()
     weights = (*layer[1:5], layer[_SIZES])
-    return (gru_recompute[mode.backend](layer[0], *states, *weights, output, mode.reverse),)
+    return (gru_recompute[mode.backend](layer[0], *states, *weights, output),)
 
 
 def _backward(
@@ -183,7 +193,7 @@ def _backward(
     kept: Tensors,
 ) -> Tensors:
     """Gradients of (input, w_ih, w_hh, b_ih, b_hh, w_hr, peephole, *states), zero-size where the mask is False."""
-    kind, backend, reverse, _ = mode
+    kind, backend, _ = mode
     if mode.recompute:
         kept = _recomputed(mode, layer, states, output)
     input, w_ih, w_hh, _, _, w_hr, peephole, sizes = layer
@@ -191,13 +201,13 @@ def _backward(
     order = (of_input, *of_states, of_w_ih, of_w_hh, of_b_ih or of_b_hh)
     if kind == "lstm":
         dx, *found = lstm_backward[backend](
-            *cotangents, input, *states, w_ih, w_hh, w_hr, peephole, sizes, output, *kept, reverse,
+            *cotangents, input, *states, w_ih, w_hh, w_hr, peephole, sizes, output, *kept,
             (*order, of_w_hr, of_peephole),
         )  # fmt: skip
         *found, dw_hr, dpeephole = found
     else:
         tensors = (*cotangents, input, *states, w_ih, w_hh, sizes, output, *kept)
-        backward, options = (gru_backward, (reverse,)) if kind == "gru" else (rnn_backward, (kind, reverse))
+        backward, options = (gru_backward, ()) if kind == "gru" else (rnn_backward, (kind,))
         dx, *found = backward[backend](*tensors, *options, order)
         dw_hr = dpeephole = None
     d_states, (dw_ih, dw_hh, db_ih, *rest) = found[: len(states)], found[len(states) :]
@@ -220,7 +230,7 @@ class LayerGrad(Function):
 
     @staticmethod
     def backward(ctx: Any, *ddx: Tensor) -> Any:
-        kind, _, reverse, _ = ctx.mode
+        kind = ctx.mode.kind
         saved, begin = ctx.saved_tensors, 1 + ctx.states  # of the layer's tensors
         sizes = begin + _SIZES
         given = [i for i, t in enumerate(saved) if t is not None and i != sizes]
@@ -237,7 +247,7 @@ class LayerGrad(Function):
                 for i, value in zip(wanted, chosen, strict=True):
                     point[i] = value
                 weights = reference.Weights(*point[1:_SIZES])
-                return reference.layer(kind, point[0], tuple(point[_SIZES:]), weights, saved[sizes], reverse)
+                return reference.layer(kind, point[0], tuple(point[_SIZES:]), weights, saved[sizes])
 
             results, pullback = torch.func.vjp(of, *(primals[i] for i in wanted))
             cotangents = (torch.zeros_like(y) if d is None else d for d, y in zip(full[:begin], results, strict=True))

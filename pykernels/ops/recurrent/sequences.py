@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ... import reference
-from ..._backends import is_compiling
-from ...reference.recurrent import extra_names, unflatten
+from ...reference.recurrent import Weights, extra_names, unflatten
 from ._arguments import call_seed, sequence_arguments
 from ._functions import ROOM, Mode, run_layer
-from ._layout import Order
+from ._layout import Order, order_of
 from ._rows import Mode as RowsMode
 from ._rows import drop, run_rows
 
@@ -209,8 +208,6 @@ def _features(options: dict[str, Any]) -> tuple[str, ...]:
     zoneout = options["zoneout"]
     if any(zoneout) if isinstance(zoneout, (tuple, list)) else zoneout:
         found += ("zoneout",)
-    if is_compiling():  # the number of tokens, of sequences or of rows is data
-        found += tuple(f"{name} in a compiled graph" for name in ("lengths", "resets") if options[name] is not None)
     return found
 
 
@@ -234,14 +231,13 @@ def _run(
     batch_sizes = options["batch_sizes"]
     each = len(weights) // (layers * directions)
     extra = extra_names(mode, options["proj_size"] > 0, options["peephole"], options["layer_norm"])
-    zones = _zones(options)
-    by_rows = options["layer_norm"] or any(zones)
+    by_rows = options["layer_norm"] or any(_zones(options))
     swap = options["batch_first"]
     given = input.transpose(0, 1) if swap else input
     shape = given.shape[:-1]
     x = given if batch_sizes is not None else given.reshape(shape[0] * shape[1], given.shape[2])
-    batch = shape[1] if batch_sizes is None else int(batch_sizes[0])
-    order = _order(options, given)
+    batch = shape[1] if batch_sizes is None else hx[0].shape[1] if hx is not None else int(batch_sizes[0])
+    order = _order(options, given, batch)
     if order is not None:
         x, batch_sizes = x.index_select(0, order.tokens), order.batch_sizes
     if hx is None:
@@ -253,51 +249,67 @@ def _run(
     between = options["dropout"] if options["training"] else 0.0
     finals: list[tuple[Tensor, ...]] = []
     for layer in range(layers):
-        outputs = []
-        for direction in range(directions):
-            k = layer * directions + direction
+        ways = []
+        for k in range(layer * directions, (layer + 1) * directions):
             w = unflatten(weights[k * each : (k + 1) * each], extra)
             if connect > 0 and seed is not None:
                 w = w._replace(w_hh=drop(backend, w.w_hh, seed, 1, k, w.w_hh.shape[0], connect))
-            states = tuple([s.select(0, k) for s in hx])
-            if order is not None:
-                states = tuple(order.initial(s, direction) for s in states)
-            if by_rows:
-                count = k * shape.numel()
-                firsts = (count * w.w_hh.shape[1], count * states[-1].shape[1])
-                loop = RowsMode(mode, x.dtype, zones, firsts, options["training"], direction == 1)
-                given = (batch_sizes, seed, None if order is None else order.tokens)
-                result, *final = run_rows(backend, loop, options["recompute"], x, w, states, *given)
-            else:
-                tensors = (x, w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr, w.peephole, batch_sizes)
-                result, *final = run_layer(Mode(mode, backend, direction == 1, options["recompute"]), tensors, states)
-            outputs.append(result)
-            finals.append(tuple(final) if order is None else tuple(order.final(s, direction) for s in final))
-        x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+            ways.append(w)
+        states = tuple([s.select(0, layer) if directions == 1 else s.narrow(0, 2 * layer, 2) for s in hx])
+        if order is not None:
+            states = tuple([order.initial(s) for s in states])
+        if by_rows:
+            about = (batch_sizes, seed, None if order is None else order.tokens)
+            loop = RowsMode(mode, x.dtype, _zones(options), (0, 0), options["training"], False)
+            tokens = shape.numel() * layer * directions
+            x, *final = _by_rows(backend, loop, options["recompute"], x, ways, states, tokens, shape.numel(), about)
+        else:
+            w = ways[0] if directions == 1 else Weights(*(_stacked(parts) for parts in zip(*ways, strict=True)))
+            tensors = (x, w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr, w.peephole, batch_sizes)
+            x, *final = run_layer(Mode(mode, backend, options["recompute"]), tensors, states)
+        if order is not None:
+            final = [order.final(s) for s in final]
+        finals.append(tuple([s.unsqueeze(0) for s in final] if directions == 1 else final))
         if between > 0 and layer < layers - 1:
             assert seed is not None
             places = None if order is None else order.tokens
             x = drop(backend, x, seed, 0, layer, shape.numel(), between, places)
-    if len(finals) == 1:
-        final_states = tuple([s.unsqueeze(0) for s in finals[0]])
-    else:
-        final_states = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
+    final_states = finals[0] if layers == 1 else tuple([torch.cat(parts) for parts in zip(*finals, strict=True)])
     if order is not None:
         x = x.new_zeros(shape.numel(), x.shape[1]).index_copy(0, order.tokens, x)
     x = x.reshape(*shape, x.shape[1])
     return (x.transpose(0, 1) if swap else x), final_states
 
 
-def _order(options: dict[str, Any], input: Tensor) -> Order | None:
+def _by_rows(
+    backend: str, loop: RowsMode, recompute: bool, x: Tensor, ways: list[Weights], states: tuple[Tensor, ...],
+    begun: int, tokens: int, given: tuple[Tensor | None, ...],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(output, *final states) of a layer over operators that serve a direction each, whose masks lie behind each other:
+    `begun` tokens before the layer's, `tokens` of a direction."""
+    found = []
+    for d, w in enumerate(ways):
+        own = states if len(ways) == 1 else tuple([s[d] for s in states])
+        count = begun + d * tokens
+        mode = loop._replace(firsts=(count * w.w_hh.shape[1], count * own[-1].shape[1]), reverse=d == 1)
+        found.append(run_rows(backend, mode, recompute, x, w, own, *given))
+    if len(found) == 1:
+        return found[0]
+    outputs, *finals = zip(*found, strict=True)
+    return torch.cat(outputs, -1), *(torch.stack(parts) for parts in finals)
+
+
+def _stacked(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    given = [part for part in parts if part is not None]
+    return torch.stack(given) if given else None
+
+
+def _order(options: dict[str, Any], input: Tensor, batch: int) -> Order | None:
     """How the tokens of an input (T, B, I) or, packed, (N, I) must be ordered; None: they are as they should be."""
     lengths, batch_sizes, resets = options["lengths"], options["batch_sizes"], options["resets"]
-    if batch_sizes is not None:
-        return None if resets is None else Order.of_packed(batch_sizes, resets)
-    if lengths is None and resets is None:
+    if resets is None and (lengths is None or batch_sizes is not None):
         return None
-    steps, batch = input.shape[0], input.shape[1]
-    if lengths is None:
-        lengths = torch.full((batch,), steps, device=input.device)
+    steps = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     if resets is not None and options["batch_first"]:
         resets = resets.transpose(0, 1)
-    return Order(lengths, steps, resets=resets)
+    return order_of(lengths, resets, batch_sizes, steps, batch, input)

@@ -273,13 +273,25 @@ def _scan_packed(
     return torch.cat(outputs), tuple(torch.cat(parts) for parts in zip(*reversed(ended), strict=True))
 
 
-def layer(
+def layer(mode: str, input: Tensor, state: State, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, ...]:
+    """One layer over packed tokens (N, I), as the kernels have it: (output, *final states).
+
+    `mode` is "lstm", "gru", "tanh" or "relu". Without `batch_sizes` every step has all rows of the state. States
+    (2, B, H) are those of two directions, whose weights are stacked too and whose outputs lie side by side.
+    """
+    if state[0].dim() == 2:
+        return _direction(mode, input, state, weights, batch_sizes, False)
+    found = []
+    for d in range(2):
+        own = Weights(*(None if w is None else w[d] for w in weights))
+        found.append(_direction(mode, input, tuple(s[d] for s in state), own, batch_sizes, d == 1))
+    outputs, *final = zip(*found, strict=True)
+    return torch.cat(outputs, -1), *(torch.stack(parts) for parts in final)
+
+
+def _direction(
     mode: str, input: Tensor, state: State, weights: Weights, batch_sizes: Tensor | None, reverse: bool
 ) -> tuple[Tensor, ...]:
-    """One layer in one direction over packed tokens (N, I), as the kernels have it: (output, final states).
-
-    `mode` is "lstm", "gru", "tanh" or "relu". Without `batch_sizes` every step has all rows of the state.
-    """
     gates, step = prepare(mode, input, weights)
     batch, initial = state[0].shape[0], tuple(wide(s) for s in state)
     if batch_sizes is None:

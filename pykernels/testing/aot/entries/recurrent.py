@@ -19,45 +19,34 @@ STEP_HIDDEN = 512
 
 
 def call(
-    kind: str, direction: str, dtype: torch.dtype, batch: int, hidden: int, peephole: bool = False
+    kind: str, direction: str, dtype: torch.dtype, batch: int, hidden: int, peephole: bool = False, ways: int = 1
 ) -> Callable[[], Any]:
-    """One direction of the operator, or what `recompute` runs."""
-    tokens, gated = STEPS * batch, GATES[kind] * hidden
+    """The operator over one direction of a layer, or both, or what `recompute` runs."""
+    tokens, gated, many = STEPS * batch, GATES[kind] * hidden, (2,) if ways == 2 else ()
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    x, y, h = empty(tokens, SIZE), empty(tokens, hidden), empty(batch, hidden)
-    w_ih, w_hh, bias = empty(gated, SIZE), empty(gated, hidden), empty(gated)
+    x, y, h = empty(tokens, SIZE), empty(tokens, ways * hidden), empty(*many, batch, hidden)
+    w_ih, w_hh, bias = empty(*many, gated, SIZE), empty(*many, gated, hidden), empty(*many, gated)
     states, floor = ((h, h) if kind == "lstm" else (h,)), room("recurrent")
-    extra = (None, empty(3 * hidden) if peephole else None) if kind == "lstm" else ()
+    extra = (None, empty(*many, 3 * hidden) if peephole else None) if kind == "lstm" else ()
     name = "rnn" if kind == "tanh" else kind
+    layer = (x, *states, w_ih, w_hh, bias, bias, *extra, None)
     if direction == "recompute":
-        layer = (x, *states, w_ih, w_hh, bias, bias, *extra, None, y, False)
-        return lambda: getattr(floor, f"{name}_recompute")(*layer)
+        return lambda: getattr(floor, f"{name}_recompute")(*layer, y)
     if direction == "forward":
-        layer = (
-            x,
-            *states,
-            w_ih,
-            w_hh,
-            bias,
-            bias,
-            *extra,
-            None,
-            *(("tanh", False) if kind == "tanh" else (False, True)),
-        )
-        return lambda: getattr(floor, f"{name}_forward")(*layer)
+        return lambda: getattr(floor, f"{name}_forward")(*layer, "tanh" if kind == "tanh" else True)
     kept: tuple[torch.Tensor, ...] = ()
     if kind != "tanh":
         narrow = kind == "lstm" and dtype != torch.float32
-        kept = (empty(tokens, 4 * hidden, dtype=torch.float16 if narrow else torch.float32),)
+        kept = (empty(*many, tokens, 4 * hidden, dtype=torch.float16 if narrow else torch.float32),)
     if kind == "lstm":
-        kept += (empty(tokens, hidden, dtype=torch.float32),)
-    options = ("tanh", False) if kind == "tanh" else (False,)
+        kept += (empty(*many, tokens, hidden, dtype=torch.float32),)
+    options = ("tanh",) if kind == "tanh" else ()
     mask = (False, True, *(False,) * {"lstm": 6, "gru": 3, "tanh": 3}[kind])
-    layer = (y, *states, x, *states, w_ih, w_hh, *extra, None, y, *kept, *options, mask)
-    return lambda: getattr(floor, f"{name}_backward")(*layer)
+    given = (y, *states, x, *states, w_ih, w_hh, *extra, None, y, *kept, *options, mask)
+    return lambda: getattr(floor, f"{name}_backward")(*given)
 
 
 def entries() -> Iterator[Entry]:
@@ -77,6 +66,9 @@ def entries() -> Iterator[Entry]:
         for way, batch, hidden in (("loop", 16, LOOP[torch.bfloat16]), ("step", 64, STEP_HIDDEN)):
             launch = call("lstm", direction, torch.bfloat16, batch, hidden, peephole=True)
             yield Entry(f"recurrent peephole {way} {direction} bfloat16 {hidden}", launch, targets=(90,))
+        for way, batch, hidden in (("loop", 16, LOOP[torch.bfloat16]), ("step", 64, STEP_HIDDEN)):
+            launch = call("lstm", direction, torch.bfloat16, batch, hidden, ways=2)
+            yield Entry(f"recurrent both ways {way} {direction} bfloat16 {hidden}", launch, targets=(90,))
     for kind in ("lstm", "gru"):
         launch = call(kind, "recompute", torch.bfloat16, 64, STEP_HIDDEN)
         yield Entry(f"recurrent recompute {kind} bfloat16 {STEP_HIDDEN}", launch, targets=(90,))
