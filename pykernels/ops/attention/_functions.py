@@ -188,6 +188,8 @@ class Attention(Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> Any:
         query, key, value, bias, sinks, *masks, out, lse, lse_low = ctx.saved_tensors
+        if type(dlse) is not type(lse):  # autograd fills in plain zeros where lse was not used, also beside DTensors
+            dlse = torch.zeros_like(lse)
         wanted, tail = ctx.needs_input_grad[:5], (None,) * (len(masks) + 2)
         if torch.is_grad_enabled():
             grads = AttentionGrad.apply(
