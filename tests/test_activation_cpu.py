@@ -120,6 +120,26 @@ def test_every_length_and_nothing_outside(dtype: torch.dtype) -> None:
         assert (band[:64] == 7).all() and (band[64 + n :] == 7).all()
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+def test_results_written_past_the_caches(dtype: torch.dtype) -> None:
+    """From 32 MiB on results are streamed, where a row's alignment allows it: the same bits as in two halves."""
+    count = 2**25 // dtype.itemsize + 7001
+    x, dy = torch.randn(count).to(dtype), torch.randn(count).to(dtype)
+    half = count // 2  # the second half starts at an odd element
+    for whole, first, second in zip(
+        kernel("silu", x, dy), kernel("silu", x[:half], dy[:half]), kernel("silu", x[half:], dy[half:]), strict=True
+    ):
+        assert torch.equal(whole[:half], first) and torch.equal(whole[half:], second)
+    rows, cols = 512, 2 * (2**16 // dtype.itemsize + 12)  # a half's row is no multiple of the vector's size
+    x, dy = x[: rows * cols // 2].repeat(2).view(rows, cols), dy[: rows * cols // 2].view(rows, cols // 2)
+    dx = OPS.glu_backward.cpu(dy, x, -1, "silu", True)
+    parts = [OPS.glu_backward.cpu(a, b, -1, "silu", True) for a, b in zip(dy.chunk(2), x.chunk(2), strict=True)]
+    assert dx.nbytes > 2**25 and torch.equal(dx, torch.cat(parts))
+    expanded = x[:256].repeat(4, 1)
+    y = OPS.glu_forward.cpu(expanded, -1, "silu", True)
+    assert y.nbytes > 2**25 and torch.equal(y[:256], OPS.glu_forward.cpu(x[:256], -1, "silu", True))
+
+
 def copies(call: Callable[[], object]) -> int:
     """How often torch's copy kernel ran inside `call`."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

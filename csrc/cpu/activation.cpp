@@ -17,6 +17,8 @@ namespace {
 
 constexpr Name kParametric[] = {{"prelu", Activation::kPrelu}, {"swish", Activation::kSwishBeta}};
 
+bool streaming(size_t bytes) { return static_cast<int64_t>(bytes) >= kStreaming; }
+
 bool same_dense_layout(const Tensor& x, const Tensor& other) {
   return x.is_non_overlapping_and_dense() &&
          (other.strides() == x.strides() || (x.is_contiguous() && other.is_contiguous()));
@@ -36,6 +38,7 @@ Tensor unary_forward(const Tensor& x, c10::string_view activation, double alpha)
   }
   args.x = input(source, stride);
   args.out = output(y, args.cols);
+  args.stream = streaming(y.nbytes());
   run(kernels().unary_forward, args, x.numel());
   return y;
 }
@@ -55,6 +58,7 @@ Tensor unary_backward(const Tensor& dy, const Tensor& saved, c10::string_view ac
   args.x = input(source, stride);
   args.dy = input(gradient, dy_stride);
   args.out = output(dx, args.cols);
+  args.stream = streaming(dx.nbytes());
   run(kernels().unary_backward, args, saved.numel());
   return dx;
 }
@@ -93,6 +97,7 @@ Tensor gated_forward(const Tensor& gate, const Tensor& up, c10::string_view acti
   args.gate = input(g, gate_stride);
   args.up = input(u, up_stride);
   args.out = output(out, args.cols);
+  args.stream = streaming(out.nbytes());
   run(kernels().gated_forward, args, gate.numel());
   return out;
 }
@@ -122,6 +127,7 @@ std::tuple<Tensor, Tensor> gated_backward(const Tensor& dy, const Tensor& gate, 
   args.dy = input(d, dy_stride);
   if (mask[0]) args.dgate = output(da, da_stride);
   if (mask[1]) args.dup = output(db, db_stride);
+  args.stream = streaming(da.nbytes() + db.nbytes());
   if (mask[0] || mask[1]) run(kernels().gated_backward, args, gate.numel());
   if (!da.is_same(dgate)) dgate.copy_(da);
   if (!db.is_same(dup)) dup.copy_(db);
@@ -170,6 +176,7 @@ Tensor glu_forward(const Tensor& x, int64_t dim, c10::string_view activation, bo
     args.cols = layout.cols();
   }
   args.out = output(out, args.cols);
+  args.stream = streaming(out.nbytes());
   run(kernels().gated_forward, args, out.numel());
   return out;
 }
@@ -201,6 +208,7 @@ Tensor glu_backward(const Tensor& dy, const Tensor& x, int64_t dim, c10::string_
   args.dy = input(gradient, dy_stride);
   args.dgate = half(output(dx, 2 * block), h.gate * h.inner, size);
   args.dup = half(output(dx, 2 * block), h.up * h.inner, size);
+  args.stream = streaming(dx.nbytes());
   run(kernels().gated_backward, args, dy.numel());
   return dx;
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <xmmintrin.h>
 
 #include <algorithm>
 #include <string_view>
@@ -68,8 +69,10 @@ inline void check_twin(const Tensor& x, const Tensor& other, const char* op, con
 
 template <class Args>
 void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t total, int64_t unit = kUnit) {
-  at::parallel_for(0, (total + unit - 1) / unit, std::max<int64_t>(1, kGrain / unit),
-                   [&](int64_t begin, int64_t end) { kernel(args, begin * unit, std::min(end * unit, total)); });
+  at::parallel_for(0, (total + unit - 1) / unit, std::max<int64_t>(1, kGrain / unit), [&](int64_t begin, int64_t end) {
+    kernel(args, begin * unit, std::min(end * unit, total));
+    _mm_sfence();  // what was written past the caches is seen by whoever is told that it is done
+  });
 }
 
 inline Input input(const Tensor& t, int64_t stride) { return {t.const_data_ptr(), stride}; }

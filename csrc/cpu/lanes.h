@@ -41,6 +41,20 @@ PK_INLINE void prefetch_for_write(T* p) {
   }
 }
 
+// Whether whole blocks from p on may be written past the caches (see kStreaming in activation_kernels.h).
+PK_INLINE bool streams(bool wanted, const void* p) {
+  return wanted && reinterpret_cast<uintptr_t>(p) % sizeof(VecF) == 0;
+}
+#if defined(CPU_CAPABILITY_AVX512)
+PK_INLINE void stream(void* p, __m512i v) { _mm512_stream_si512(static_cast<__m512i*>(p), v); }
+PK_INLINE void stream(float* p, VecF v) { _mm512_stream_ps(p, v); }
+PK_INLINE void stream(double* p, VecD v) { _mm512_stream_pd(p, v); }
+#else
+PK_INLINE void stream(void* p, __m256i v) { _mm256_stream_si256(static_cast<__m256i*>(p), v); }
+PK_INLINE void stream(float* p, VecF v) { _mm256_stream_ps(p, v); }
+PK_INLINE void stream(double* p, VecD v) { _mm256_stream_pd(p, v); }
+#endif
+
 template <class T>
 struct Lanes {  // float, double
   using Scalar = T;
@@ -58,12 +72,17 @@ struct Lanes {  // float, double
     const int64_t lo = part.count < V::size() ? part.count : V::size();
     return {V::loadu(p, lo), V::loadu(p + lo, part.count - lo)};
   }
-  static PK_INLINE void store(T* p, Pair<V> v, Whole) {
+  static PK_INLINE void store(T* p, Pair<V> v, Whole, bool streamed = false) {
+    if (streamed) {
+      stream(p, v.lo);
+      stream(p + V::size(), v.hi);
+      return;
+    }
     prefetch_for_write(p);
     v.lo.store(p);
     v.hi.store(p + V::size());
   }
-  static PK_INLINE void store(T* p, Pair<V> v, Part part) {
+  static PK_INLINE void store(T* p, Pair<V> v, Part part, bool = false) {
     const int64_t lo = part.count < V::size() ? part.count : V::size();
     v.lo.store(p, lo);
     v.hi.store(p + lo, part.count - lo);
@@ -111,8 +130,11 @@ struct SixteenBit {
     return Derived::widen(read(p, span));
   }
   template <class Span>
-  static PK_INLINE void store(uint16_t* p, Pair<VecF> v, Span span) {
-    if constexpr (std::is_same_v<Span, Whole>) prefetch_for_write(p);
+  static PK_INLINE void store(uint16_t* p, Pair<VecF> v, Span span, bool streamed = false) {
+    if constexpr (std::is_same_v<Span, Whole>) {
+      if (streamed) return stream(static_cast<void*>(p), Derived::narrow(v));
+      prefetch_for_write(p);
+    }
     write(p, Derived::narrow(v), span);
   }
   static PK_INLINE VecF broadcast(const uint16_t* p) {
