@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from . import _lib, _segment
+from . import _sampled_softmax_draw as draws
 from . import _sampled_softmax_gather as gather
 from . import _sampled_softmax_tiles as tiles
 from ._sampled_softmax_tiles import Factors, Shared
 
 __all__ = [
-    "linear_rows_backward", "linear_rows_forward", "logistic_rows_forward", "row_gradient", "row_gradient_sparse",
-    "sampled_rows_backward", "sampled_rows_backward_sparse", "sampled_rows_forward", "unsupported",
+    "candidate_sample", "linear_rows_backward", "linear_rows_forward", "logistic_rows_forward", "row_gradient",
+    "row_gradient_sparse", "sampled_rows_backward", "sampled_rows_backward_sparse", "sampled_rows_forward",
+    "unsupported",
 ]  # fmt: skip
 
 Mask = tuple[bool, bool, bool]
@@ -26,9 +28,8 @@ def unsupported(x: Tensor, *features: str) -> str | None:
     """Why these kernels cannot serve tensors of this device and dtype, or a call with these features, or None."""
     if features:
         return f"the Triton kernels of sampled_softmax do not serve {' and '.join(features)}"
-    if not x.is_floating_point():  # what a sampler is asked with
-        return "the samplers have no Triton kernels: a sample is a few thousand draws, for the reference's operators"
-    return _lib.unsupported_tensor(x)
+    # a sampler is asked with its labels, and computes in float64 whatever they are
+    return _lib.unsupported_tensor(x if x.is_floating_point() else x.new_empty(0, dtype=torch.float32))
 
 
 def _by_class(values: Tensor, source: Tensor, ids: Tensor, factor: Tensor | None, rows: int) -> _segment.Segments:
@@ -295,3 +296,15 @@ def linear_rows_backward(
         dbias = input.new_zeros(classes)
     found = (dinput, dweight, dbias)
     return tuple(nothing if x is None else x.to(input.dtype) for x in found)  # type: ignore[return-value]
+
+
+def candidate_sample(
+    seed: Tensor,
+    threshold: Tensor | None,
+    alias: Tensor | None,
+    kind: str,
+    num_sampled: int,
+    range_max: int,
+    unique: bool,
+) -> tuple[Tensor, Tensor]:
+    return draws.sample(seed, threshold, alias, kind, num_sampled, range_max, unique)

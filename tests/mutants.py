@@ -26,6 +26,10 @@ LOOPS = [*RECURRENT, "emulator and lstm and (ragged or sixteen) or terms"]
 ATTENTION = ["tests/test_attention_cuda.py", "-p", "tests.conftest", "-k"]
 TILES = [*ATTENTION, "differ or (masks_by_position and 64) or wide_heads or any_order"]
 
+SAMPLED = ["tests/test_sampled_kernels.py", "-p", "tests.conftest", "-k"]
+SHARED = [*SAMPLED, "emulator and (chunks or wide)"]
+DRAWS = ["tests/test_samplers.py", "-p", "tests.conftest", "-k", "emulator and (bitwise or any_size)"]
+
 # file -> (the source to compile again, the tests that run its kernels)
 SUBJECTS = {
     "csrc/emulator/selftest_attention.cu": ("selftest_attention.cu", [BUGS, "-k", "test_attention"]),
@@ -41,6 +45,10 @@ SUBJECTS = {
     "csrc/cuda/recurrent_forward.cu": ("recurrent_forward.cu", LOOPS),
     "csrc/cuda/recurrent_backward.cu": ("recurrent_backward.cu", LOOPS),
     "csrc/cuda/recurrent_tile.h": ("recurrent_forward.cu", LOOPS),
+    "csrc/cuda/sampled_softmax_draw.cu": ("sampled_softmax_draw.cu", DRAWS),
+    "csrc/cuda/sampled_softmax_product.cu": ("sampled_softmax_product.cu", SHARED),
+    "csrc/cuda/sampled_softmax_rows.cu": ("sampled_softmax_rows.cu", [*SAMPLED, "emulator and wide"]),
+    "csrc/cuda/sampled_softmax_tiles.h": ("sampled_softmax_logits.cu", SHARED),
     "csrc/cuda/reduce.h": ("collectives.cu", [COLLECTIVES, "-k", "block_reductions or last_block"]),
 }
 SYNCHRONISATION = re.compile(

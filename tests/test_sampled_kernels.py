@@ -1,4 +1,4 @@
-"""What is particular to the Triton kernels of the sampled_softmax room: chunks, parts, refusals, sparse gradients."""
+"""What is particular to the Triton and CUDA kernels of the sampled_softmax room: chunks, parts, wide rows, refusals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import BACKENDS, DEVICE
 from torch import Tensor
 
 import pykernels as pk
@@ -15,6 +15,8 @@ from pykernels import functional as F
 from pykernels.testing.run import check_case
 from pykernels.testing.spec import load
 
+FLOORS = pytest.mark.parametrize("floor", [name for name in BACKENDS if name != "cpu"])
+PACKAGES = {"triton": "pykernels._triton", "cuda": "pykernels._cuda", "emulator": "pykernels._cuda"}
 B, D, V, K = 9, 20, 150, 70
 GENERATOR = torch.Generator().manual_seed(5)
 X, W = (torch.randn(n, D, generator=GENERATOR).to(DEVICE) for n in (B, V))
@@ -44,60 +46,81 @@ def gradients(function: Any, dtype: torch.dtype, **options: Any) -> tuple[Tensor
     return torch.autograd.grad(function(*leaves, **options), leaves)
 
 
+@FLOORS
 @pytest.mark.parametrize("function", (sampled, nce, linear))
-def test_chunks_of_classes(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_classes(function: Any, floor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Classes in several chunks, the last one short, give what one chunk gives."""
-    tiles = import_module("pykernels._triton._sampled_softmax_tiles")
+    tiles = import_module(f"{PACKAGES[floor]}._sampled_softmax_tiles")
+    name = "product" if floor == "triton" else "_product"
     launched = []
-    product = tiles.product
-    monkeypatch.setattr(tiles, "product", lambda *args: launched.append(1) or product(*args))
-    whole = gradients(function, torch.float32, backend="triton")
+    product = getattr(tiles, name)
+    monkeypatch.setattr(tiles, name, lambda *args: launched.append(1) or product(*args))
+    whole = gradients(function, torch.float32, backend=floor)
     once = len(launched)
     monkeypatch.setattr(tiles, "CHUNK", 1)
-    pieces = gradients(function, torch.float32, backend="triton")
+    pieces = gradients(function, torch.float32, backend=floor)
     assert len(launched) - once > once, "one chunk"
     for a, b, oracle in zip(whole, pieces, gradients(function, torch.float64, backend="reference"), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(b.double(), oracle, rtol=1e-5, atol=1e-6)
 
 
+@FLOORS
 @pytest.mark.parametrize("function", (sampled, nce))
-def test_sparse_gradient(function: Any) -> None:
-    dense, compact = (gradients(function, torch.float32, backend="triton", sparse=s)[1] for s in (False, True))
+def test_sparse_gradient(function: Any, floor: str) -> None:
+    dense, compact = (gradients(function, torch.float32, backend=floor, sparse=s)[1] for s in (False, True))
     assert compact.is_sparse and compact.is_coalesced()
     assert compact.indices()[0].tolist() == sorted({*TARGET.tolist(), *SAMPLED.tolist()})
     assert torch.equal(compact.to_dense(), dense)
 
 
-def test_sparse_gradient_of_own_classes() -> None:
+@FLOORS
+def test_sparse_gradient_of_own_classes(floor: str) -> None:
     negatives = SAMPLED[: 4 * B].reshape(B, 4)
     found = []
     for sparse in (False, True):
         w = W.clone().requires_grad_()
-        loss = F.negative_sampling_loss(X, w, TARGET, negatives, sparse=sparse, backend="triton")
+        loss = F.negative_sampling_loss(X, w, TARGET, negatives, sparse=sparse, backend=floor)
         found += torch.autograd.grad(loss, w)
     assert found[1].is_coalesced() and torch.equal(found[1].to_dense(), found[0])
 
 
-def test_classes_outside_add_nothing() -> None:
+@FLOORS
+def test_classes_outside_add_nothing(floor: str) -> None:
     """Where ids are not checked beforehand (on a GPU they are not), the kernels leave out what does not exist."""
-    operators = import_module("pykernels._triton.sampled_softmax")
+    operators = torch.ops.pykernels
     ids = torch.tensor([[1, 5, V], [2, -1, 2**40]], device=DEVICE)
-    loss, coefficient, _ = operators.logistic_rows_forward(X[:2], W, ids, None, True)
+    loss, coefficient, _ = getattr(operators.logistic_rows_forward, floor)(X[:2], W, ids, None, True)
     z = torch.stack([X[0] @ W[1], -(X[0] @ W[5])])
     torch.testing.assert_close(loss[0], -torch.nn.functional.logsigmoid(z).sum())
     assert coefficient[ids.ge(V) | ids.lt(0)].eq(0).all()
-    dw = operators.row_gradient(torch.ones(2, device=DEVICE), X[:2], ids, coefficient, V)
+    dw = getattr(operators.row_gradient, floor)(torch.ones(2, device=DEVICE), X[:2], ids, coefficient, V)
     assert sorted(dw.abs().sum(1).nonzero().flatten().tolist()) == [1, 2, 5]
 
 
-def test_what_is_refused() -> None:
-    with pytest.raises(pk.BackendError, match="samplers have no Triton kernels"):
-        F.log_uniform_candidate_sampler(TARGET[:, None], 1, 5, True, V, backend="triton")
+@FLOORS
+@pytest.mark.parametrize("size", (1032, 515))
+def test_wide_rows(size: int, floor: str) -> None:
+    """More columns than a warp of the CUDA kernels holds; rows that 16-byte copies serve, and rows they do not."""
+    generator = torch.Generator().manual_seed(1)
+    x, w = (torch.randn(n, size, generator=generator).to(DEVICE) / 8 for n in (3, 7))
+    target, own, shared = torch.tensor([6, 0, 3]), torch.tensor([[1, 2, 3, 4, 5]] * 3), torch.tensor([1, 3, 3])
+    for negatives in (own.to(DEVICE), shared.to(DEVICE)):
+        found = []
+        for dtype, backend in ((torch.float32, floor), (torch.float64, "reference")):
+            leaves = [t.to(dtype).requires_grad_() for t in (x, w)]
+            loss = F.negative_sampling_loss(*leaves, target.to(DEVICE), negatives, "sum", backend=backend)
+            found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+        for ours, oracle in zip(*found, strict=True):
+            torch.testing.assert_close(ours.double(), oracle, rtol=1e-5, atol=1e-6)
+
+
+@FLOORS
+def test_what_is_refused(floor: str) -> None:
     with pytest.raises(pk.BackendError, match="float64"):
-        F.linear_cross_entropy(X.double(), W.double(), TARGET, backend="triton")
+        F.linear_cross_entropy(X.double(), W.double(), TARGET, backend=floor)
     with pytest.raises(pk.BackendError, match="K-dimensional"):
-        F.linear_cross_entropy(X[0], W, TARGET[0], backend="triton")
+        F.linear_cross_entropy(X[0], W, TARGET[0], backend=floor)
 
 
 FLOOR, TILES = "sampled_softmax", "_sampled_softmax_tiles"
@@ -130,16 +153,52 @@ MISTAKES: dict[str, tuple[str, str, str, str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_planted_mistake_is_found(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    operator, label, module, function, wrong = MISTAKES[mistake]
+def _without(launcher: str) -> Any:
+    return lambda right, ext, name, *a, **k: None if name == launcher else right(ext, name, *a, **k)
+
+
+CUDA_MISTAKES: dict[str, tuple[str, str, str, str, Any]] = {
+    "hits stay in the sum": (
+        "sampled_softmax_loss", "hits-removed", FLOOR, "_sample", lambda right, *a: right(*a[:-1], False),
+    ),
+    "one part of the classes forgotten": (
+        "linear_cross_entropy", "smooth", TILES, "forward", lambda right, *a: right(*a)[:-1],
+    ),
+    "parts joined without their maximum": (
+        "sampled_softmax_loss", "tiles", TILES, "forward",
+        lambda right, *a: right(*a) + torch.tensor([1.0, 0, 0, 0, 0], device=DEVICE)[:, None],
+    ),
+    "class weights that a part forgets": (
+        "linear_cross_entropy", "smooth", TILES, "forward",
+        lambda right, *a: right(*a) * torch.tensor([1.0, 1, 1, 1, 0.9], device=DEVICE)[:, None],
+    ),
+    "slopes left out of the table's gradient": (
+        "negative_sampling_loss", "sample", FLOOR, "_by_class",
+        lambda right, source, ids, factor, rows: right(source, ids, None, rows),
+    ),
+    "labels left out of the input's gradient": (
+        "nce_loss", "labels", "_extension.Extension", "call", _without("sampled_softmax_add_rows"),
+    ),
+    "the last classes left out of a product": (
+        "linear_cross_entropy", "smooth", TILES, "_product",
+        lambda right, ext, a, depth, *rest: right(ext, a, min(depth, 128), *rest),
+    ),
+}  # fmt: skip
+
+PLANTED = [("triton", name) for name in MISTAKES]
+PLANTED += [(floor, name) for floor in BACKENDS if floor in ("cuda", "emulator") for name in CUDA_MISTAKES]
+
+
+@pytest.mark.parametrize(("floor", "mistake"), PLANTED)
+def test_a_planted_mistake_is_found(floor: str, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    operator, label, module, function, wrong = (MISTAKES if floor == "triton" else CUDA_MISTAKES)[mistake]
     spec = next(s for s in load("sampled_softmax") if s.name == operator)
     case = next(c for c in spec.cases if c.label == label)
     name, *inner = module.split(".")
-    place = import_module(f"pykernels._triton.{name}")
+    place = import_module(f"{PACKAGES[floor]}.{name}")
     for part in inner:
         place = getattr(place, part)
     right = getattr(place, function)
-    assert all(c.passed for c in check_case(spec, case, "triton", torch.float32, DEVICE))
-    monkeypatch.setattr(place, function, lambda *arguments: wrong(right, *arguments))
-    assert not all(c.passed for c in check_case(spec, case, "triton", torch.float32, DEVICE))
+    assert all(c.passed for c in check_case(spec, case, floor, torch.float32, DEVICE))
+    monkeypatch.setattr(place, function, lambda *arguments, **options: wrong(right, *arguments, **options))
+    assert not all(c.passed for c in check_case(spec, case, floor, torch.float32, DEVICE))

@@ -32,7 +32,7 @@ def define(
     for backend in BACKENDS:
         LIBRARY.define(f"{name}.{backend}({arguments}")
         register_fake(f"pykernels::{name}.{backend}", fake, lib=LIBRARY)
-        if backend in room.modules and backend in _KEYS and hasattr(room.modules[backend], name):
+        if backend in room.modules and backend in _KEYS:
             for key in _KEYS[backend]:
                 LIBRARY.impl(f"{name}.{backend}", getattr(room.modules[backend], name), key)
         handles[backend] = getattr(getattr(torch.ops.pykernels, name), backend)

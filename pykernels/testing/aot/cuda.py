@@ -31,6 +31,7 @@ RULES: dict[str, Rules] = {
     r"segment_kernel<\w+, [48], 1,": Rules(vector=True, occupancy=0.18, barriers=0),
     r"segment_kernel<\w+, [48], [24],": Rules(vector=True, occupancy=0.12, barriers=0),
     r"segment_kernel<": Rules(barriers=0),
+    r"draw_(unique_)?kernel$": Rules(unfused=True),
     # A lane copies what it will read itself: eight rows in flight without a barrier, 32 to 64 KiB of them a block.
     r"own_classes_kernel<": Rules(barriers=0, occupancy=0.25),
     # mma.sync on every target. By their registers two blocks share a multiprocessor.

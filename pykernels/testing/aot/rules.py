@@ -29,6 +29,7 @@ class Rules:
     occupancy: float = 0.0  #: share of a multiprocessor's warps
     blocks: int = 1  #: blocks on one multiprocessor
     barriers: int | None = None  #: most barriers of a block
+    unfused: bool = False  #: doubles are multiplied and added apart: the bits are those of other backends
 
 
 #: A streaming kernel: wide accesses, enough warps to hide memory latency, and fewer instructions than a third of the
@@ -82,6 +83,7 @@ class Row:
     mma: int = 0  #: the target's own matrix instructions
     warp_mma: int = 0  #: those of mma.sync
     barriers: int = 0
+    fused: int = 0  #: fused multiply-adds of doubles
     instructions_per_byte: float | None = None
     issue_share: float | None = None  #: of the instructions the chip can issue while these bytes move
     roofline: float | None = None  #: tensor-core share of the hot loop without any overlap, sm_90
@@ -122,6 +124,7 @@ def check(row: Row, rules: Rules) -> list[str]:
         )
     if rules.barriers is not None:
         require(row.barriers <= rules.barriers, f"{row.barriers} barriers, allowed {rules.barriers}")
+    require(row.fused == 0 or not rules.unfused, f"{row.fused} fused multiply-adds of doubles: the bits will differ")
     if rules.tensor_cores:
         require(row.mma > 0, f"no {MMA_FOR_TARGET[row.target]} instructions: the tensor cores are not used")
     require(row.warp_mma > 0 or not rules.warp_mma, "no HMMA instructions: the tensor cores are not used")

@@ -57,4 +57,11 @@ def entries(name: str) -> Iterator[Entry]:
     yield entry("all classes backward", TILES, backward)
 
 
-ENTRIES = [entry for name in DTYPES for entry in entries(name)]
+def samplers() -> Iterator[Entry]:
+    seed = torch.zeros(1, dtype=torch.int64)
+    for unique in (False, True):
+        launch = call("candidate_sample", seed, None, None, "log_uniform", SAMPLES, CLASSES, unique)
+        yield Entry(f"sampled_softmax draws{' unique' * unique}", launch, Rules(unfused=True))
+
+
+ENTRIES = [*(entry for name in DTYPES for entry in entries(name)), *samplers()]
