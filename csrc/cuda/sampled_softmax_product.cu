@@ -103,7 +103,6 @@ __global__ void __launch_bounds__(ProductTiles<T>::kThreads) product_kernel(cons
       }
     }
   }
-  cp_async_wait<0>();
 #pragma unroll
   for (int r = 0; r < 2 * M; ++r) {
     const int64_t row = i0 + own + row_of(r);

@@ -76,7 +76,6 @@ class OwnRow {
       a = next_a;
       b = next_b;
     }
-    cp_async_wait<0>();
   }
 
   // What this lane has of class u of the group that arrived in `stage`.

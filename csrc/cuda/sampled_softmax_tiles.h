@@ -181,7 +181,6 @@ __device__ __forceinline__ void walk_tiles(const Logits<T>& a, unsigned char* ra
     f(j0, acc, tile_weights);
     j0 += N;
   }
-  cp_async_wait<0>();
 }
 
 }  // namespace pk
