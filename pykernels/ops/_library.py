@@ -24,15 +24,22 @@ DEFINED: dict[str, Sequence[str]] = {}
 
 
 def define(
-    room: Room, schema: str, fake: Callable[..., Any], elementwise: Sequence[str] = ()
+    room: Room,
+    schema: str,
+    fake: Callable[..., Any],
+    elementwise: Sequence[str] = (),
+    backends: Sequence[str] = BACKENDS,
 ) -> dict[str, Callable[..., Any]]:
-    """Defines `schema` ("name(args) -> returns") once per backend; returns backend -> operator handle."""
+    """Defines `schema` ("name(args) -> returns") once per backend; returns backend -> operator handle.
+
+    backends: those with kernels for it; what the room's other floors refuse has its overload there, and no kernel.
+    """
     name, arguments = schema.split("(", 1)
     handles: dict[str, Callable[..., Any]] = {}
     for backend in BACKENDS:
         LIBRARY.define(f"{name}.{backend}({arguments}")
         register_fake(f"pykernels::{name}.{backend}", fake, lib=LIBRARY)
-        if backend in room.modules and backend in _KEYS:
+        if backend in room.modules and backend in backends and backend in _KEYS:
             for key in _KEYS[backend]:
                 LIBRARY.impl(f"{name}.{backend}", getattr(room.modules[backend], name), key)
         handles[backend] = getattr(getattr(torch.ops.pykernels, name), backend)
