@@ -45,8 +45,8 @@ def log_uniform_candidate_sampler(
         true_classes: Tensor[B, num_true] (or Tensor[B] with one label a row), int32 or int64; they set the device.
         num_true: labels a row.
         num_sampled: K, classes to draw for the whole batch.
-        unique: whether all K differ (drawn until K different ones are found). The kernels wait for nothing; on a GPU the
-            reference waits for the device to learn how many draws that took.
+        unique: whether all K differ (drawn until K different ones are found). The kernels wait for nothing; on a GPU
+            the reference waits for the device to learn how many draws that took.
         range_max: V; classes are in [0, V).
         seed: int or one-element int64 tensor; None draws one from torch's generator of the device.
         tf_compat: where K unique classes happen to be found in K draws, TensorFlow gives K p(v) for the expected counts
