@@ -18,7 +18,10 @@ from pykernels.testing import stock
 from pykernels.testing.text import Text, TextError, Tokens, default_text, read_text
 from pykernels.testing.training import Batch, Kind, Outcome, Task, train_both
 
-FUNCTIONS = ("attention", "dot_interaction", "embedding_bag_multi", "negative_sampling_loss", "sampled_softmax_loss")
+FUNCTIONS = (
+    "attention", "bias_activation_dropout", "dot_interaction", "embedding_bag_multi", "mlp", "negative_sampling_loss",
+    "sampled_softmax_loss",
+)  # fmt: skip
 IGNORED = -100  # F.cross_entropy's mark of a target that does not count
 
 
@@ -71,8 +74,10 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), lr=1e-3)
 
 
-def main(*tasks: Callable[[Text, bool], Task]) -> None:
+def main(*tasks: Callable[[Text, bool], Task], plot: Callable[[list[Outcome], Text, bool], str] | None = None) -> None:
     """The script: trains each task twice, stock PyTorch and pykernels in turns, and prints what came out.
+
+    plot: makes an SVG of the outcomes, which `--plot FILE` writes.
 
     Exit code 1 where the two trainings differ by more than rounding, 2 for a text that cannot be used.
     """
@@ -80,6 +85,8 @@ def main(*tasks: Callable[[Text, bool], Task]) -> None:
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text (default: prose that Python ships)")
     parser.add_argument("--steps", type=int, default=100, help="training steps of each model (default: 100)")
     parser.add_argument("--small", action="store_true", help="toy sizes, for a quick look")
+    if plot:
+        parser.add_argument("--plot", type=Path, metavar="FILE", help="write the curves as SVG")
     options = parser.parse_args()
     if options.steps < 1:
         parser.error(f"--steps must be at least 1, not {options.steps}")
@@ -89,6 +96,8 @@ def main(*tasks: Callable[[Text, bool], Task]) -> None:
     except TextError as error:
         parser.error(str(error))
     outcomes = [show(train_both(task, options.steps)) for task in made]
+    if plot and options.plot:
+        options.plot.write_text(plot(outcomes, text, options.small), encoding="utf-8")
     raise SystemExit(0 if all(outcome.equal for outcome in outcomes) else 1)
 
 

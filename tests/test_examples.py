@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -63,3 +64,30 @@ def test_word2vec_in_its_four_variants(text: Text) -> None:
         assert model.losses[-1] < model.losses[0], name
     again = importlib.import_module("word2vec").train(text, size=16, epochs=3)
     assert all(torch.equal(models[name].vectors, again[name].vectors) for name in models)
+
+
+def test_every_activation_learns_and_gradients_vanish_or_explode(text: Text) -> None:
+    example = importlib.import_module("feed_forward")
+    outcomes = []
+    for activation in (*example.PLAIN, *example.GATED):
+        made = example.with_activation(activation)(text, small=True)
+        once = made.batches(1)
+        outcomes.append(train_both(replace(made, batches=lambda steps, once=once: once * steps), 3))
+        assert outcomes[-1].equal and outcomes[-1].ours.losses[-1] < outcomes[-1].ours.losses[0], activation
+    ours, stock = (example.gradient_norms(text, True, kind) for kind in ("pykernels", "torch"))
+    first_to_last = {name: values[0] / values[-1] for name, values in ours.items()}
+    assert first_to_last["sigmoid"] < 1e-6 and first_to_last["relu, weights x2"] > 1e3
+    assert all(1e-3 < first_to_last[name] < 1e3 for name in ("relu", "elu"))
+    for name, values in ours.items():
+        assert values == pytest.approx(stock[name], rel=1e-3)
+    drawing = ElementTree.fromstring(example.plot(outcomes, text, True))
+    assert sum(1 for e in drawing.iter() if e.tag.endswith("polyline")) == len(outcomes) + len(ours)
+
+
+def test_gated_convolutions_see_no_later_character(text: Text) -> None:
+    made = importlib.import_module("gated_conv").task(text, small=True)
+    model, ((tokens, _),) = made.build(None), made.batches(1)
+    changed = tokens.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % 7
+    before, after = model.logits(tokens), model.logits(changed)
+    assert torch.equal(before[:, :20], after[:, :20]) and not torch.equal(before[:, 20:], after[:, 20:])

@@ -2,12 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def _gated(activation: Callable[..., Tensor], gate_first: bool = True) -> Callable[..., Tensor]:
+    def unit(x: Tensor, alpha: float) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return activation(first) * second if gate_first else activation(second) * first
+
+    return unit
+
+
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "identity": lambda x, alpha: x,
+    "sigmoid": lambda x, alpha: torch.sigmoid(x),
+    "tanh": lambda x, alpha: torch.tanh(x),
+    "relu": lambda x, alpha: F.relu(x),
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "gelu": lambda x, alpha: F.gelu(x),
+    "gelu_tanh": lambda x, alpha: F.gelu(x, approximate="tanh"),
+    "silu": lambda x, alpha: F.silu(x),
+    "swish": lambda x, alpha: x * torch.sigmoid(alpha * x),
+    "glu": lambda x, alpha: F.glu(x),
+    "reglu": _gated(F.relu),
+    "geglu": _gated(F.gelu),
+    "geglu_tanh": _gated(functools.partial(F.gelu, approximate="tanh")),
+    "swiglu": _gated(F.silu),
+    "bilinear": _gated(lambda gate: gate),
+}
+"""`pykernels.functional.bias_activation_dropout`'s names: functions of (x, alpha)."""
+_ALPHA = {"leaky_relu": 0.01}
+
+
+def bias_activation_dropout(
+    input: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "gelu",
+    p: float = 0.0,
+    training: bool = True,
+    *,
+    alpha: float | None = None,
+) -> Tensor:
+    """dropout(activation(input + bias)), one operator after another."""
+    x = input if bias is None else input + bias
+    y = ACTIVATIONS[activation](x, _ALPHA.get(activation, 1.0) if alpha is None else alpha)
+    return F.dropout(y, p, training) if p else y
+
+
+def mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str = "gelu",
+    save: str = "preactivation",
+    *,
+    p: float = 0.0,
+    training: bool = True,
+    alpha: float | None = None,
+) -> Tensor:
+    """The feed-forward block: the first bias within the product, as torch has it. `save` is ours alone."""
+    hidden = bias_activation_dropout(F.linear(x, w1, b1), None, activation, p, training, alpha=alpha)
+    return F.linear(hidden, w2, b2)
 
 
 def attention(

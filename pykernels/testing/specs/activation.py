@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ... import reference
+from .. import stock
 from ..spec import Case, Input, OpSpec
 
 KERNELS = ("cpu", "triton", "cuda", "emulator")
@@ -156,34 +156,6 @@ def _fused_cases() -> tuple[Case, ...]:
     return tuple(cases)
 
 
-def _eager_gated(activation: Callable[..., Any], gate_first: bool = True) -> Callable[..., Any]:
-    def eager(x: torch.Tensor, alpha: float) -> torch.Tensor:
-        first, second = x.chunk(2, -1)
-        return activation(first) * second if gate_first else activation(second) * first
-
-    return eager
-
-
-_EAGER: dict[str, Callable[..., Any]] = {
-    "identity": lambda x, alpha: x,
-    "sigmoid": lambda x, alpha: torch.sigmoid(x),
-    "tanh": lambda x, alpha: torch.tanh(x),
-    "relu": lambda x, alpha: F.relu(x),
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-    "gelu": lambda x, alpha: F.gelu(x),
-    "gelu_tanh": lambda x, alpha: F.gelu(x, approximate="tanh"),
-    "silu": lambda x, alpha: F.silu(x),
-    "swish": lambda x, alpha: x * torch.sigmoid(alpha * x),
-    "glu": lambda x, alpha: F.glu(x),
-    "reglu": _eager_gated(F.relu),
-    "geglu": _eager_gated(F.gelu),
-    "geglu_tanh": _eager_gated(functools.partial(F.gelu, approximate="tanh")),
-    "swiglu": _eager_gated(F.silu),
-    "bilinear": _eager_gated(lambda gate: gate),
-}
-
-
 def _fused_peer(
     input: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -193,14 +165,8 @@ def _fused_peer(
     alpha: float = 1.0,
 ) -> torch.Tensor:
     """Torch's operators one after another, but with our mask: torch's dropout draws another."""
-    y = _EAGER[activation](input if bias is None else input + bias, alpha)
+    y = stock.ACTIVATIONS[activation](input if bias is None else input + bias, alpha)
     return y * reference.bias_activation_dropout(torch.ones_like(y), None, "identity", p, True, seed)
-
-
-def _fused_eager(
-    input: torch.Tensor, bias: torch.Tensor | None = None, activation: str = "gelu", p: float = 0.0, alpha: float = 1.0
-) -> torch.Tensor:
-    return F.dropout(_EAGER[activation](input if bias is None else input + bias, alpha), p)
 
 
 def _mlp_cases() -> tuple[Case, ...]:
@@ -248,13 +214,6 @@ def _mlp_peer(
     save: str = "preactivation", **options: Any,
 ) -> torch.Tensor:  # fmt: skip
     return F.linear(_fused_peer(F.linear(x, w1, b1), **options), w2, b2)
-
-
-def _mlp_eager(
-    x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: torch.Tensor | None = None, b2: torch.Tensor | None = None,
-    save: str = "preactivation", **options: Any,
-) -> torch.Tensor:  # fmt: skip
-    return F.linear(_fused_eager(F.linear(x, w1, b1), **options), w2, b2)
 
 
 def _mlp_bench(activation: str, p: float, save: str) -> Case:
@@ -364,14 +323,14 @@ SPECS = (
         "bias_activation_dropout", "activation", _fused_cases(),
         (*_fused_bench("gelu", 4096), *_fused_bench("swiglu", 8192)), _fused_peer, KERNELS,
         bytes_moved=_fused_bytes, saved=lambda case, dtype: _count(case) * _size(dtype) + 8,
-        long_sums=frozenset(("bias",)), timed_peer=_fused_eager,
+        long_sums=frozenset(("bias",)), timed_peer=stock.bias_activation_dropout,
     ),
     OpSpec(
         "mlp", "activation", _mlp_cases(),
         (_mlp_bench("gelu", 0.0, "preactivation"), _mlp_bench("gelu", 0.1, "preactivation"),
          _mlp_bench("swiglu", 0.0, "preactivation"), _mlp_bench("swiglu", 0.0, "input")),
-        _mlp_peer, KERNELS, saved=_mlp_saved, long_sums=frozenset(("w1", "b1", "w2", "b2")), timed_peer=_mlp_eager,
-        wrap=_without_biases,
+        _mlp_peer, KERNELS, saved=_mlp_saved, long_sums=frozenset(("w1", "b1", "w2", "b2")),
+        timed_peer=_without_biases(stock.mlp), wrap=_without_biases,
     ),
     OpSpec("rrelu", "activation", _rrelu_cases(), (), None, KERNELS, extra=frozenset(("seed",))),
     OpSpec(
