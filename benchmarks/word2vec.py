@@ -199,22 +199,29 @@ def measure(text: Sentences, rounds: int, two_threads: bool = False) -> dict[str
             for kind in trainers if turn % 2 == 0 else reversed(trainers):
                 last[kind] = trainers[kind](training, vocabulary, options)
                 seconds[kind].append(last[kind][0])
-        losses = {}
-        for kind, (_, _, vectors, outputs, path) in last.items():
-            tree = options.get("hierarchical_softmax")
-            losses[kind] = judge.hierarchical(vectors, outputs, path) if tree else judge.sampled(vectors, outputs)
+
+        def loss(trained: Any, tree: bool = bool(options.get("hierarchical_softmax"))) -> float:
+            vectors, outputs, path = trained[2:]
+            return judge.hierarchical(vectors, outputs, path) if tree else judge.sampled(vectors, outputs)
+
         ratio = Timing.of(seconds["pykernels"]).ratio(Timing.of(seconds["gensim"]))
-        counts = (1, 2) if two_threads else ()
-        walls = {kind: [train(training, vocabulary, options, n)[1] for n in counts] for kind, train in trainers.items()}
+        walls: dict[str, list[list[float]]] = {kind: [[], []] for kind in trainers}
+        both: dict[str, Any] = {}
+        for _ in range(rounds if two_threads else 0):
+            for kind, train in trainers.items():
+                walls[kind][0].append(train(training, vocabulary, options, 1)[1])
+                both[kind] = train(training, vocabulary, options, 2)
+                walls[kind][1].append(both[kind][1])
         rows.append(
             {
                 "variant": name,
                 "words_per_cpu_second": {kind: words / median(times) for kind, times in seconds.items()},
                 "ratio": dict(zip(("median", "p20", "p80"), ratio, strict=True)),
                 "target": TARGETS.get(name),
-                "held_out_loss": losses,
+                "held_out_loss": {kind: loss(trained) for kind, trained in last.items()},
                 "neighbours_shared": overlap(last["pykernels"][2], last["gensim"][2], vocabulary.words),
-                "two_threads_wall_speedup": {kind: wall[0] / wall[1] for kind, wall in walls.items() if wall},
+                "two_threads_wall_speedup": {k: median(one) / median(two) for k, (one, two) in walls.items() if one},
+                "two_threads_held_out_loss": {kind: loss(trained) for kind, trained in both.items()},
             }
         )
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()

@@ -143,6 +143,29 @@ def test_threads_train_every_sentence() -> None:
     assert shared.loss == pytest.approx(counted.loss, rel=0.05)
 
 
+@pytest.mark.parametrize("tree", [False, True], ids=["negatives", "tree"])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_lose_nothing_of_each_other(tree: bool, threads: int) -> None:
+    """At a small rate updates add up in whatever order: copies of output rows must be merged to the same sums. (Rows of
+    `vectors` have no copies, and of two writes at once one is lost.) What lies between rows stays, infinities too."""
+    ids, offsets, counts = corpus(900, 60_000, 900)
+    order = counts.argsort(descending=True).argsort()  # words by descending frequency, as the trainer has them
+    ids, counts = order[ids], counts.sort(descending=True).values
+    start, moved = tables(900, 21, 900), []
+    before = torch.get_num_threads()
+    for n in (1, threads):
+        buffers = [torch.full((900, 40), float("inf")) for _ in start]
+        made = [buffer[:, 3:24].copy_(table) for buffer, table in zip(buffers, start, strict=True)]
+        try:
+            torch.set_num_threads(n)
+            step(*made, ids, offsets, counts, lr=1e-5, **({"noise": None} if tree else {}), **objective(tree, counts))
+        finally:
+            torch.set_num_threads(before)
+        assert all(b[:, :3].isinf().all() and b[:, 24:].isinf().all() for b in buffers)
+        moved.append(made[1] - start[1])
+    assert (moved[1] - moved[0]).norm() < 0.02 * moved[0].norm()
+
+
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"tokens": torch.tensor([0, 5])}, IndexError, r"tokens\[1\] is 5"),
     ({"tokens": torch.tensor([-1, 0])}, IndexError, r"tokens\[0\] is -1"),

@@ -6,9 +6,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <mutex>
 
 #include "isa.h"
+#include "scratch.h"
 
 namespace pk {
 namespace {
@@ -16,6 +18,8 @@ namespace {
 using at::Tensor;
 
 constexpr auto kName = "word2vec_step_()";
+constexpr int64_t kGrain = 4096;  // words a thread must have to be worth waking
+constexpr int64_t kBeat = 256;    // words of all threads between two merges of copies; at 64 they cost a tenth more
 
 const Word2VecKernels& kernels() {
   TORCH_CHECK(isa() != Isa::kNone, isa_refusal());
@@ -58,6 +62,16 @@ void check_spans(const int64_t* offsets, int64_t count, int64_t total, const cha
   TORCH_CHECK_VALUE(offsets[count] == total, kName, ": ", argument, "[-1] must be ", total, ", not ", offsets[count]);
 }
 
+// How many rows the threads copy and how often they merge them; nothing with one thread.
+void share_out(Word2VecArgs& a, int64_t words) {
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), words / kGrain);
+  if (threads < 2 || at::in_parallel_region()) return;
+  a.beat = std::max<int64_t>(1, kBeat / threads);
+  int classes = kCopyClasses;
+  while (classes && a.beat << classes > words / threads / 4) --classes;
+  a.copied = std::min(((int64_t{1} << classes) - 1) * kFirstCopies, a.output_rows);
+}
+
 Tensor word2vec_step_(Tensor vectors, Tensor outputs, const Tensor& tokens, const Tensor& offsets, const Tensor& keep,
                       const std::optional<Tensor>& noise, const std::optional<Tensor>& points,
                       const std::optional<Tensor>& codes, const std::optional<Tensor>& starts, c10::string_view mode,
@@ -70,6 +84,7 @@ Tensor word2vec_step_(Tensor vectors, Tensor outputs, const Tensor& tokens, cons
   a.output_stride = outputs.stride(0);
   a.vocabulary = vectors.size(0);
   a.width = vectors.size(1);
+  a.output_rows = outputs.size(0);
   TORCH_CHECK_VALUE(outputs.size(1) == a.width, kName, ": outputs must have the ", a.width, " columns of vectors, not ",
                     outputs.size(1));
   a.tokens = data<int32_t>(tokens, at::kInt, 0, "tokens");
@@ -121,10 +136,15 @@ Tensor word2vec_step_(Tensor vectors, Tensor outputs, const Tensor& tokens, cons
   const auto sentence_at = [&](int64_t word) {
     return std::lower_bound(a.offsets, a.offsets + a.sentences, word) - a.offsets;
   };
-  at::parallel_for(0, tokens.numel(), 4096, [&](int64_t begin, int64_t end) {
+  std::array<int32_t, kCopyClasses> locks{};
+  a.locks = locks.data();
+  share_out(a, tokens.numel());
+  at::parallel_for(0, tokens.numel(), kGrain, [&](int64_t begin, int64_t end) {
     Word2VecCounts mine;
     const int64_t last = end == tokens.numel() ? a.sentences : sentence_at(end);
-    kernels().train(a, sentence_at(begin), last, mine);
+    Word2VecArgs own = a;
+    own.copies = static_cast<float*>(scratch(2 * a.copied * a.output_stride * sizeof(float)));
+    kernels().train(own, sentence_at(begin), last, mine);
     const std::lock_guard<std::mutex> lock(adding);
     total.words += mine.words;
     total.pairs += mine.pairs;

@@ -223,8 +223,8 @@ class Word2Vec:
                 self.save(checkpoint)
 
     def _chunk(self) -> int:
-        """Words of one step: enough that preparing it (some passes over the vocabulary) is nothing beside it."""
-        return max(100_000, 8 * len(self._vocabulary()))
+        """Words of one step: enough that preparing it (passes over the vocabulary, copies for threads) is nothing."""
+        return max(100_000 if self.threads == 1 else 300_000 * self.threads, 8 * len(self._vocabulary()))
 
     def _step_options(self, compute_loss: bool) -> dict[str, Any]:
         o, vocabulary = self.options, self._vocabulary()

@@ -68,7 +68,9 @@ def word2vec_step_(
 
     The draws are a function of (seed, number of the sentence, place): results repeat bit by bit on one thread,
     however sentences are dealt out over calls. With more threads (`torch.set_num_threads`) sentences are shared out and
-    the tables are written without locks (Hogwild: Recht et al., 2011); then no two runs are the same.
+    the tables are written without locks (Hogwild: Recht et al., 2011); then no two runs are the same. Of the first rows
+    of `outputs` each thread has copies, which it merges now and then; that is faster where words come by descending
+    frequency.
 
     Args:
         vectors: Tensor[V, D] float32, updated: the word vectors. Rows that begin on a cache line (D a multiple of 16)
