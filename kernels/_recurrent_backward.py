@@ -48,7 +48,9 @@ def _finish(
         before = tl.load(cell_ptr + (row + previous) * hidden + unit, mask=started, other=0.0)
         before += tl.load(c0_ptr + row * hidden + unit, mask=fresh, other=0.0).to(tl.float32)
     elif KIND == cells.GRU:
-        before = tl.load(output_ptr + (row + previous) * (DIRECTIONS * hidden) + unit, mask=started, other=0.0).to(tl.float32)
+        before = tl.load(output_ptr + (row + previous) * (DIRECTIONS * hidden) + unit, mask=started, other=0.0).to(
+            tl.float32
+        )
         before += tl.load(h0_ptr + row * hidden + unit, mask=fresh, other=0.0).to(tl.float32)
     else:
         y = tl.load(output_ptr + token * (DIRECTIONS * hidden) + unit, mask=mask, other=0.0).to(tl.float32)
