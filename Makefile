@@ -37,10 +37,12 @@ lint: $(STATE)/.built-all
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
-# The generated parts of README.md and docs/: the support matrix and the measured tables.
+# The generated parts of README.md and docs/ (support matrix, measured tables), then the site, in site/.
 docs: $(STATE)/.built-cpu
 	$(PY) -m pykernels.testing.support --write README.md
 	$(PY) benchmarks/report.py
+	$(PY) -c "import mkdocstrings, material" 2>/dev/null || $(PY) -m pip install -q "mkdocs-material>=9.6" "mkdocstrings[python]>=0.29"
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q
 
 wheel: $(STATE)/.packages
 	PYKERNELS_BUILD=auto $(PY) -m pip wheel . --no-build-isolation --no-deps -w dist

@@ -1,4 +1,4 @@
-"""What README.md says is true: the example runs, the support matrix is the specs', the commands exist."""
+"""What README.md and docs/ say is true: examples run, the support matrix is the specs', commands and links exist."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from pykernels.testing.support import replaced
@@ -35,6 +36,25 @@ def test_the_commands_and_files_it_names_exist() -> None:
     assert set(re.findall(r"`?make ([a-z]+)", README)) <= targets | {"a"}
     for link in re.findall(r"\]\(([^)]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("page", ["index", "backends"])
+def test_the_examples_of_the_guides_run(page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.S)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, f"docs/{page}.md", "exec"), names)
+    assert blocks
+
+
+def test_the_site_has_every_page_and_every_link_a_target() -> None:
+    named = set(re.findall(r"^ .*?: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    assert named == pages
+    for page in pages:
+        text = re.sub(r"```.*?```", "", (ROOT / "docs" / page).read_text(), flags=re.S)
+        for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+            assert (ROOT / "docs" / page).parent.joinpath(link).exists(), (page, link)
 
 
 def test_the_tables_of_the_docs_are_the_records() -> None:
