@@ -161,6 +161,8 @@ __global__ void __launch_bounds__(LogitTiles<T>::kThreads) logits_bwd_kernel(con
   walk_tiles(a, raw, i0, begin, begin + N < end ? begin + N : end,
              [&](int64_t j0, float (&z)[M][N / 8][4], const float (&weights)[N]) {
                const int here = static_cast<int>(end - j0 < N ? end - j0 : N);
+               const int odd =
+                   static_cast<int>(threadIdx.x) / 4 % 2;  // a lane has one column of its row and the next one
                const int dz_here = static_cast<int>(s.dz_row - (j0 - s.begin) < N ? s.dz_row - (j0 - s.begin) : N);
 #pragma unroll
                for (int r = 0; r < 2 * M; ++r) {
@@ -169,23 +171,26 @@ __global__ void __launch_bounds__(LogitTiles<T>::kThreads) logits_bwd_kernel(con
                  const int place = target < N ? static_cast<int>(target) : -1;
                  const bool exists = row < a.rows;
                  D* const dz = s.dz && exists ? static_cast<D*>(s.dz) + row * s.dz_row + (j0 - s.begin) : nullptr;
-                 D* const transposed = s.transposed && row < s.transposed_row
-                                           ? static_cast<D*>(s.transposed) + (j0 - s.begin) * s.transposed_row + row
-                                           : nullptr;
+                 D* const transposed = static_cast<D*>(s.transposed) + (j0 - s.begin) * s.transposed_row + (row - odd);
 #pragma unroll
-                 for (int n = 0; n < N / 8; ++n)
+                 for (int n = 0; n < N / 8; ++n) {
+                   const int c = column_of(n, 0);
+                   float x[2];
 #pragma unroll
                    for (int e = 0; e < 2; ++e) {
-                     const int c = column_of(n, e);
                      const float logit = z[r / 2][n][r % 2 * 2 + e];
                      const float power = exponential<PRECISE>(a.logistic ? -logit : logit - f.highest);
-                     float x = f.scale * quotient(a.logistic ? 1.f : power, a.logistic ? 1.f + power : f.sum);
-                     if (c == place) x -= f.own;
-                     if (f.even != 0.f) x -= f.even * weights[c];
-                     if (!exists || c >= here) x = 0.f;
-                     if (dz && c < dz_here) dz[c] = from_float<D>(x);
-                     if (transposed && c < here) transposed[c * s.transposed_row] = from_float<D>(x);
+                     x[e] = f.scale * quotient(a.logistic ? 1.f : power, a.logistic ? 1.f + power : f.sum);
+                     if (c + e == place) x[e] -= f.own;
+                     if (f.even != 0.f) x[e] -= f.even * weights[c + e];
+                     if (!exists || c + e >= here) x[e] = 0.f;
                    }
+                   if (dz && c < dz_here) store_pair(dz + c, x[0], x[1]);
+                   if (!s.transposed) continue;
+                   const float other = __shfl_xor_sync(kAllLanes, odd ? x[0] : x[1], 4);
+                   if (row - odd < s.transposed_row && c + odd < here)
+                     store_pair(transposed + (c + odd) * s.transposed_row, odd ? other : x[0], odd ? x[1] : other);
+                 }
                }
              });
 }

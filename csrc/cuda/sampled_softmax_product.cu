@@ -56,6 +56,19 @@ __device__ __forceinline__ void load_b_rows(Operand (&y)[2], Shared tile, int st
   }
 }
 
+// As many of two adjacent results as there is place for.
+template <class T>
+__device__ __forceinline__ void store(T* p, float low, float high, int64_t left, bool pairs, bool add) {
+  if (left <= 0) return;
+  if (add) {
+    low += to_float(p[0]);
+    if (left > 1) high += to_float(p[1]);
+  }
+  if (pairs) return store_pair(p, low, high);
+  p[0] = from_float<T>(low);
+  if (left > 1) p[1] = from_float<T>(high);
+}
+
 template <class T>
 __global__ void __launch_bounds__(ProductTiles<T>::kThreads) product_kernel(const Product<T> p) {
   using C = ProductTiles<T>;
@@ -103,21 +116,20 @@ __global__ void __launch_bounds__(ProductTiles<T>::kThreads) product_kernel(cons
       }
     }
   }
+  const bool pairs = p.n % 2 == 0;
 #pragma unroll
   for (int r = 0; r < 2 * M; ++r) {
     const int64_t row = i0 + own + row_of(r);
+    if (row >= p.m) continue;
 #pragma unroll
-    for (int n = 0; n < N / 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int64_t col = n0 + column_of(n, e), at = (blockIdx.z * p.m + row) * p.n + col;
-        const float x = acc[r / 2][n][r % 2 * 2 + e];
-        if (row >= p.m || col >= p.n) continue;
-        if (!p.wide)
-          static_cast<T*>(p.out)[at] = from_float<T>(x);
-        else
-          static_cast<float*>(p.out)[at] = p.add ? static_cast<float*>(p.out)[at] + x : x;
-      }
+    for (int n = 0; n < N / 8; ++n) {
+      const int64_t col = n0 + column_of(n, 0), at = (blockIdx.z * p.m + row) * p.n + col;
+      const float low = acc[r / 2][n][r % 2 * 2], high = acc[r / 2][n][r % 2 * 2 + 1];
+      if (p.wide)
+        store(static_cast<float*>(p.out) + at, low, high, p.n - col, pairs, p.add);
+      else
+        store(static_cast<T*>(p.out) + at, low, high, p.n - col, pairs, false);
+    }
   }
 }
 

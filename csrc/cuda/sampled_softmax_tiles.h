@@ -86,6 +86,15 @@ __device__ __forceinline__ int row_of(int i) {
 // And which class of its tile: pair n of 8, element e of two.
 __device__ __forceinline__ int column_of(int n, int e) { return 8 * n + static_cast<int>(threadIdx.x) % 4 * 2 + e; }
 
+// Two adjacent elements, the first at an even place of an even row: one transaction.
+template <class T>
+__device__ __forceinline__ void store_pair(T* p, float low, float high) {
+  if constexpr (kWide<T>)
+    *reinterpret_cast<float2*>(p) = make_float2(low, high);
+  else
+    *reinterpret_cast<uint32_t*>(p) = pack2<T>(low, high);
+}
+
 // f(first class, acc, weights) for each tile of the classes [begin, end), with the logits in acc, -inf where there is
 // none, and the tile's class weights, 0 there.
 template <class T, class F>

@@ -33,9 +33,9 @@ RULES: dict[str, Rules] = {
     r"segment_kernel<": Rules(barriers=0),
     r"draw_(unique_)?kernel$": Rules(unfused=True),
     # A lane copies what it will read itself: eight rows in flight without a barrier, 32 to 64 KiB of them a block.
-    r"own_classes_kernel<": Rules(barriers=0, occupancy=0.25),
+    r"own_classes_kernel<": Rules(copies=True, barriers=0, occupancy=0.25),
     # mma.sync on every target. By their registers two blocks share a multiprocessor.
-    r"(logits_fwd|logits_bwd|product)_kernel<": Rules(warp_mma=True, blocks=2),
+    r"(logits_fwd|logits_bwd|product)_kernel<": Rules(copies=True, warp_mma=True, blocks=2),
 }
 
 _THREADS = re.compile(r"\.entry\s+(\w+)\s*\((?:[^)]*)\)\s*((?:\.\w+[^\n{]*\n)*)")

@@ -65,6 +65,7 @@ def from_function(row: Row, function: sass.Function, warps: int, shared: int, lo
     row.mma = sum(_uses_tensor_core(i.base, row.target) for i in function.instructions)
     row.warp_mma = _number(function.instructions, ("HMMA",))
     row.barriers = _number(function.instructions, ("BAR",))
+    row.copies = _number(function.instructions, ("LDGSTS",))
     row.fused = _number(function.instructions, ("DFMA",))
     row.warnings = _WARNING.findall(log)[:1]
     if not any(i.base == "EXIT" for i in function.instructions):

@@ -29,6 +29,7 @@ class Rules:
     occupancy: float = 0.0  #: share of a multiprocessor's warps
     blocks: int = 1  #: blocks on one multiprocessor
     barriers: int | None = None  #: most barriers of a block
+    copies: bool = False  #: global memory goes to shared memory by asynchronous copies
     unfused: bool = False  #: doubles are multiplied and added apart: the bits are those of other backends
 
 
@@ -83,6 +84,7 @@ class Row:
     mma: int = 0  #: the target's own matrix instructions
     warp_mma: int = 0  #: those of mma.sync
     barriers: int = 0
+    copies: int = 0  #: asynchronous ones, global to shared
     fused: int = 0  #: fused multiply-adds of doubles
     instructions_per_byte: float | None = None
     issue_share: float | None = None  #: of the instructions the chip can issue while these bytes move
@@ -124,6 +126,7 @@ def check(row: Row, rules: Rules) -> list[str]:
         )
     if rules.barriers is not None:
         require(row.barriers <= rules.barriers, f"{row.barriers} barriers, allowed {rules.barriers}")
+    require(row.copies > 0 or not rules.copies, "no LDGSTS instructions: nothing is copied asynchronously")
     require(row.fused == 0 or not rules.unfused, f"{row.fused} fused multiply-adds of doubles: the bits will differ")
     if rules.tensor_cores:
         require(row.mma > 0, f"no {MMA_FOR_TARGET[row.target]} instructions: the tensor cores are not used")
