@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -20,10 +21,12 @@ from ..testing.spec import ROOMS, Case, OpSpec, load
 from ..testing.step import Step, load_steps
 from ..testing.step import row as step_row
 from ..testing.timing import Timing, copy_bandwidth
+from ..testing.tuned_malloc import eager_times
 from ._output import BadInput, console, json_option, print_json, progress
 from ._plot import Series, bars, standalone
 from .verify import DTYPES, label
 
+_MAPPED = 2**25  # bytes: the most that malloc can be made to keep by itself
 _SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "f+b", "step": "step"}
 Overhead = dict[str, dict[str, dict[str, Timing]]]
 
@@ -38,9 +41,7 @@ Overhead = dict[str, dict[str, dict[str, Timing]]]
     "modes",
     multiple=True,
     type=click.Choice(["default", "max-autotune", "none"]),
-    default=["default"],
-    show_default=True,
-    help="Modes of torch.compile to compare with; repeatable.",
+    help="Modes of torch.compile to compare with; repeatable. Default: as the operator's spec has it.",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one.")
 @click.option("--rounds", type=click.IntRange(min=5), default=20, show_default=True, help="At most, a measurement.")
@@ -76,9 +77,12 @@ def command(
         raise BadInput(f"nothing to time for {', '.join(ops) or room}; operators with benchmark shapes: {known}")
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
-    compile_modes = tuple(mode for mode in modes if mode != "none")
-    jobs = [(s, case, DTYPES[dtype]) for dtype in (dtypes or ("float32",)) for s in specs for case in s.bench]
+    compile_modes = tuple(mode for mode in modes if mode != "none") if modes else None
+    asked = [DTYPES[dtype] for dtype in dtypes or ("float32",)]
+    jobs = [(s, case, d) for d in asked for s in specs for case in s.bench if _modes(s, case, d) is not None]
     rows = _rows(jobs, backend, device, compile_modes, rounds, seconds)
+    if device == "cpu":
+        _tuned(rows, jobs, rounds, seconds)
     if device == "cpu" and not ops:
         rows += _steps(load_steps(room) if "float32" in (dtypes or ("float32",)) else [], rounds, seconds)
     overhead = _overhead(specs, rounds) if device == "cpu" else {}
@@ -105,7 +109,7 @@ def _rows(
     jobs: list[tuple[OpSpec, Case, torch.dtype]],
     backend: str | None,
     device: str,
-    modes: tuple[str, ...],
+    modes: tuple[str, ...] | None,
     rounds: int,
     seconds: float,
 ) -> list[bench.Row]:
@@ -122,7 +126,7 @@ def _rows(
                     label=name,
                     backend=backend,
                     device=device,
-                    compile_modes=modes,
+                    compile_modes=(_modes(spec, case, dtype) or ()) if modes is None else modes,
                     rounds=rounds,
                     seconds=seconds,
                     step=lambda direction, name=name, case=case: advance(0, f"{name} {case.label}: {direction}"),  # type: ignore[misc]
@@ -131,6 +135,23 @@ def _rows(
                 raise BadInput(str(error)) from error
             advance(len(bench.DIRECTIONS))
     return found
+
+
+def _modes(spec: OpSpec, case: Case, dtype: torch.dtype) -> tuple[str, ...] | None:
+    return spec.compiled(case, dtype) if spec.compiled else ("default",)
+
+
+def _tuned(rows: list[bench.Row], jobs: list[tuple[OpSpec, Case, torch.dtype]], rounds: int, seconds: float) -> None:
+    """Puts torch eager with a tuned malloc beside the rows whose tensors malloc maps anew for every call."""
+    large, places = [], []
+    for i, (spec, case, dtype) in enumerate(jobs):
+        if spec.rowwise and max(math.prod(x.shape) for x in case.inputs.values()) * dtype.itemsize >= _MAPPED:
+            known = load(spec.room)
+            large.append((spec.room, known.index(spec), spec.bench.index(case), str(dtype).removeprefix("torch.")))
+            places.append(i * len(bench.DIRECTIONS))
+    for first, times in zip(places, eager_times(large, rounds, seconds), strict=True):
+        for row in rows[first : first + len(bench.DIRECTIONS)]:
+            row.beside = {"eager, tuned malloc": times[row.direction]}
 
 
 def _steps(steps: list[Step], rounds: int, seconds: float) -> list[bench.Row]:
@@ -183,18 +204,20 @@ def _section(out: Console, title: str, table: Table) -> None:
 
 def _speed_table(rows: list[bench.Row]) -> Table:
     peers = list(dict.fromkeys(name for row in rows for name in row.seconds if name not in (bench.OURS, bench.COPY)))
+    beside = list(dict.fromkeys(name for row in rows for name in row.beside))
     table = Table(box=None, padding=(0, 1, 0, 0))
     for name in ("op", "shape", ""):
         table.add_column(name)
-    for name in ("ours", *peers, "ratio", "p20-p80", "GB/s", "limit"):
+    for name in ("ours", *peers, *beside, "ratio", "p20-p80", "GB/s", "limit"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         head = (row.op, row.shape) if row.direction in (bench.DIRECTIONS[0], "step") else ("", "")
         if not row.correct:
             table.add_row(row.op, row.shape, _SHORT[row.direction], Text("CHECK FAILED", style="bold red"))
             continue
+        timings = {**row.seconds, **row.beside}
         times = [
-            f"{row.seconds[name].median * 1e3:.3g}" if name in row.seconds else "-" for name in (bench.OURS, *peers)
+            f"{timings[name].median * 1e3:.3g}" if name in timings else "-" for name in (bench.OURS, *peers, *beside)
         ]
         ratio = row.ratio
         spread = (Text(f"{ratio[0]:.2f}", style="bold"), f"{ratio[1]:.2f}-{ratio[2]:.2f}") if ratio else ("-", "-")

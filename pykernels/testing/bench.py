@@ -17,6 +17,7 @@ from .run import check_case, outputs_of
 from .spec import Case, OpSpec
 from .timing import Timing, copy_function, measure, one_thread
 
+_CHECKED, _ROWS = 2**22, 256  # elements from which on a rowwise operator is checked on this many rows
 DIRECTIONS = ("forward", "backward", "forward+backward")
 OURS, COPY = "pykernels", "copy"
 
@@ -30,6 +31,7 @@ class Row:
         seconds: provider -> Timing; empty where the check failed: a wrong kernel has no speed.
         moved: bytes the operator must move in this direction, by its spec; None where the spec does not say.
         saved: provider -> bytes kept for backward beyond the inputs.
+        beside: times that were not taken in turns with ours ("eager, tuned malloc").
         failures: of the check, or of a peer that could not be compiled ("compile: ...").
     """
 
@@ -41,6 +43,7 @@ class Row:
     seconds: dict[str, Timing] = field(default_factory=dict)
     moved: int | None = None
     saved: dict[str, int] = field(default_factory=dict)
+    beside: dict[str, Timing] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     correct: bool = True
 
@@ -68,11 +71,14 @@ class Row:
         return self.seconds[COPY].median / self.seconds[OURS].median
 
     def as_dict(self) -> dict[str, Any]:
-        timings = {name: {"median": t.median, "p20": t.p20, "p80": t.p80} for name, t in self.seconds.items()}
-        plain = {name: value for name, value in asdict(replace(self, seconds={})).items() if name != "seconds"}
+        timings, beside = (
+            {name: {"median": t.median, "p20": t.p20, "p80": t.p80} for name, t in times.items()}
+            for times in (self.seconds, self.beside)
+        )
+        plain = asdict(replace(self, seconds={}, beside={}))
         ratio = dict(zip(("median", "p20", "p80"), self.ratio, strict=True)) if self.ratio else None
         derived = {"best_peer": self.peer, "ratio": ratio, "bytes_per_second": self.bandwidth}
-        return {**plain, "seconds": timings, **derived, "fraction_of_copy_limit": self.of_limit}
+        return {**plain, "seconds": timings, "beside": beside, **derived, "fraction_of_copy_limit": self.of_limit}
 
 
 @contextmanager
@@ -123,7 +129,7 @@ def _rows(
     served = explain(spec.function, **inputs, **case.options, backend=backend).backend
     name = str(dtype).removeprefix("torch.")
     found = [Row(label, case.label, name, direction, served) for direction in DIRECTIONS]
-    failures = [one.why for one in check_case(spec, case, served, dtype, device) if not one.passed]
+    failures = _failures(spec, case, served, dtype, inputs, device)
     if failures:
         for row in found:
             row.correct, row.failures = False, failures
@@ -142,10 +148,36 @@ def _rows(
     return found
 
 
-class _Call:
+def _failures(
+    spec: OpSpec, case: Case, backend: str, dtype: torch.dtype, inputs: dict[str, Tensor], device: str
+) -> list[str]:
+    """What is wrong with our results; see `OpSpec.rowwise` for how large ones are judged."""
+    (name, one), *others = case.inputs.items()
+    if not spec.rowwise or others or math.prod(one.shape) <= _CHECKED:
+        return [found.why for found in check_case(spec, case, backend, dtype, device) if not found.passed]
+    part = Case(case.label, {name: replace(one, shape=(_ROWS, *one.shape[1:]))}, case.options)
+    failures = [found.why for found in check_case(spec, part, backend, dtype, device) if not found.passed]
+    x, function = inputs[name], spec.function
+
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = x.detach().requires_grad_()
+        y = function(**{name: leaf}, **case.options, backend=backend)
+        return y, torch.autograd.grad(y, leaf, y.detach())[0]  # a gradient that need not be drawn
+
+    y, dx = both(x)
+    for i in range(0, len(x), _ROWS):
+        rows = slice(i, i + _ROWS)
+        if not all(torch.equal(a[rows], b) for a, b in zip((y, dx), both(x[rows]), strict=True)):
+            failures.append(f"rows {i} to {i + _ROWS} of {len(x)} are not what a call on them alone gives")
+    return failures
+
+
+class Call:
     """One provider's function bound to leaves of its own."""
 
-    def __init__(self, function: Callable[..., Tensor], case: Case, inputs: dict[str, Tensor]) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor], case: Case, inputs: dict[str, Tensor], dy: list[Tensor] | None = None
+    ) -> None:
         self.leaves = {
             name: x.detach().clone().requires_grad_(case.inputs[name].grad and x.is_floating_point())
             for name, x in inputs.items()
@@ -153,7 +185,7 @@ class _Call:
         self.wanted = [x for x in self.leaves.values() if x.requires_grad]
         self.function = function
         self.outputs = outputs_of(self.forward())
-        self.dy = [case.make_gradient(y) for y in self.outputs]
+        self.dy = [case.make_gradient(y) for y in self.outputs] if dy is None else dy
 
     def forward(self) -> Any:
         return self.function(**self.leaves)
@@ -174,7 +206,7 @@ class _Call:
 
 def _providers(
     spec: OpSpec, case: Case, inputs: dict[str, Tensor], backend: str, compile_modes: tuple[str, ...]
-) -> tuple[dict[str, _Call], list[str]]:
+) -> tuple[dict[str, Call], list[str]]:
     function = spec.function  # looked up once: wrapping it costs microseconds
 
     def ours(**leaves: Tensor) -> Tensor:
@@ -183,12 +215,14 @@ def _providers(
     def eager(**leaves: Tensor) -> Tensor:
         return spec.call_timed_peer(**leaves, **case.options)
 
-    calls, unavailable = {OURS: _Call(ours, case, inputs), "eager": _Call(eager, case, inputs)}, []
+    calls, unavailable = {OURS: Call(ours, case, inputs)}, []
+    dy = calls[OURS].dy  # of the same shapes for all; drawing a large one takes longer than timing it
+    calls["eager"] = Call(eager, case, inputs, dy)
     for mode in compile_modes:
         provider = "compile" if mode == "default" else mode
         torch.compiler.reset()
         try:
-            call = _Call(torch.compile(eager, mode=mode, dynamic=False), case, inputs)
+            call = Call(torch.compile(eager, mode=mode, dynamic=False), case, inputs, dy)
             call.both()
         except Exception as error:  # the compiler needs a C++ compiler (CPU) or triton (GPU) of its own
             unavailable.append(f"{provider}: {type(error).__name__}: {str(error).splitlines()[0]}")
@@ -200,7 +234,7 @@ def _providers(
 def _tiny(spec: OpSpec, case: Case) -> Case:
     """The case's options at a shape of 2 x 4 (of more dimensions: at most 4 in each); where shapes depend on one
     another (the weights of a cell), the smallest ordinary case of the contract."""
-    dependent = spec.name in ("bias_activation_dropout", "dot_interaction", "mlp")
+    dependent = spec.name in ("bias_activation_dropout", "dot_interaction", "mlp", "prelu", "swish")
     if spec.room in ("recurrent", "sampled_softmax") or dependent:
         ordinary = [c for c in spec.cases if all(math.prod(x.shape) for x in c.inputs.values())]
         return min(ordinary, key=lambda c: sum(math.prod(x.shape) for x in c.inputs.values()))
@@ -228,7 +262,7 @@ def overhead(spec: OpSpec, case: Case, rounds: int = 20) -> dict[str, dict[str, 
 
     found = {}
     with one_thread():
-        calls = {OURS: _Call(ours, tiny, inputs), "eager": _Call(eager, tiny, inputs)}
+        calls = {OURS: Call(ours, tiny, inputs), "eager": Call(eager, tiny, inputs)}
         with torch.no_grad():
             found["no grad"] = measure({name: call.forward for name, call in calls.items()}, rounds)
         found["forward"] = measure({name: call.forward for name, call in calls.items()}, rounds)

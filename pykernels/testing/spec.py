@@ -130,6 +130,11 @@ class OpSpec:
         differentiable: False for in-place updates and inference functions: no test takes gradients of them.
         timed_peer: what is timed in place of `peer`, where torch draws random numbers of its own: the same work, with
             results that cannot be compared. It takes no `seed`.
+        compiled: the modes of torch.compile that a benchmark row is compared with unless the user names some,
+            (case, dtype) -> modes; compiling takes longer than all the rest. None for the row: it is not timed in this
+            dtype. None here: "default" for every row.
+        rowwise: rows of the (only) input do not meet, so a benchmark row of more than 4 Mi elements is checked against
+            the oracle on its first 256 rows, and all of it, bit by bit, against the same call on 256 rows at a time.
         wrap: for functions that take lists or nested states of tensors: makes one of the case's arguments from the
             function (and from the reference), giving one tensor or a flat tuple. `peer` takes the case's as it is.
     """
@@ -148,6 +153,8 @@ class OpSpec:
     differentiable: bool = True
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     timed_peer: Callable[..., Any] | None = None
+    compiled: Callable[[Case, torch.dtype], tuple[str, ...] | None] | None = None
+    rowwise: bool = False
 
     @property
     def function(self) -> Callable[..., Any]:

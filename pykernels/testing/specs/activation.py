@@ -275,16 +275,42 @@ def _gated_saved(case: Case, dtype: torch.dtype) -> int:
     return sum(math.prod(x.shape) for x in case.inputs.values()) * _size(dtype)
 
 
-_BENCH = tuple(Case(f"{r}x{c}", {"input": Input((r, c))}) for r, c in ((256, 4096), (2048, 4096)))
-_BENCH_GATED = tuple(Case(f"{r}x{c}", {"gate": Input((r, c))}) for r, c in ((256, 8192), (2048, 8192)))
+#: Near the processor (L2), in L3, and past it: from 32 MiB on malloc maps a result anew for every call.
+_ROWS = (32, 256, 2048)
+_BENCH = tuple(Case(f"{r}x4096", {"input": Input((r, 4096))}) for r in _ROWS)
+_BENCH_GATED = tuple(Case(f"{r}x8192", {"gate": Input((r, 8192))}) for r in _ROWS)
+
+
+def _rows_of(case: Case) -> int:
+    return next(iter(case.inputs.values())).shape[0]
+
+
+def _compiled(case: Case, dtype: torch.dtype) -> tuple[str, ...] | None:
+    """Not compiled; float16, which does bfloat16's work, is not timed at the largest size."""
+    return None if dtype is torch.float16 and _rows_of(case) == 2048 else ()
+
+
+def _compiled_main(case: Case, dtype: torch.dtype) -> tuple[str, ...] | None:
+    """The rows that have a target; max-autotune, which does nothing else to such loops on a CPU, once each."""
+    if dtype is torch.float16 or _rows_of(case) not in (256, 2048):
+        return _compiled(case, dtype)
+    return ("default", "max-autotune") if dtype is torch.float32 and _rows_of(case) == 256 else ("default",)
+
+
+def _compiled_float32(case: Case, dtype: torch.dtype) -> tuple[str, ...] | None:
+    return ("default",) if dtype is torch.float32 else _compiled(case, dtype)
+
+
+_COMPILED = {"gelu": _compiled_main, "silu": _compiled_main, "geglu": _compiled_main, "swiglu": _compiled_main}
 
 
 def _unary(name: str, peer: Callable[..., Any] | None, options: Mapping[str, Any] | None = None) -> OpSpec:
     options = options or {}
     bench = tuple(Case(case.label, case.inputs, options) for case in _BENCH)
     return OpSpec(
-        name, "activation", _unary_cases(options), bench, peer, KERNELS, bytes_moved=_unary_bytes, saved=_unary_saved
-    )
+        name, "activation", _unary_cases(options), bench, peer, KERNELS, bytes_moved=_unary_bytes, saved=_unary_saved,
+        compiled=_compiled if options else _COMPILED.get(name, _compiled), rowwise=True,
+    )  # fmt: skip
 
 
 def _gated(name: str, activation: Callable[..., Any], options: Mapping[str, Any] | None = None) -> OpSpec:
@@ -298,7 +324,15 @@ def _gated(name: str, activation: Callable[..., Any], options: Mapping[str, Any]
     eager.__name__ = name
     bench = tuple(Case(case.label, case.inputs, options) for case in _BENCH_GATED)
     return OpSpec(
-        name, "activation", _gated_cases(options), bench, eager, KERNELS, bytes_moved=_gated_bytes, saved=_gated_saved
+        name, "activation", _gated_cases(options), bench, eager, KERNELS, bytes_moved=_gated_bytes, saved=_gated_saved,
+        compiled=_compiled if options else _COMPILED.get(name, _compiled), rowwise=True,
+    )  # fmt: skip
+
+
+def _parametric_bench(weight: str) -> tuple[Case, ...]:
+    """A weight for each channel; its gradient is a sum over the rows."""
+    return tuple(
+        Case(f"{rows}x4096", {"input": Input((rows, 4096)), weight: Input((4096,), scale=0.5)}) for rows in _ROWS[:2]
     )
 
 
@@ -317,24 +351,36 @@ SPECS = (
     _unary("gelu", F.gelu, {"approximate": "tanh"}),
     _unary("silu", F.silu),
     _unary("swish", None, {"beta": 1.702}),
-    OpSpec("swish", "activation", _parametric_cases("beta"), (), _swish, KERNELS, long_sums=frozenset(("beta",))),
-    OpSpec("prelu", "activation", _parametric_cases("weight"), (), F.prelu, KERNELS, long_sums=frozenset(("weight",))),
+    OpSpec(
+        "swish", "activation", _parametric_cases("beta"), _parametric_bench("beta"), _swish, KERNELS,
+        bytes_moved=_unary_bytes, long_sums=frozenset(("beta",)), compiled=_compiled,
+    ),
+    OpSpec(
+        "prelu", "activation", _parametric_cases("weight"), _parametric_bench("weight"), F.prelu, KERNELS,
+        bytes_moved=_unary_bytes, long_sums=frozenset(("weight",)), compiled=_compiled,
+    ),
     OpSpec(
         "bias_activation_dropout", "activation", _fused_cases(),
         (*_fused_bench("gelu", 4096), *_fused_bench("swiglu", 8192)), _fused_peer, KERNELS,
         bytes_moved=_fused_bytes, saved=lambda case, dtype: _count(case) * _size(dtype) + 8,
-        long_sums=frozenset(("bias",)), timed_peer=stock.bias_activation_dropout,
+        long_sums=frozenset(("bias",)), timed_peer=stock.bias_activation_dropout, compiled=_compiled_float32,
     ),
     OpSpec(
         "mlp", "activation", _mlp_cases(),
         (_mlp_bench("gelu", 0.0, "preactivation"), _mlp_bench("gelu", 0.1, "preactivation"),
          _mlp_bench("swiglu", 0.0, "preactivation"), _mlp_bench("swiglu", 0.0, "input")),
         _mlp_peer, KERNELS, saved=_mlp_saved, long_sums=frozenset(("w1", "b1", "w2", "b2")),
-        timed_peer=_without_biases(stock.mlp), wrap=_without_biases,
+        timed_peer=_without_biases(stock.mlp), wrap=_without_biases, compiled=_compiled_float32,
     ),
-    OpSpec("rrelu", "activation", _rrelu_cases(), (), None, KERNELS, extra=frozenset(("seed",))),
     OpSpec(
-        "glu", "activation", _glu_cases(), (), F.glu, KERNELS, bytes_moved=_gated_bytes, saved=_gated_saved
+        "rrelu", "activation", _rrelu_cases(),
+        tuple(Case(case.label, case.inputs, {"training": True, "seed": torch.tensor([5])}) for case in _BENCH), None,
+        KERNELS, bytes_moved=_unary_bytes, extra=frozenset(("seed",)), timed_peer=F.rrelu, compiled=_compiled,
+    ),
+    OpSpec(
+        "glu", "activation", _glu_cases(),
+        tuple(Case(case.label, {"input": case.inputs["gate"]}) for case in _BENCH_GATED), F.glu, KERNELS,
+        bytes_moved=_gated_bytes, saved=_gated_saved, compiled=_compiled, rowwise=True,
     ),
     _gated("reglu", F.relu),
     _gated("geglu", F.gelu),
