@@ -107,7 +107,6 @@ def cost_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-#: (page, record, what writes its table)
 def word2vec_table(record: dict[str, Any]) -> str:
     """Words a CPU second against gensim, and what was learnt for them."""
     about, facts = record["machine"], record["text"]
@@ -135,10 +134,46 @@ def word2vec_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def patched_table(record: dict[str, Any]) -> str:
+    """Training steps of patched models; then what patching and a call cost."""
+    about, patch = record["machine"], record["patch"]
+    lines = [
+        f"{about['cpu']}, torch {about['torch']}, one thread, float32, CPU time of a whole training step (forward, "
+        "backward, optimizer), medians of interleaved rounds. Every row's losses and first gradients are equal by the "
+        "rule of `pykernels/testing/compare.py`, checked in the same run.",
+        "",
+        "| model | size of a step | what is ours | stock, ms | ours, ms | stock / ours (p20–p80) | peak memory, stock / ours |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        times = (f"{row['seconds_a_step'][name] * 1e3:.1f}" for name in ("torch", "pykernels"))
+        ratio = row["ratio"]
+        speed = f"**{ratio['median']:.2f}** ({ratio['p20']:.2f}–{ratio['p80']:.2f})" if row["equal"] else "check failed"
+        size = f"{row['shape']}" + (" (8x)" if row["size"] == "8x" else "")
+        cells = (row["model"], size, row["ours"], *times, speed, f"{row['memory_ratio']:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"`patch` of a model of {patch['modules']} modules, half of them swapped: {patch['patch'] * 1e3:.1f} ms, "
+        f"`unpatch` {patch['unpatch'] * 1e3:.1f} ms. What a step costs where there is next to nothing to compute (width "
+        "4, two tokens), and what the first step of a process costs:",
+        "",
+        "| model | modules swapped | step, stock / ours, µs | a swapped module adds, µs a step | first step, stock / ours, ms |",
+        "|---|---|---|---|---|",
+    ]
+    for row in record["overhead"]:
+        stock, ours = (row["seconds_a_step"][name] * 1e6 for name in ("torch", "pykernels"))
+        first = (f"{row['first_step'][name] * 1e3:.1f}" for name in ("torch", "pykernels"))
+        each = f"{(ours - stock) / row['swapped']:+.0f}"
+        lines.append(f"| {row['model']} | {row['swapped']} | {stock:.0f} / {ours:.0f} | {each} | {' / '.join(first)} |")
+    return "\n".join(lines)
+
+
 TABLES = (
     *((f"{room}.md", f"cpu-{room}.json", table) for room in ROOMS),
     ("attention.md", "cpu-cost.json", cost_table),
     ("word2vec.md", "cpu-word2vec.json", word2vec_table),
+    ("drop_in.md", "cpu-patched.json", patched_table),
 )
 
 

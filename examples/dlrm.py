@@ -65,10 +65,10 @@ def ragged(bags: list[list[int]]) -> tuple[Tensor, Tensor]:
     return torch.tensor([i for bag in bags for i in bag], dtype=torch.int64), lengths.cumsum(0)[:-1]
 
 
-def task(text: Text, small: bool = False) -> Task:
+def task(text: Text, small: bool = False, width: int = 32, batch: int = 1024) -> Task:
     words = text.words()
     alphabet = {letter: i for i, letter in enumerate(sorted(set("".join(words.vocabulary))))}
-    width, batch, most = (8, 16, 4) if small else (32, 1024, 20)
+    width, batch, most = (8, 16, 4) if small else (width, batch, 20)
     sizes = (len(words.vocabulary), len(alphabet), HASHES)
     ids = words.ids.tolist()
 
