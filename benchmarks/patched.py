@@ -1,4 +1,4 @@
-"""Whole training steps of patched models against the same models in stock PyTorch, at two sizes; and what patching costs.
+"""Training steps of patched models against the same in stock PyTorch, at two sizes; and what patching costs.
 
 python benchmarks/patched.py > benchmarks/results/cpu-patched.json        then: python benchmarks/report.py
 """
@@ -158,7 +158,8 @@ def overhead() -> list[dict[str, Any]]:
 def _first(name: str, kind: str) -> float:
     """Seconds of the first step in a fresh process, everything imported, median of three processes."""
     code = (
-        "import sys, time, torch; sys.path.insert(0, 'benchmarks'); import patched, pykernels; torch.set_num_threads(1);"
+        "import sys, time, torch; sys.path.insert(0, 'benchmarks'); import patched, pykernels; "
+        "torch.set_num_threads(1);"
         f"model, batch = patched.toys()[{name!r}]; {'pykernels.patch(model);' if kind == 'pykernels' else ''}"
         "step = patched.step_of(model, batch); start = time.thread_time(); step(); print(time.thread_time() - start)"
     )

@@ -142,7 +142,8 @@ def patched_table(record: dict[str, Any]) -> str:
         "backward, optimizer), medians of interleaved rounds. Every row's losses and first gradients are equal by the "
         "rule of `pykernels/testing/compare.py`, checked in the same run.",
         "",
-        "| model | size of a step | what is ours | stock, ms | ours, ms | stock / ours (p20–p80) | peak memory, stock / ours |",
+        "| model | size of a step | what is ours | stock, ms | ours, ms | stock / ours (p20–p80) "
+        "| peak memory, stock / ours |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
@@ -155,10 +156,11 @@ def patched_table(record: dict[str, Any]) -> str:
     lines += [
         "",
         f"`patch` of a model of {patch['modules']} modules, half of them swapped: {patch['patch'] * 1e3:.1f} ms, "
-        f"`unpatch` {patch['unpatch'] * 1e3:.1f} ms. What a step costs where there is next to nothing to compute (width "
-        "4, two tokens), and what the first step of a process costs:",
+        f"`unpatch` {patch['unpatch'] * 1e3:.1f} ms. What a step costs where there is next to nothing to compute "
+        "(width 4, two tokens), and what the first step of a process costs:",
         "",
-        "| model | modules swapped | step, stock / ours, µs | a swapped module adds, µs a step | first step, stock / ours, ms |",
+        "| model | modules swapped | step, stock / ours, µs | a swapped module adds, µs a step "
+        "| first step, stock / ours, ms |",
         "|---|---|---|---|---|",
     ]
     for row in record["overhead"]:

@@ -59,6 +59,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]] 
     "gelu-tanh": (lambda: nn.GELU("tanh"), floats(B, E)),
     "silu": (nn.SiLU, floats(B, E)),
     "glu": (lambda: nn.GLU(1), floats(B, E, 2)),
+    "dropout": (lambda: nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.5).eval()), floats(B, E)),
     "embedding": (lambda: nn.Embedding(9, E, padding_idx=2, scale_grad_by_freq=True), ids),
     "embedding-sparse": (lambda: nn.Embedding(9, E, max_norm=1.0, sparse=True), ids),
     "bag": (lambda: nn.EmbeddingBag(9, E, mode="max", padding_idx=0), ids),
@@ -377,6 +378,27 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(KeyError):
         pk.patch(model)
     assert type(model.token) is nn.Embedding and type(model.rnn) is nn.LSTM
+
+
+def test_dropout_drops_its_share_and_its_gradient_the_same() -> None:
+    model = nn.Sequential(nn.Dropout(0.3))
+    pk.patch(model)
+    x = torch.rand(400, 500).add_(1).requires_grad_()
+    y = model(x)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    kept = y != 0
+    assert abs(float(kept.float().mean()) - 0.7) < 5 * (0.21 / kept.numel()) ** 0.5
+    torch.testing.assert_close(y, torch.where(kept, x / 0.7, 0.0))
+    torch.testing.assert_close(dx, kept / 0.7)
+    torch.manual_seed(3)
+    one = model(x)
+    torch.manual_seed(3)
+    assert torch.equal(one, model(x)) and not torch.equal(one, model(x)) and torch.equal(model.eval()(x), x)
+    model[0].p = 1.0
+    assert not model.train()(x).any()
+    model[0].p, model[0].inplace = 0.5, True
+    z = x.detach().clone()
+    assert model(z) is z and bool((z == 0).any())
 
 
 class Doubled(nn.Softplus):

@@ -13,8 +13,8 @@ from ..ops import activation as ops
 from ..ops.activation.fused import check_block
 
 __all__ = [
-    "ELU", "GEGLU", "GELU", "GLU", "MLP", "Bilinear", "GatedMLP", "LeakyReLU", "PReLU", "RReLU", "ReGLU", "ReLU",
-    "SiLU", "Sigmoid", "SwiGLU", "Swish", "Tanh",
+    "ELU", "GEGLU", "GELU", "GLU", "MLP", "Bilinear", "Dropout", "GatedMLP", "LeakyReLU", "PReLU", "RReLU", "ReGLU",
+    "ReLU", "SiLU", "Sigmoid", "SwiGLU", "Swish", "Tanh",
 ]  # fmt: skip
 
 
@@ -121,6 +121,17 @@ class GLU(nn.GLU):
 
     def forward(self, input: Tensor) -> Tensor:
         return ops.glu(input, self.dim)
+
+
+class Dropout(nn.Dropout):
+    """`torch.nn.Dropout(p=0.5, inplace=False)`: the dropout of `pykernels.functional.bias_activation_dropout` alone. No
+    mask is kept, backward makes it again. torch's own serves `inplace`, p = 1 and what is not of floating point."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        ours = self.training and 0.0 < self.p < 1.0 and not self.inplace
+        if ours and input.is_floating_point() and not input.is_nested:
+            return ops.bias_activation_dropout(input, None, "identity", self.p)
+        return super().forward(input)
 
 
 class SwiGLU(nn.Module):

@@ -14,7 +14,7 @@ from .registry import Rule, is_ours, rule_for, why_left
 from .report import Entry, PatchReport
 
 MARK = "_pykernels_patch"
-"""Where a swapped module keeps (its class before, its class now, names of added attributes, what Rule.apply gave): in
+"""Where a swapped module keeps [its class before, its class now, names of added attributes, what Rule.apply gave]: in
 the instance, so that copies and pickles of a patched model can be unpatched too."""
 
 
@@ -121,21 +121,22 @@ def _swap(module: nn.Module, rule: Rule) -> None:
     target = rule.target or kind
     added = {key: value for key, value in rule.attributes(module).items() if key not in module.__dict__}
     module.__dict__.update(added)
-    module.__dict__[MARK] = [kind, target, list(added), None]
+    mark = module.__dict__[MARK] = [kind, target, list(added)]
     if target is not kind:
         module.__class__ = rebased(type(module), kind, target)
     if rule.apply is not None:
-        module.__dict__[MARK][3] = rule.apply(module)
+        mark.append(rule.apply(module))
 
 
 def _restore(module: nn.Module) -> None:
-    if MARK not in module.__dict__:
+    mark = module.__dict__.get(MARK)
+    if mark is None or plain_class(module) is not mark[1]:  # not swapped, or somebody changed its class since
         return
-    kind, target, added, saved = module.__dict__.pop(MARK)
+    kind, target, added, *saved = mark
     rule = rule_for(kind)
-    if rule is not None and rule.restore is not None:
-        rule.restore(module, saved)
-    for name in added:
+    if saved and rule is not None and rule.restore is not None:
+        rule.restore(module, saved[0])
+    for name in (MARK, *added):
         module.__dict__.pop(name, None)
-    if plain_class(module) is target:
+    if target is not kind:
         module.__class__ = rebased(type(module), target, kind)

@@ -27,7 +27,7 @@ def _linear_cross_entropy(module: nn.Module) -> dict[str, Any]:
     return {"backend": None, "z_loss": 0.0}
 
 
-_ACTIVATIONS = ("Sigmoid", "Tanh", "ReLU", "LeakyReLU", "PReLU", "RReLU", "ELU", "GELU", "SiLU", "GLU")
+_ACTIVATIONS = ("Sigmoid", "Tanh", "ReLU", "LeakyReLU", "PReLU", "RReLU", "ELU", "GELU", "SiLU", "GLU", "Dropout")
 _STACKS = ("TransformerEncoderLayer", "TransformerDecoderLayer", "TransformerEncoder", "TransformerDecoder")
 _WITH_BACKEND = ("MultiheadAttention", "RNNCell", "LSTMCell", "GRUCell", "AdaptiveLogSoftmaxWithLoss")
 
