@@ -38,7 +38,7 @@ def test_the_commands_and_files_it_names_exist() -> None:
         assert (ROOT / link).exists(), link
 
 
-@pytest.mark.parametrize("page", ["index", "backends"])
+@pytest.mark.parametrize("page", ["index", "backends", "drop_in"])
 def test_the_examples_of_the_guides_run(page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.S)
     names: dict[str, object] = {}
