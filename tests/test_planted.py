@@ -18,6 +18,7 @@ from pykernels.testing.spec import OpSpec, load
 
 NAME = {(s.name, tuple(s.cases[0].options.values())): s for s in load("activation")}
 GELU, SWIGLU, GLU = NAME["gelu", ()], NAME["swiglu", ()], NAME["glu", (-1,)]
+FUSED, MLP = (next(s for s in load("activation") if s.name == name) for name in ("bias_activation_dropout", "mlp"))
 UPDATES = {s.name: s for s in load("embedding") if not s.differentiable}
 TABLES, INTERACTION = (
     next(s for s in load("embedding") if s.name == name) for name in ("embedding_bag_multi", "dot_interaction")
@@ -59,6 +60,18 @@ MISTAKES: dict[str, tuple[OpSpec, dict[str, Any], Callable[..., Any]]] = {
     "gradient reads the output": (GELU, fn.unary_backward, lambda k, dy, x, *a: k(dy, torch.nn.functional.gelu(x), *a)),
     "halves swapped": (GLU, fn.glu_forward, lambda k, x, dim, act, first: k(x, dim, act, not first)),
     "gradients swapped": (SWIGLU, fn.gated_backward, lambda k, *a: k(*a)[::-1]),
+    "dropout without its factor": (FUSED, fn.fused_forward, lambda k, *a: k(*a) * (1 - a[5])),
+    "another mask": (FUSED, fn.fused_forward, lambda k, x, b, s, *a: k(x, b, None if s is None else s + 1, *a)),
+    "a bias that is not added": (FUSED, fn.fused_forward, lambda k, x, b, *a: k(x, None, *a)),
+    "backward by another mask": (
+        MLP, fn.fused_backward, lambda k, dy, x, b, s, *a: k(dy, x, b, None if s is None else s + 1, *a)
+    ),
+    "activated values without the bias": (
+        MLP, fn.fused_backward, lambda k, dy, x, b, *a: (*k(dy, x, b, *a)[:2], k(dy, x, None, *a)[2])
+    ),
+    "halves of the bias gradient swapped": (
+        MLP, fn.fused_backward, lambda k, *a: (lambda dx, db, y: (dx, db.roll(len(db) // 2), y))(*k(*a))
+    ),
     "updates without weight decay": (
         UPDATES["embedding_sgd_"], update.embedding_update, lambda k, *a: k(*a[:14], 0.0, *a[15:])
     ),

@@ -53,54 +53,31 @@ constexpr const char* kUnaryNames[] = {"sigmoid", "tanh",      "relu", "leaky_re
                                        "gelu",    "gelu_tanh", "silu", "swish"};
 constexpr const char* kGateNames[] = {"sigmoid", "relu", "gelu", "gelu_tanh", "silu", "identity"};
 
-int code_of(const std::string& name, bool gated) {
+int bit_of(const std::string& name, bool gated) {
   const char* const* names = gated ? kGateNames : kUnaryNames;
   const int count = static_cast<int>(gated ? std::size(kGateNames) : std::size(kUnaryNames));
   for (int i = 0; i < count; ++i)
-    if (name == names[i]) return i;
+    if (name == names[i]) return 1 << i;
   throw std::invalid_argument("unknown activation " + name);
 }
 
-// f(A{}) with the functions of the activation, in the order of the names above.
+// f(A{}) with the functions of the activation: bit i of `bits` is the i-th of the names above. Tests of bits, as a
+// chain of comparisons becomes a jump through a table, behind which the lint cannot follow the path of a full tile.
+template <class F>
+__device__ __forceinline__ void first_of(int, F&&) {}
+template <class A, class... REST, class F>
+__device__ __forceinline__ void first_of(int bits, F&& f) {
+  if (bits & 1)
+    f(A{});
+  else
+    first_of<REST...>(bits >> 1, f);
+}
 template <bool GATED, class F>
-__device__ __forceinline__ void with_activation(int code, F&& f) {
-  if constexpr (GATED) {
-    switch (code) {
-      case 0:
-        return f(Sigmoid{});
-      case 1:
-        return f(Relu{});
-      case 2:
-        return f(Gelu{});
-      case 3:
-        return f(GeluTanh{});
-      case 4:
-        return f(Silu{});
-      default:
-        return f(Identity{});
-    }
-  } else {
-    switch (code) {
-      case 0:
-        return f(Sigmoid{});
-      case 1:
-        return f(Tanh{});
-      case 2:
-        return f(Relu{});
-      case 3:
-        return f(LeakyRelu{});
-      case 4:
-        return f(Elu{});
-      case 5:
-        return f(Gelu{});
-      case 6:
-        return f(GeluTanh{});
-      case 7:
-        return f(Silu{});
-      default:
-        return f(Swish{});
-    }
-  }
+__device__ __forceinline__ void with_activation(int bits, F&& f) {
+  if constexpr (GATED)
+    first_of<Sigmoid, Relu, Gelu, GeluTanh, Silu, Identity>(bits, f);
+  else
+    first_of<Sigmoid, Tanh, Relu, LeakyRelu, Elu, Gelu, GeluTanh, Silu, Swish>(bits, f);
 }
 
 // Where this thread begins and how far it steps.
@@ -212,8 +189,14 @@ __device__ __forceinline__ void store_sums(const float (&sum)[N], double* partia
   }
 }
 
+// Of the backward, a multiprocessor: as many as the registers of each form allow without spills.
 template <class T, bool GATED>
-__global__ void __launch_bounds__(kThreads, 3)
+constexpr int kResident = sizeof(T) == 4 ? 5
+                          : GATED        ? 3
+                                         : 4;
+
+template <class T, bool GATED>
+__global__ void __launch_bounds__(kThreads, kResident<T, GATED>)
     fused_bwd_kernel(const T* dy, const T* x, const T* up, const T* bias, const T* up_bias, T* dx, T* dup, T* y,
                      double* partial, int64_t gate_at, int64_t up_at, const Plan c, int64_t dy_stride, int64_t x_stride,
                      int64_t dx_stride) {
@@ -284,7 +267,7 @@ bool rows_aligned(const T* p, int64_t stride, const Plan& c) {
 
 void set_options(Plan& c, const std::string& activation, bool gated, float alpha, float scale, int64_t threshold,
                  const int64_t* seed) {
-  c.activation = code_of(activation, gated);
+  c.activation = bit_of(activation, gated);
   c.alpha = alpha;
   c.scale = threshold > 0 ? scale : 1.f;
   c.seed = threshold > 0 ? seed : nullptr;

@@ -25,6 +25,8 @@ RULES: dict[str, Rules] = {
     # bandwidth asks for 15 on an H100.
     r"rows_kernel<(__half|__nv_bfloat16), .*GatedBackward": Rules(vector=True, occupancy=0.375),
     r"rows_kernel<": Rules(vector=True, occupancy=0.5),
+    # Random words and activations keep them busy: few warps cost them little.
+    r"fused_(fwd|bwd)_kernel<": Rules(vector=True, occupancy=0.375),
     # Four rows in flight in every thread, of 16 bytes: 12 warps are 24 KiB, and with "max" twice that of the maxima.
     # Narrow loads: the factor of each row, the same for all of its columns.
     r"bag_forward_kernel<\w+, [48],": Rules(vector=True, narrow=4, occupancy=0.375),
