@@ -191,9 +191,7 @@ __device__ __forceinline__ void store_sums(const float (&sum)[N], double* partia
 
 // Of the backward, a multiprocessor: as many as the registers of each form allow without spills.
 template <class T, bool GATED>
-constexpr int kResident = sizeof(T) == 4 ? 5
-                          : GATED        ? 3
-                                         : 4;
+constexpr int kResident = sizeof(T) == 4 ? 5 : (GATED ? 3 : 4);
 
 template <class T, bool GATED>
 __global__ void __launch_bounds__(kThreads, kResident<T, GATED>)
