@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -303,3 +305,25 @@ def test_gated_units_save_the_preactivation_alone(name: str) -> None:
     ours = _saved_bytes(function, x)
     assert ours == x.numel() * 4
     assert ours <= _saved_bytes(eager, x) * (1 if name == "glu" else 2 / 3)
+
+
+def test_the_plot_of_the_docs_shows_every_activation() -> None:
+    """docs/activation_curves.svg, drawn by benchmarks/curves.py: two lines a panel, every name of the family."""
+    plot = (Path(__file__).parents[1] / "docs" / "activation_curves.svg").read_text()
+    names = re.findall(r'<text class="value"[^>]*>([^<]*)</text>', plot)
+    assert len(re.findall("<polyline", plot)) == 2 * len(names)
+    family = (
+        "sigmoid",
+        "tanh",
+        "relu",
+        "leaky_relu",
+        "prelu",
+        "rrelu",
+        "elu",
+        "gelu",
+        "silu",
+        "swish",
+        "reglu",
+        "geglu",
+    )
+    assert not [name for name in (*family, "swiglu") if name not in " ".join(names)]

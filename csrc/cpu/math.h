@@ -1,5 +1,5 @@
 // Elementary functions as policies: `Math<float, true>` to float32 rounding, `Math<float, false>` for results that are
-// rounded to 16 bits afterwards (relative error below 3e-4, half a float16 rounding at most and mostly far less), and
+// rounded to 16 bits afterwards (relative error below 3e-4, a third of the eps of float16), and
 // `Math<double>` on at::vec's own functions, accuracy first.
 //
 // The float32 forms are written out because a call into Sleef spills every vector register (32 zmm) around it: inlined,
