@@ -14,15 +14,16 @@ import torch
 import triton
 from torch import Tensor
 
-from .._packed import SERVED, Backward, Floor, Forward, Steps, Visit
+from .._packed import Backward, Floor, Forward, RowsBackward, RowsFloor, RowsForward, Steps, Visit, unserved
 from . import _lib
 from ._recurrent_backward import recurrent_loop_bwd_kernel, recurrent_step_bwd_kernel
 from ._recurrent_cells import KINDS
 from ._recurrent_forward import recurrent_loop_fwd_kernel, recurrent_step_fwd_kernel
+from ._recurrent_rows import recurrent_row_bwd_kernel, recurrent_row_fwd_kernel
 
 __all__ = [
     "cell_backward", "cell_forward", "gru_backward", "gru_forward", "gru_recompute", "lstm_backward", "lstm_forward",
-    "lstm_recompute", "rnn_backward", "rnn_forward", "unsupported",
+    "lstm_recompute", "rnn_backward", "rnn_forward", "rows_backward", "rows_forward", "unsupported",
 ]  # fmt: skip
 
 #: Hidden sizes up to this run in one launch, forward and backward: beyond, the weights do not stay on the chip.
@@ -31,9 +32,9 @@ RESIDENT = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 
 def unsupported(x: Tensor, *features: str) -> str | None:
     """Why this backend cannot serve tensors of the dtype and device of x, or one of the features; or None."""
-    missing = [feature for feature in features if feature not in SERVED]
+    missing = unserved(features)
     if missing:
-        return f"the Triton kernels do not serve {' and '.join(missing)}"
+        return f"the Triton kernels do not serve {missing}"
     return _lib.unsupported_tensor(x)
 
 
@@ -71,7 +72,7 @@ def precision() -> str:
     return "bf16x6" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-class _Floor(Floor):
+class _Floor(Floor, RowsFloor):
     def forward(self, f: Forward) -> None:
         ways, batch, hidden = f.h0.shape
         device, given, steps, tokens = f.output.device, f.products is not None, f.steps, f.gates.shape[1]
@@ -121,6 +122,38 @@ class _Floor(Floor):
             )  # fmt: skip
         return False
 
+    def row_forward(self, r: RowsForward, products: Tensor, visit: Visit) -> None:
+        w, (offset, rows, previous, begun, _, staying) = r.weights, visit
+        _lib.launch(
+            recurrent_row_fwd_kernel, (rows,), r.output,
+            r.gates, products, w.bias_n, w.peephole, w.norm_hh, w.norm_c, w.norm_c_bias, r.h0, r.output, r.h_n, r.c,
+            r.products, r.kept, r.cells, r.stats, r.zone.seeds, r.zone.places, r.h0.shape[1], offset, previous, begun,
+            staying, *r.zone.shares, *r.zone.thresholds, *r.zone.firsts,
+            BIAS=w.bias_n is not None, KEEP=r.kept is not None, ROUND=_ROUND.get(r.rounding, 0), **_row_constants(r),
+        )  # fmt: skip
+
+    def row_backward(self, r: RowsBackward, visit: Visit) -> None:
+        w = r.weights
+        _lib.launch(
+            recurrent_row_bwd_kernel, (visit.rows,), r.output,
+            r.dy, r.through, r.carry_h, r.carry_c, w.peephole, w.norm_hh, w.norm_c, w.norm_c_bias, r.h0, r.c0,
+            r.output, r.products, r.kept, r.cells, r.stats, r.dgates, r.dstate, r.dproducts, r.fresh, r.dnorm,
+            r.zone.seeds, r.zone.places, r.h0.shape[1], r.dy.stride(0), visit.offset, visit.previous, visit.begun,
+            *r.zone.shares, *r.zone.thresholds, *r.zone.firsts, **_row_constants(r),
+        )  # fmt: skip
+
+
+_ROUND = {torch.float16: 1, torch.bfloat16: 2}
+
+
+def _row_constants(r: RowsForward | RowsBackward) -> dict[str, Any]:
+    w, width = r.weights, max(16, triton.next_power_of_2(r.h0.shape[1]))
+    return {
+        "KIND": KINDS[r.kind], "PEEPHOLE": w.peephole is not None, "NORM": w.norm_hh is not None,
+        "NORM_C": w.norm_c is not None, "ZONE_H": r.zone.modes[0], "ZONE_C": r.zone.modes[1],
+        "PLACES": r.zone.places is not None, "BLOCK_H": width, "num_warps": min(16, max(1, width // 128)),
+    }  # fmt: skip
+
 
 def _visits(steps: Steps, ways: int) -> list[tuple[Visit, Visit]]:
     """The steps of both directions that are made together; of one direction twice the same."""
@@ -141,3 +174,4 @@ lstm_forward, lstm_recompute, lstm_backward = _floor.lstm_forward, _floor.lstm_r
 gru_forward, gru_recompute, gru_backward = _floor.gru_forward, _floor.gru_recompute, _floor.gru_backward
 rnn_forward, rnn_backward = _floor.rnn_forward, _floor.rnn_backward
 cell_forward, cell_backward = _floor.cell_forward, _floor.cell_backward
+rows_forward, rows_backward = _floor.rows_forward, _floor.rows_backward

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._packed import GATES, SERVED, Backward, Floor, Forward
+from .._packed import GATES, Backward, Floor, Forward, RowsBackward, RowsFloor, RowsForward, Visit, unserved
 from ._extension import DTYPE_CODES, Extension
 
 __all__ = [
     "cell_backward", "cell_forward", "gru_backward", "gru_forward", "gru_recompute", "lstm_backward", "lstm_forward",
-    "lstm_recompute", "rnn_backward", "rnn_forward", "unsupported",
+    "lstm_recompute", "rnn_backward", "rnn_forward", "rows_backward", "rows_forward", "unsupported",
 ]  # fmt: skip
 
 _CELLS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
@@ -37,9 +37,9 @@ def unsupported(ext: Extension, x: Tensor, *features: str) -> str | None:
     device = "cpu" if ext.name == "_emulator_ext" else "cuda"
     if x.device.type != device:
         return f"{ext.name} serves {device} tensors, not {x.device.type} ones"
-    missing = [feature for feature in features if feature not in SERVED]
+    missing = unserved(features)
     if missing:
-        return f"the CUDA kernels do not serve {' and '.join(missing)}"
+        return f"the CUDA kernels do not serve {missing}"
     return ext.device_reason(x.device)
 
 
@@ -63,7 +63,7 @@ def _packed_weights(w: Tensor, blocks: int) -> Tensor:
     return split.permute(1, 3, 5, 2, 0, 4, 8, 6, 7, 9).contiguous()
 
 
-class _Floor(Floor):
+class _Floor(Floor, RowsFloor):
     def __init__(self, ext: Extension) -> None:
         self.ext = ext
 
@@ -110,6 +110,25 @@ class _Floor(Floor):
         )  # fmt: skip
         return False
 
+    def row_forward(self, r: RowsForward, products: Tensor, visit: Visit) -> None:
+        w, z = r.weights, r.zone
+        scratch = r.output.new_empty(r.h0.shape[0] * 2 * r.h0.shape[1]) if r.c is not None else None
+        self.ext.call(
+            "recurrent_row_forward", r.gates, products, w.bias_n, w.peephole, w.norm_hh, w.norm_c, w.norm_c_bias, r.h0,
+            r.output, r.h_n, r.c, r.products, r.kept, r.cells, r.stats, scratch, z.seeds, z.places, *z.modes, *z.shares,
+            *z.thresholds, *z.firsts, r.h0.shape[1], visit.rows, visit.offset, visit.previous, visit.begun,
+            visit.staying, _CELLS[r.kind], r.rounding,
+        )  # fmt: skip
+
+    def row_backward(self, r: RowsBackward, visit: Visit) -> None:
+        w, z = r.weights, r.zone
+        self.ext.call(
+            "recurrent_row_backward", r.dy, r.dy.stride(0), r.through, w.peephole, w.norm_hh, w.norm_c, w.norm_c_bias,
+            r.h0, r.c0, r.output, r.products, r.kept, r.cells, r.stats, r.carry_h, r.carry_c, r.dgates, r.dstate,
+            r.dproducts, r.fresh, r.dnorm, z.seeds, z.places, *z.modes, *z.shares, *z.thresholds, *z.firsts,
+            r.h0.shape[1], visit.rows, visit.offset, visit.previous, visit.begun, _CELLS[r.kind],
+        )  # fmt: skip
+
 
 def lstm_forward(ext: Extension, *args: Any) -> tuple[Tensor, ...]:
     return _Floor(ext).lstm_forward(*args)
@@ -149,3 +168,11 @@ def cell_forward(ext: Extension, *args: Any) -> list[Tensor]:
 
 def cell_backward(ext: Extension, *args: Any) -> list[Tensor]:
     return _Floor(ext).cell_backward(*args)
+
+
+def rows_forward(ext: Extension, *args: Any) -> list[Tensor]:
+    return _Floor(ext).rows_forward(*args)
+
+
+def rows_backward(ext: Extension, *args: Any) -> list[Tensor]:
+    return _Floor(ext).rows_backward(*args)

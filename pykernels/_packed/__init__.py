@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from .floor import GATES, SERVED, Backward, Floor, Forward
+from .floor import GATES, Backward, Floor, Forward, unserved
+from .rows import RowsBackward, RowsFloor, RowsForward
 from .steps import Steps, Visit
 
-__all__ = ["GATES", "SERVED", "Backward", "Floor", "Forward", "Steps", "Visit"]
+__all__ = [
+    "GATES", "Backward", "Floor", "Forward", "RowsBackward", "RowsFloor", "RowsForward", "Steps", "Visit", "unserved",
+]  # fmt: skip

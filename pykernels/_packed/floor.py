@@ -15,8 +15,17 @@ from torch import Tensor
 
 from .steps import Steps, biases, product
 
-#: Features of a call that the floors serve.
-SERVED = frozenset(("proj_size", "peephole"))
+_SERVED = frozenset(("proj_size", "peephole", "layer_norm", "zoneout"))
+
+
+def unserved(features: Sequence[str]) -> str:
+    """Those of a call's features, or the combination of them, that the floors do not serve; empty: none."""
+    missing = [feature for feature in features if feature not in _SERVED]
+    by_rows = [feature for feature in features if feature in ("layer_norm", "zoneout")]
+    if not missing and by_rows and "proj_size" in features:
+        return f"proj_size together with {' and '.join(by_rows)}"
+    return " and ".join(missing)
+
 
 #: Gates of a cell, and what is kept of each token and of its gradient, in hidden sizes.
 GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}

@@ -14,7 +14,7 @@ from ..spec import Case, Input, OpSpec
 
 KERNELS = ("cpu", "triton", "cuda", "emulator")
 PROJECTED = KERNELS  # backends that serve projections and peepholes
-ROWS = ("cpu",)  # layer normalisation and zoneout
+ROWS = ("cpu", "triton")  # layer normalisation and zoneout
 
 _GATES = {"rnn": 1, "lstm": 4, "gru": 3}
 

@@ -49,6 +49,26 @@ def call(
     return lambda: getattr(floor, f"{name}_backward")(*given)
 
 
+def rows(kind: str, direction: str, batch: int, hidden: int) -> Callable[[], Any]:
+    """Steps with layer normalisation, zoneout by a mask, and what else a cell may have."""
+    tokens, gated, floor, zeros = STEPS * batch, GATES[kind] * hidden, room("recurrent"), torch.zeros
+    lstm, width = kind == "lstm", hidden if kind == "tanh" else 4 * hidden
+    h, c = zeros(batch, hidden), zeros(batch, hidden) if lstm else None
+    of_c = (zeros(hidden), zeros(hidden)) if lstm else (None, None)
+    extra = (zeros(3 * hidden) if lstm else None, zeros(gated), *of_c)
+    given = (None, zeros(1, dtype=torch.int64), zeros(tokens, dtype=torch.int64))
+    options = (kind, torch.bfloat16, (0.5, 0.5), (0, 0), True, False)
+    if direction == "forward":
+        bias = zeros(hidden) if kind == "gru" else None
+        arguments = (zeros(tokens, gated), h, c, zeros(gated, hidden), None, bias, *extra, *given, *options, True)
+        return lambda: floor.rows_forward(*arguments)
+    y = zeros(tokens, hidden)
+    kept = (y, zeros(tokens, gated), zeros(tokens, width), zeros(tokens, 3), y if lstm else None)
+    final = (h, c)
+    arguments = (y, *final, h, c, zeros(gated, hidden), None, *extra, *given, *kept, *options, (True,) * 10)
+    return lambda: floor.rows_backward(*arguments)
+
+
 def entries() -> Iterator[Entry]:
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype)[6:]
@@ -69,6 +89,10 @@ def entries() -> Iterator[Entry]:
         for way, batch, hidden in (("loop", 16, LOOP[torch.bfloat16]), ("step", 64, STEP_HIDDEN)):
             launch = call("lstm", direction, torch.bfloat16, batch, hidden, ways=2)
             yield Entry(f"recurrent both ways {way} {direction} bfloat16 {hidden}", launch, targets=(90,))
+    for kind in GATES:
+        for direction in ("forward", "backward"):
+            launch = rows(kind, direction, 16, STEP_HIDDEN)
+            yield Entry(f"recurrent rows {kind} {direction} {STEP_HIDDEN}", launch, targets=(80, 90)[kind != "lstm" :])
     for kind in ("lstm", "gru"):
         launch = call(kind, "recompute", torch.bfloat16, 64, STEP_HIDDEN)
         yield Entry(f"recurrent recompute {kind} bfloat16 {STEP_HIDDEN}", launch, targets=(90,))
