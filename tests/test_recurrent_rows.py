@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import BACKENDS, DEVICE
 from torch import Tensor
 
 import pykernels as pk
+from pykernels._packed import rows as packed_rows
 from pykernels.ops.recurrent._rows import drop
 from pykernels.reference.recurrent import dropped, keep
+from pykernels.testing import compare
 from pykernels.testing.memory import saved_bytes
 
 GATES = {"rnn": 1, "lstm": 4, "gru": 3}
@@ -39,7 +42,9 @@ def outcome(
     state = tuple(leaves[1 : 1 + len(hx)]) if name == "lstm" else leaves[1]
     y, final = getattr(pk.functional, name)(leaves[0], state, leaves[1 + len(hx) :], backend=backend, **options)
     found = [y, *(final if isinstance(final, tuple) else (final,))]
-    loss = sum((t.float() * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in found)
+    loss = sum(
+        (t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device).view(t.shape)).sum() for t in found
+    )
     return [*found, *torch.autograd.grad(loss, leaves)]
 
 
@@ -74,6 +79,61 @@ def test_every_option_in_every_layout(name: str, extra: dict[str, Any], layout: 
         truth = outcome(name, torch.float64, "reference", x, hx, flat, **options)
         for a, b in zip(found, truth, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=2e-4, atol=2e-4 * float(b.detach().abs().max()) + 1e-6)
+
+
+FLOORS = tuple(backend for backend in BACKENDS if backend != "cpu")
+
+
+def on_floor(name: str, backend: str, norm: bool, training: bool, hidden: int = 20) -> None:
+    """Ragged, both ways, more units than one warp has: against the reference in float64 and float32."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"bidirectional": True, "layer_norm": norm, "training": training, "seed": 7}
+    options |= {"zoneout": 0.3, **({"peephole": True} if name == "lstm" else {})}
+    if name == "rnn":
+        options["nonlinearity"] = "relu" if norm else "tanh"
+    x, hx, flat = (t if isinstance(t, Tensor) else [u.to(DEVICE) for u in t] for t in drawn(name, hidden, options, 4))
+    options |= {"lengths": torch.tensor([2, 3, 0, 1]).to(DEVICE)}
+    given = (x[:3].to(DEVICE), tuple(hx), flat)
+    found = outcome(name, torch.float32, backend, *given, **options)
+    own = outcome(name, torch.float32, "reference", *given, **options)
+    truth = outcome(name, torch.float64, "reference", *given, **options)
+    for i, (a, b, c) in enumerate(zip(found, truth, own, strict=True)):
+        compare.assert_equal(f"result {i}", a, b, c, long_sum=i > 1)
+
+
+@pytest.mark.parametrize("backend", FLOORS)
+@pytest.mark.parametrize(("norm", "training"), ((True, True), (False, True), (True, False)))
+@pytest.mark.parametrize("name", ("rnn", "gru", "lstm"))
+def test_gpu_floors(name: str, norm: bool, training: bool, backend: str, poisoned: None) -> None:
+    on_floor(name, backend, norm, training)
+
+
+@pytest.mark.parametrize("mistake", ("mask", "carry", "statistics"))
+@pytest.mark.parametrize("backend", FLOORS)
+def test_planted_mistakes_are_seen(mistake: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if mistake == "mask":
+        zone = packed_rows.Zone  # the masks of h begin one element late
+        late = lambda modes, shares, firsts, *rest: zone(modes, shares, (firsts[0] + 1, firsts[1]), *rest)
+        monkeypatch.setattr(packed_rows, "Zone", late)
+    else:
+        made, name = packed_rows.RowsBackward, {"carry": "carry_h", "statistics": "stats"}[mistake]
+
+        def planted(*arguments: Any) -> Any:
+            r = made(*arguments)
+            setattr(r, name, getattr(r, name) + 1e-3)
+            return r
+
+        monkeypatch.setattr(packed_rows, "RowsBackward", planted)
+    with pytest.raises(AssertionError, match="result"):
+        on_floor("lstm", backend, True, True)
+
+
+@pytest.mark.parametrize("backend", FLOORS)
+def test_floors_refuse_projections_here(backend: str) -> None:
+    options: dict[str, Any] = {"proj_size": 2, "zoneout": 0.1}
+    x, _, flat = drawn("lstm", 4, options)
+    with pytest.raises(pk.BackendError, match="proj_size together with zoneout"):
+        pk.functional.lstm(x.to(DEVICE), None, [w.to(DEVICE) for w in flat], backend=backend, **options)
 
 
 @pytest.mark.parametrize("name", ("rnn", "gru", "lstm"))

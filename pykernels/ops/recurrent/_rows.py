@@ -72,7 +72,6 @@ rows_forward = define(
     "Tensor? norm_hh, Tensor? norm_c, Tensor? norm_c_bias, Tensor? batch_sizes, Tensor? seed, Tensor? places, "
     f"{_OPTIONS}, bool save) -> Tensor[]",
     _fake_forward,
-    backends=("cpu",),
 )
 # Gradients of the ten tensors from `gates` to `norm_c_bias`, zero-size where the mask is False or there is none.
 rows_backward = define(
@@ -82,7 +81,6 @@ rows_backward = define(
     "Tensor? places, Tensor output, Tensor products, Tensor kept, Tensor stats, Tensor? cells, "
     f"{_OPTIONS}, bool[10] mask) -> Tensor[]",
     _fake_backward,
-    backends=("cpu",),
 )
 # x (N, C) with the elements dropped whose words are below p 2^32, the others times 1 / (1 - p); mask `use` of the
 # call's seed (pykernels/reference/recurrent/_step.py, `keep`), row r of x at places[r] (or r) after `first` elements.
