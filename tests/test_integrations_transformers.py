@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import pykernels as pk
+from pykernels.patching import registry
 from pykernels.testing.compare import assert_equal
 
 pytestmark = pytest.mark.xdist_group("transformers")
@@ -155,9 +156,10 @@ def gathered(model: Any, logits: Tensor, loss: Any) -> dict[str, Tensor]:
 
 
 def same(ours: dict[str, Tensor], oracle: dict[str, Tensor], eager: dict[str, Tensor]) -> None:
+    """Four roundings are allowed: the loss is one number and the sinks are four, which eager may round well by luck."""
     assert ours.keys() == oracle.keys() == eager.keys()
     for name in ours:
-        assert_equal(name, ours[name], oracle[name], eager[name], long_sum=name not in ("logits", "loss"))
+        assert_equal(name, ours[name], oracle[name], eager[name], long_sum=name not in ("logits", "loss"), rounding=4)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -309,10 +311,10 @@ def test_what_is_not_served_says_so(transformers: Any, monkeypatch: pytest.Monke
     with pytest.raises(pk.BackendError, match="cuda"):
         attention_forward(module, q, q, q, None, backend="cuda")
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
-    with pytest.raises(ImportError, match=r"needs transformers >= 5.0, not 4.57.1: pip install --upgrade transformers"):
+    with pytest.raises(ImportError, match=r"needs transformers >= 5.4, not 4.57.1: pip install --upgrade transformers"):
         pk.integrations.transformers.register()
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"needs transformers >= 5.0: pip install transformers"):
+    with pytest.raises(ImportError, match=r"needs transformers >= 5.4: pip install transformers"):
         pk.integrations.transformers.register()
 
 
@@ -357,6 +359,15 @@ def test_what_patch_leaves(transformers: Any) -> None:
     assert "act_fn has hooks" in left["model.layers.0.mlp"]
     assert "no gated kernel for its activation Hardswish" in left["model.layers.1.mlp"]
     assert "chosen as 'eager'" in left[""]
+
+
+def test_patch_says_why_a_version_is_left(transformers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(transformers, "llama")
+    monkeypatch.setattr(registry, "_provided", {})
+    monkeypatch.setattr(registry, "_rules", {})
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.3.0")
+    left = pk.patch(model).left
+    assert "needs transformers >= 5.4, not 5.3.0: pip install --upgrade transformers" in left["model.layers.0.mlp"]
 
 
 def test_a_block_is_told_by_what_it_computes(transformers: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["register"]
 
-OLDEST = (5, 0)
+OLDEST = (5, 4)
 NAME = "pykernels"
 
 
@@ -35,7 +35,7 @@ def register(name: str = NAME, *, backend: str | None = None) -> None:
         backend: which backend serves it; see `pykernels.explain`.
 
     Raises:
-        ImportError: Transformers is missing, or older than 5.0.
+        ImportError: Transformers is missing, or older than 5.4.
     """
     _check()
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -67,10 +67,10 @@ def _check() -> None:
         import transformers
     except ImportError as error:
         raise ImportError(
-            "pykernels.integrations.transformers needs transformers >= 5.0: pip install transformers"
+            "pykernels.integrations.transformers needs transformers >= 5.4: pip install transformers"
         ) from error
     if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
         raise ImportError(
-            f"pykernels.integrations.transformers needs transformers >= 5.0, not {transformers.__version__}: "
+            f"pykernels.integrations.transformers needs transformers >= 5.4, not {transformers.__version__}: "
             "pip install --upgrade transformers"
         )
