@@ -156,7 +156,7 @@ class RowsFloor:
         if (n := steps.tokens) < tokens:  # the rest is padding
             real = (dhn, dcn, h0, c0, w_hh, w_hr, peephole, norm_hh, norm_c, norm_c_bias, batch_sizes, seed)
             saved = (output[:n], products[:n], kept[:n], stats[:n], _present(cells, n))
-            options = (kind, dtype, zones, firsts, training, reverse, mask)
+            options: Any = (kind, dtype, zones, firsts, training, reverse, mask)
             dgates, *found = self.rows_backward(dy[:n], *real, _present(places, n), *saved, *options)
             return [_padded(dgates, tokens) if mask[0] else dgates, *found]
         dgates = new(tokens, gated)
