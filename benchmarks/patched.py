@@ -23,12 +23,10 @@ import pykernels as pk
 from pykernels.cli.demo.models import GPT, LSTMLanguageModel
 from pykernels.cli.demo.tasks import Sizes, make_tasks
 from pykernels.testing import machine, stock
+from pykernels.testing.models import dlrm
 from pykernels.testing.text import Text, default_text
 from pykernels.testing.timing import measure, one_thread
 from pykernels.testing.training import Batch, Task, train_both
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-import dlrm
 
 DEMO = Sizes()
 LARGE = replace(

@@ -1,108 +1,12 @@
-"""A small DLRM (Naumov et al., 2019) on click-like data: multi-hot tables, pairwise interaction, row-wise Adagrad.
+"""A small DLRM on click-like data.
 
-The data is made of a text: the "click" is whether the next word is a frequent one. Its numbers are lengths and ranks of
-the last words, its categories are bags: the last words, the letters of the last word, and its hashed letter triples.
-With pykernels the tables' backward and their optimizer step are one fused update, which never makes a gradient.
+The model and its data are pykernels/testing/models/dlrm.py, which `pykernels train dlrm` trains too.
 """
 
 from __future__ import annotations
 
-import zlib
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from _common import functions, main
-from pykernels.testing.text import Text
-from pykernels.testing.training import Batch, Task
-
-FREQUENT, HASHES, NUMBERS = 50, 1000, 4
-
-
-class DLRM(nn.Module):
-    def __init__(self, functions: Any, sizes: tuple[int, ...], width: int) -> None:
-        super().__init__()
-        self.functions, self.width = functions, width
-        self.tables = nn.ParameterList(nn.Parameter(torch.randn(size, width) * size**-0.5) for size in sizes)
-        self.bottom = nn.Sequential(nn.Linear(NUMBERS, 64), nn.ReLU(), nn.Linear(64, width), nn.ReLU())
-        features = len(sizes) + 1
-        self.top = nn.Sequential(nn.Linear(width + features * (features - 1) // 2, 64), nn.ReLU(), nn.Linear(64, 1))
-
-    def forward(self, numbers: Tensor, clicks: Tensor, *bags: Tensor) -> Tensor:
-        dense = self.bottom(numbers.to(self.top[0].weight.dtype))
-        pooled = self.functions.embedding_bag_multi(bags[0::2], bags[1::2], list(self.tables))
-        x = self.functions.dot_interaction(dense, pooled.view(len(dense), -1, self.width))
-        return F.binary_cross_entropy_with_logits(self.top(x).squeeze(1), clicks.to(x.dtype), reduction="none")
-
-
-class Together:
-    """Two optimizers as one: the tables' and the layers'."""
-
-    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
-        self.optimizers = optimizers
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
-
-    def step(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-
-def optimizer(model: Any) -> Any:
-    layers = [*model.bottom.parameters(), *model.top.parameters()]
-    return Together(
-        model.functions.RowWiseAdagrad(model.tables.parameters(), lr=0.05), torch.optim.Adam(layers, lr=1e-3)
-    )
-
-
-def ragged(bags: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """(ids, offsets) of bags of any length, empty ones too."""
-    lengths = torch.tensor([0, *(len(bag) for bag in bags)])
-    return torch.tensor([i for bag in bags for i in bag], dtype=torch.int64), lengths.cumsum(0)[:-1]
-
-
-def task(text: Text, small: bool = False, width: int = 32, batch: int = 1024) -> Task:
-    words = text.words()
-    alphabet = {letter: i for i, letter in enumerate(sorted(set("".join(words.vocabulary))))}
-    width, batch, most = (8, 16, 4) if small else (width, batch, 20)
-    sizes = (len(words.vocabulary), len(alphabet), HASHES)
-    ids = words.ids.tolist()
-
-    def event(at: int, length: int) -> tuple[list[float], int, list[int], list[int], list[int]]:
-        recent = ids[at - length : at]
-        last = words.vocabulary[ids[at - 1]]
-        triples = [zlib.crc32(last[i : i + 3].encode()) % HASHES for i in range(len(last) - 2)]
-        rank = ids[at - 1] / len(words.vocabulary)
-        lengths = [len(words.vocabulary[i]) / 10 for i in ids[at - 3 : at]]
-        return [*lengths, rank], int(ids[at] < FREQUENT), recent, [alphabet[letter] for letter in last], triples
-
-    def batches(steps: int) -> list[Batch]:
-        generator = torch.Generator().manual_seed(0)
-
-        def one() -> Batch:
-            places = torch.randint(most, len(ids), (batch,), generator=generator).tolist()
-            lengths = torch.randint(most + 1, (batch,), generator=generator).tolist()
-            numbers, clicks, *bags = zip(*(event(*where) for where in zip(places, lengths, strict=True)), strict=True)
-            flat = (part for bag in bags for part in ragged(list(bag)))
-            return torch.tensor(numbers), torch.tensor(clicks), *flat
-
-        return [one() for _ in range(steps)]
-
-    return Task(
-        name="dlrm",
-        title="DLRM",
-        shape=f"tables of {', '.join(map(str, sizes))} x {width}, {batch} events a step",
-        tokens=batch,
-        functions=functions,
-        build=lambda functions: DLRM(functions, sizes, width),
-        batches=batches,
-        optimizer=optimizer,
-    )
-
+from _common import main
+from pykernels.testing.models.dlrm import task
 
 if __name__ == "__main__":
     main(task)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from _common import adam, functions, main, next_token_loss
-from _transformer import Layer, sinusoidal_positions
-from _vowels import Lines
+from pykernels.testing.models.transformer import Layer, sinusoidal_positions
+from pykernels.testing.models.vowels import Lines
 from pykernels.testing.text import Text
 from pykernels.testing.training import Task
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from _common import adam, functions, main, next_token_loss, windows
 from _curves import HEIGHT, page, panel
-from _transformer import Attention
+from pykernels.testing.models.transformer import Attention
 from pykernels.testing.text import Text
 from pykernels.testing.training import Kind, Outcome, Task
 

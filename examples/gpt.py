@@ -1,47 +1,12 @@
-"""A GPT: a causal Transformer decoder over characters, pre-norm with learned positions (Radford et al., 2019)."""
+"""A GPT: a causal Transformer decoder over characters.
+
+The model and its data are pykernels/testing/models/gpt.py, which `pykernels train gpt` trains too.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
-from _common import adam, functions, main, next_token_loss, windows
-from _transformer import Layer
-from pykernels.testing.text import Text
-from pykernels.testing.training import Task
-
-
-class GPT(nn.Module):
-    def __init__(self, functions: Any, vocabulary: int, width: int, heads: int, layers: int, length: int) -> None:
-        super().__init__()
-        self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        self.layers = nn.ModuleList(Layer(functions, width, heads, pre_norm=True) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        x = self.token(tokens) + self.position(torch.arange(tokens.shape[1]))
-        for layer in self.layers:
-            x = layer(x, causal=True)
-        return next_token_loss(self.head(self.norm(x)), targets)
-
-
-def task(text: Text, small: bool = False) -> Task:
-    characters = text.characters()
-    vocabulary = len(characters.vocabulary)
-    width, heads, layers, batch, length = (32, 2, 1, 2, 40) if small else (128, 4, 2, 8, 256)
-    return Task(
-        name="gpt",
-        title="GPT",
-        shape=f"{vocabulary} characters, {layers} layers of {width}, {batch} x {length} a step",
-        tokens=batch * length,
-        functions=functions,
-        build=lambda functions: GPT(functions, vocabulary, width, heads, layers, length),
-        batches=windows(characters.ids, batch, length),
-        optimizer=adam,
-    )
-
+from _common import main
+from pykernels.testing.models.gpt import task
 
 if __name__ == "__main__":
     main(task)

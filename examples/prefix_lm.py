@@ -1,62 +1,12 @@
-"""A prefix language model: the prefix is read in both directions, what follows is predicted (Raffel et al., 2020).
+"""A prefix language model: the prefix is read in both directions.
 
-Sinusoidal positions. Every row has its own prefix; only characters after it count.
+The model and its data are pykernels/testing/models/prefix_lm.py, which `pykernels train prefix-lm` trains too.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
-from _common import IGNORED, adam, functions, main, next_token_loss, windows
-from _transformer import Layer, sinusoidal_positions
-from pykernels.testing.text import Text
-from pykernels.testing.training import Batch, Task
-
-
-class PrefixLM(nn.Module):
-    def __init__(self, functions: Any, vocabulary: int, width: int, heads: int, layers: int, length: int) -> None:
-        super().__init__()
-        self.token = nn.Embedding(vocabulary, width)
-        self.register_buffer("positions", sinusoidal_positions(length, width))
-        self.layers = nn.ModuleList(Layer(functions, width, heads, pre_norm=True) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
-
-    def forward(self, tokens: Tensor, targets: Tensor, prefix_length: Tensor) -> Tensor:
-        x = self.token(tokens) + self.positions
-        for layer in self.layers:
-            x = layer(x, causal=True, prefix_length=prefix_length)
-        return next_token_loss(self.head(self.norm(x)), targets)
-
-
-def task(text: Text, small: bool = False) -> Task:
-    characters = text.characters()
-    vocabulary = len(characters.vocabulary)
-    width, heads, layers, batch, length = (32, 2, 1, 3, 40) if small else (128, 4, 2, 8, 256)
-
-    def batches(steps: int) -> list[Batch]:
-        generator = torch.Generator().manual_seed(1)
-        made = []
-        for tokens, targets in windows(characters.ids, batch, length)(steps):
-            prefix = torch.randint(1, length // 2, (batch,), generator=generator)
-            # Within the prefix a token's successor is in sight: the first that counts is predicted from its last token.
-            seen = torch.arange(length) < prefix[:, None] - 1
-            made.append((tokens, targets.masked_fill(seen, IGNORED), prefix))
-        return made
-
-    return Task(
-        name="prefix-lm",
-        title="Prefix language model",
-        shape=f"{vocabulary} characters, {layers} layers of {width}, {batch} x {length} a step",
-        tokens=batch * length,
-        functions=functions,
-        build=lambda functions: PrefixLM(functions, vocabulary, width, heads, layers, length),
-        batches=batches,
-        optimizer=adam,
-    )
-
+from _common import main
+from pykernels.testing.models.prefix_lm import task
 
 if __name__ == "__main__":
     main(task)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import pykernels as pk
 from _common import functions, windows
-from gpt import GPT
+from pykernels.testing.models.gpt import GPT
 from pykernels.testing.text import Text, default_text
 
 BATCH, LENGTH = 8, 64

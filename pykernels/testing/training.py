@@ -55,13 +55,14 @@ class Task:
     Attributes:
         build: functions -> model, whose call gives the loss of each target; draws its parameters from torch's global
             generator.
-        batches: number of steps -> that many batches.
+        batches: number of steps -> that many batches; those of `pykernels.testing.models` take a seed too.
         optimizer: model -> optimizer.
         tokens: targets predicted in one step.
         functions: kind -> what the model calls that torch has no name for: written in stock PyTorch, or pykernels'.
         calls: model -> (function name in `pykernels.functional`, arguments): the operators of the model that
             pykernels serves, with arguments as the training has them.
         evaluate: trained model -> a figure of merit, where it is not the training loss.
+        sample: trained model, seed -> pairs (what it was given, what it made of it).
     """
 
     name: str
@@ -69,11 +70,12 @@ class Task:
     shape: str
     tokens: int
     build: Callable[[Any], nn.Module]
-    batches: Callable[[int], list[Batch]]
+    batches: Callable[..., list[Batch]]
     optimizer: Callable[[Any], torch.optim.Optimizer]
     functions: Functions = _no_functions
     calls: Callable[[Any], list[Call]] = _no_calls
     evaluate: Callable[[Any], float] | None = None
+    sample: Callable[[Any, int], list[tuple[str, str]]] | None = None
 
 
 @dataclass

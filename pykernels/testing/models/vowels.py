@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from _common import IGNORED, lines, pad, pick
-from pykernels.testing.text import Text
-from pykernels.testing.training import Batch
+from ..text import Text
+from ..training import Batch
+from .common import IGNORED, device_of, lines, pad, pick, spelled
 
 VOWELS = frozenset("aeiouAEIOU")
 
@@ -18,14 +20,14 @@ class Lines:
     """
 
     def __init__(self, text: Text, batch: int, longest: int) -> None:
-        tokens = text.characters()
+        self.tokens = tokens = text.characters()
         self.start = len(tokens.vocabulary)
         self.vocabulary = self.start + 1
         self.batch, self.lines = batch, lines(text, tokens, longest)
         self.vowels = torch.tensor([character in VOWELS for character in tokens.vocabulary])
 
-    def batches(self, steps: int) -> list[Batch]:
-        generator = torch.Generator().manual_seed(0)
+    def batches(self, steps: int, seed: int = 0) -> list[Batch]:
+        generator = torch.Generator().manual_seed(seed)
         return [self._batch(pick(self.lines, self.batch, generator)) for _ in range(steps)]
 
     def _batch(self, chosen: list[torch.Tensor]) -> Batch:
@@ -35,3 +37,17 @@ class Lines:
         lengths = torch.tensor([len(source) for source in sources])
         inputs = [torch.cat([start, line[:-1]]) for line in chosen]
         return pad(sources, self.start), lengths, pad(inputs, self.start), pad(chosen, IGNORED)
+
+    @torch.no_grad()
+    def sample(self, model: Any, seed: int) -> list[tuple[str, str]]:
+        """Lines without vowels, and as many characters as the line has, each the likeliest after those before it."""
+        device, pairs = device_of(model), []
+        for line in pick(self.lines, 3, torch.Generator().manual_seed(seed)):
+            source, lengths, _, _ = (x.to(device) for x in self._batch([line]))
+            ids = torch.tensor([[self.start]], device=device)
+            for _ in range(len(line)):
+                likeliest = model.logits(source, lengths, ids)[:, -1:, : self.start].argmax(-1)
+                ids = torch.cat([ids, likeliest], 1)
+            kept = source[0][source[0] != self.start]
+            pairs.append((spelled(self.tokens, kept), spelled(self.tokens, ids[0, 1:])))
+        return pairs
