@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 import pickle
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,6 +137,20 @@ def test_unpatched_it_is_what_it_was(case: str) -> None:
     args = inputs()
     for mine, theirs in zip(outputs_of(other(*args)), outputs_of(model(*args)), strict=True):
         assert torch.equal(mine, theirs)
+
+
+class WrongTail(nn.GELU):
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.gelu(input, approximate="tanh")
+
+
+@pytest.mark.parametrize("wrong", (WrongTail, nn.SiLU))
+def test_a_wrong_rule_is_found(wrong: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        registry, "_rules", {nn.GELU: Rule(nn.GELU, wrong, attributes=lambda module: {"inplace": False})}
+    )
+    with pytest.raises(AssertionError, match="error"):
+        assert_equal_after(nn.GELU(), (torch.randn(B, E),))
 
 
 def test_every_rule_has_a_case() -> None:
@@ -437,6 +453,18 @@ def test_a_package_of_the_wrong_version_is_left_with_its_sentence(monkeypatch: p
     monkeypatch.setitem(registry.PROVIDERS, "strange_package", "pykernels.no_such_integration")
     monkeypatch.setattr(registry, "_provided", {})
     assert "no_such_integration" in pk.patch(kind()).left[""]
+
+
+def test_what_the_benchmark_measures_runs() -> None:
+    path = Path(__file__).parent.parent / "benchmarks" / "patched.py"
+    spec = importlib.util.spec_from_file_location("patched", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for model, batch in script.toys().values():
+        assert pk.patch(model).patched
+        script.step_of(model, batch)()
+    assert script.patching()["modules"] == 201
 
 
 def test_two_hundred_modules_in_fifty_milliseconds() -> None:
