@@ -64,7 +64,7 @@ def measure(
     """Times each function in every round; the order turns round by round.
 
     Args:
-        rounds: at most this many, at least 5.
+        rounds: at most this many, at least 5 (3 where these take over three times `seconds`).
         warmup: calls of each that are dropped; fewer of one that takes long.
         seconds: about how long all rounds together may take; slow functions get fewer rounds.
         device: "cpu" (call under `one_thread()`; nothing else is sensible) or "cuda".
@@ -89,7 +89,8 @@ def measure(
     samples: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
     for done in range(max(rounds, 5)):
-        if done >= 5 and time.perf_counter() - start > seconds * done / (done + 1):
+        spent = time.perf_counter() - start
+        if (done >= 5 and spent > seconds * done / (done + 1)) or (done >= 3 and spent > 3 * seconds):
             break
         for name in names if done % 2 == 0 else reversed(names):
             samples[name].append(clock(functions[name], repeats[name]))
