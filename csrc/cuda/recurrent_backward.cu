@@ -21,7 +21,9 @@ struct Backward {
 template <class T, Kind K>
 __device__ __forceinline__ CellGradient gradient_of(const Backward& f, const Visit& v, int64_t row, int64_t unit,
                                                     float dh, float carry) {
-  const int64_t hidden = f.loop.hidden, token = v.offset + row;
+  const int64_t hidden = f.loop.hidden, pitch = f.loop.pitch(), first = f.loop.first_token();
+  const int64_t token = first + v.offset + row;
+  const int column = f.loop.first_column();
   const T* output = static_cast<const T*>(f.output);
   float kept[4] = {}, c = 0.f, before = 0.f, y = 0.f;
   if constexpr (K != Kind::rnn) {
@@ -29,65 +31,49 @@ __device__ __forceinline__ CellGradient gradient_of(const Backward& f, const Vis
     for (int part = 0; part < 4; ++part)
       kept[part] = to_float(static_cast<const Kept<T, K>*>(f.kept)[token * (4 * hidden) + part * hidden + unit]);
   }
-  const int64_t initial = row * hidden + unit, pitch = f.loop.pitch();
+  const int64_t initial = (f.loop.first_state() + row) * hidden + unit;
+  const int64_t earlier = (v.previous + row) * pitch + column + unit;
   if constexpr (K == Kind::lstm) {
     c = f.cells[token * hidden + unit];
-    before =
-        row < v.begun ? f.cells[(v.previous + row) * hidden + unit] : to_float(static_cast<const T*>(f.c0)[initial]);
+    before = row < v.begun ? f.cells[(first + v.previous + row) * hidden + unit]
+                           : to_float(static_cast<const T*>(f.c0)[initial]);
   } else if constexpr (K == Kind::gru) {
-    before = to_float(row < v.begun ? output[(v.previous + row) * pitch + unit] : static_cast<const T*>(f.h0)[initial]);
+    before = to_float(row < v.begun ? output[earlier] : static_cast<const T*>(f.h0)[initial]);
   } else {
-    y = to_float(output[token * pitch + unit]);
+    y = to_float(output[(v.offset + row) * pitch + column + unit]);
   }
-  const Peephole peephole = load_peephole(f.peephole, f.loop.hidden, static_cast<int>(unit));
+  const Peephole peephole = load_peephole(f.peephole, f.loop.hidden, 3 * column + static_cast<int>(unit));
   return cell_backward<K, std::is_same_v<T, float>>(kept, peephole, dh, carry, c, before, y, f.relu);
 }
 
+// Two blocks on a multiprocessor; an LSTM's addresses of 16-bit tensors do not fit into half of the registers.
 template <class T, Kind K>
-__device__ __forceinline__ Backward second_direction(Backward f) {
-  const Loop& loop = f.loop;
-  const int64_t hidden = loop.hidden, states = loop.batch * hidden;
-  f.dy = static_cast<const T*>(f.dy) + f.dy_side;
-  f.dh_n += states;
-  advance(f.peephole, 3 * hidden);
-  f.h0 = static_cast<const T*>(f.h0) + states;
-  f.output = static_cast<const T*>(f.output) + hidden;
-  f.dgates = static_cast<T*>(f.dgates) + loop.tokens * kWidth<K> * hidden;
-  if constexpr (K != Kind::rnn) {
-    f.kept = static_cast<const Kept<T, K>*>(f.kept) + loop.tokens * 4 * hidden;
-    f.carry += states;
-  }
-  if constexpr (K == Kind::lstm) {
-    f.c0 = static_cast<const T*>(f.c0) + states;
-    f.cells += loop.tokens * hidden;
-  }
-  return f;
-}
+constexpr int kBlocks = K == Kind::lstm && !std::is_same_v<T, float> ? 1 : 2;
 
 template <class T, Kind K>
-__global__ void __launch_bounds__(kTileThreads) recurrent_backward_kernel(const Backward given) {
+__global__ void __launch_bounds__(kTileThreads, kBlocks<T, K>) recurrent_backward_kernel(const Backward f) {
   constexpr int G = kGates<K>, W = kWidth<K>;
   PK_DYN_SHARED(shared);
-  const Loop& loop = given.loop;
-  const bool reverse = loop.reverse();
-  const Backward f = reverse ? second_direction<T, K>(given) : given;
+  const Loop& loop = f.loop;
   const Tile<T, 1> tile(loop.sizes, shared, f.weights, loop.weights());
   const int64_t hidden = loop.hidden, first_row = loop.first_row();
+  const int64_t first_token = loop.first_token(), first_state = loop.first_state();
   const int first_unit = loop.first_unit();
+  const int64_t dy_side = loop.reverse() ? f.dy_side : 0;
   T* const dgates = static_cast<T*>(f.dgates);
   const bool vectors = hidden % Vec16<T>::N == 0;
   uint32_t* const arrived = loop.arrived + loop.number();
 
   tile.for_elements([&](int, int, int row, int unit) {
     const bool real = K != Kind::rnn && first_row + row < loop.batch && first_unit + unit < hidden;
-    tile.own(row, unit) = real ? f.carry[(first_row + row) * hidden + first_unit + unit] : 0.f;
+    tile.own(row, unit) = real ? f.carry[(first_state + first_row + row) * hidden + first_unit + unit] : 0.f;
   });
   if (loop.sizes.local) tile.load(0, 0, false, [](int) -> const T* { return nullptr; });
   __syncthreads();
   const Turns turns = loop.turns();
   uint32_t meetings = 0;
   for (int64_t turn = turns.last - 1; turn >= turns.first; --turn) {
-    const Visit v = visit(loop.offsets, loop.steps, turn, reverse);
+    const Visit v = visit(loop.offsets, loop.steps, turn, loop.reverse());
     if (meetings) await(arrived, meetings * gridDim.x);
     float sum[kMostUnits][1][4] = {};
     if (first_row < v.staying) {
@@ -95,7 +81,7 @@ __global__ void __launch_bounds__(kTileThreads) recurrent_backward_kernel(const 
         if (!loop.sizes.local) {
           tile.load(first, G * loop.hidden, vectors, [&](int row) -> const T* {
             const int64_t r = first_row + row;
-            return r < v.staying ? dgates + (v.following + r) * (W * hidden) + (W - G) * hidden : nullptr;
+            return r < v.staying ? dgates + (first_token + v.following + r) * (W * hidden) + (W - G) * hidden : nullptr;
           });
           __syncthreads();
         }
@@ -109,15 +95,15 @@ __global__ void __launch_bounds__(kTileThreads) recurrent_backward_kernel(const 
       if (r >= v.rows || u >= hidden) return;
       const float carry = tile.own(row, unit);
       // A row's last token takes dh_n in place of the product; a GRU's carry begins with it.
-      float dh = r < v.staying ? sum[n][0][e] : K == Kind::gru ? 0.f : f.dh_n[r * hidden + u];
+      float dh = r < v.staying ? sum[n][0][e] : K == Kind::gru ? 0.f : f.dh_n[(first_state + r) * hidden + u];
       if (K == Kind::gru) dh += carry;
-      dh += to_float(static_cast<const T*>(f.dy)[(v.offset + r) * f.dy_stride + u]);
+      dh += to_float(static_cast<const T*>(f.dy)[(v.offset + r) * f.dy_stride + dy_side + u]);
       const CellGradient found = gradient_of<T, K>(f, v, r, u, dh, carry);
       tile.own(row, unit) = found.carry;
 #pragma unroll
       for (int part = 0; part < W; ++part) {
         const T d = from_float<T>(found.d[part]);
-        dgates[(v.offset + r) * (W * hidden) + part * hidden + u] = d;
+        dgates[(first_token + v.offset + r) * (W * hidden) + part * hidden + u] = d;
         if (loop.sizes.local && part >= W - G)
           tile.put(row, (part - (W - G)) * loop.hidden + static_cast<int>(u), to_float(d));
       }
@@ -132,7 +118,7 @@ __global__ void __launch_bounds__(kTileThreads) recurrent_backward_kernel(const 
   if constexpr (K != Kind::rnn) {
     tile.for_elements([&](int, int, int row, int unit) {
       if (first_row + row < loop.batch && first_unit + unit < hidden)
-        f.carry[(first_row + row) * hidden + first_unit + unit] = tile.own(row, unit);
+        f.carry[(first_state + first_row + row) * hidden + first_unit + unit] = tile.own(row, unit);
     });
   }
 }

@@ -18,34 +18,15 @@ struct Forward {
 };
 
 template <class T, Kind K>
-__device__ __forceinline__ Forward second_direction(Forward f) {
-  const Loop& loop = f.loop;
-  const int64_t hidden = loop.hidden, states = loop.batch * hidden;
-  f.x += loop.tokens * kGates<K> * hidden;
-  advance(f.bias, kWidth<K> * hidden);
-  advance(f.peephole, 3 * hidden);
-  f.h0 = static_cast<const T*>(f.h0) + states;
-  f.output = static_cast<T*>(f.output) + hidden;
-  f.h_n = static_cast<T*>(f.h_n) + states;
-  if constexpr (K == Kind::lstm) f.c += states;
-  if (K != Kind::rnn && f.kept) {
-    f.kept = static_cast<Kept<T, K>*>(f.kept) + loop.tokens * 4 * hidden;
-    if constexpr (K == Kind::lstm) f.cells += loop.tokens * hidden;
-  }
-  return f;
-}
-
-template <class T, Kind K>
-__global__ void __launch_bounds__(kTileThreads) recurrent_forward_kernel(const Forward given) {
+__global__ void __launch_bounds__(kTileThreads) recurrent_forward_kernel(const Forward f) {
   constexpr int G = kGates<K>;
   constexpr bool PRECISE = std::is_same_v<T, float>;
   PK_DYN_SHARED(shared);
-  const Loop& loop = given.loop;
-  const bool reverse = loop.reverse();
-  const Forward f = reverse ? second_direction<T, K>(given) : given;
+  const Loop& loop = f.loop;
   const Tile<T, G> tile(loop.sizes, shared, f.weights, loop.weights());
-  const int64_t hidden = loop.hidden, first_row = loop.first_row(), pitch = loop.pitch();
-  const int first_unit = loop.first_unit();
+  const int64_t hidden = loop.hidden, first_row = loop.first_row();
+  const int64_t first_token = loop.first_token(), first_state = loop.first_state(), pitch = loop.pitch();
+  const int first_unit = loop.first_unit(), column = loop.first_column();
   const T *h0 = static_cast<const T*>(f.h0), *output = static_cast<const T*>(f.output);
   const bool vectors = hidden % Vec16<T>::N == 0;
   uint32_t* const arrived = loop.arrived + loop.number();
@@ -53,16 +34,18 @@ __global__ void __launch_bounds__(kTileThreads) recurrent_forward_kernel(const F
   if constexpr (K == Kind::lstm) {
     tile.for_elements([&](int, int, int row, int unit) {
       const bool real = first_row + row < loop.batch && first_unit + unit < hidden;
-      tile.own(row, unit) = real ? f.c[(first_row + row) * hidden + first_unit + unit] : 0.f;
+      tile.own(row, unit) = real ? f.c[(first_state + first_row + row) * hidden + first_unit + unit] : 0.f;
     });
   }
   const Turns turns = loop.turns();
   uint32_t meetings = 0;
   for (int64_t turn = turns.first; turn < turns.last; ++turn) {
-    const Visit v = visit(loop.offsets, loop.steps, turn, reverse);
+    const Visit v = visit(loop.offsets, loop.steps, turn, loop.reverse());
     const auto state_of = [&](int row, int64_t rows) -> const T* {
       const int64_t r = first_row + row;
-      return r >= rows ? nullptr : r < v.begun ? output + (v.previous + r) * pitch : h0 + r * hidden;
+      return r >= rows     ? nullptr
+             : r < v.begun ? output + (v.previous + r) * pitch + column
+                           : h0 + (first_state + r) * hidden;
     };
     float x[kMostUnits][G][4], old[kMostUnits][4];  // before the wait: this memory is far
     tile.for_elements([&](int n, int e, int row, int unit) {
@@ -70,7 +53,7 @@ __global__ void __launch_bounds__(kTileThreads) recurrent_forward_kernel(const F
       const bool real = r < v.rows && u < hidden;
 #pragma unroll
       for (int gate = 0; gate < G; ++gate)
-        x[n][gate][e] = real ? f.x[(v.offset + r) * (G * hidden) + gate * hidden + u] : 0.f;
+        x[n][gate][e] = real ? f.x[(first_token + v.offset + r) * (G * hidden) + gate * hidden + u] : 0.f;
       if constexpr (K == Kind::gru) old[n][e] = real ? to_float(state_of(row, v.rows)[u]) : 0.f;
     });
     if (meetings) await(arrived, meetings * gridDim.x);
@@ -90,28 +73,28 @@ __global__ void __launch_bounds__(kTileThreads) recurrent_forward_kernel(const F
       const int64_t r = first_row + row, u = first_unit + unit;
       if (r >= v.rows || u >= hidden) return;
       float bias[4], gates[G], products[G];
-      load_bias<K>(bias, f.bias, loop.hidden, static_cast<int>(u));
+      load_bias<K>(bias, f.bias, loop.hidden, kWidth<K> * column + static_cast<int>(u));
 #pragma unroll
       for (int gate = 0; gate < G; ++gate) gates[gate] = x[n][gate][e], products[gate] = sum[n][gate][e];
       float before = 0.f;
       if constexpr (K == Kind::gru) before = old[n][e];
       const float c = K == Kind::lstm ? tile.own(row, unit) : 0.f;
-      const Peephole peephole = load_peephole(f.peephole, loop.hidden, static_cast<int>(u));
+      const Peephole peephole = load_peephole(f.peephole, loop.hidden, 3 * column + static_cast<int>(u));
       const CellResult found = cell_forward<K, PRECISE>(gates, bias, products, peephole, before, c, f.relu);
       const int64_t token = v.offset + r;
       if constexpr (K != Kind::rnn) {
         if (f.kept) {
 #pragma unroll
           for (int part = 0; part < 4; ++part)
-            static_cast<Kept<T, K>*>(f.kept)[token * (4 * hidden) + part * hidden + u] =
+            static_cast<Kept<T, K>*>(f.kept)[(first_token + token) * (4 * hidden) + part * hidden + u] =
                 from_float<Kept<T, K>>(found.kept[part]);
-          if (K == Kind::lstm) f.cells[token * hidden + u] = found.c;
+          if (K == Kind::lstm) f.cells[(first_token + token) * hidden + u] = found.c;
         }
       }
       if constexpr (K == Kind::lstm) tile.own(row, unit) = found.c;
       const T h = from_float<T>(found.h);
-      static_cast<T*>(f.output)[token * pitch + u] = h;
-      if (r >= v.staying) static_cast<T*>(f.h_n)[r * hidden + u] = h;
+      static_cast<T*>(f.output)[token * pitch + column + u] = h;
+      if (r >= v.staying) static_cast<T*>(f.h_n)[(first_state + r) * hidden + u] = h;
       if (loop.sizes.local) tile.put(row, static_cast<int>(u), to_float(h));
     });
     if (loop.sizes.local) {
@@ -124,7 +107,7 @@ __global__ void __launch_bounds__(kTileThreads) recurrent_forward_kernel(const F
   if constexpr (K == Kind::lstm) {
     tile.for_elements([&](int, int, int row, int unit) {
       if (first_row + row < loop.batch && first_unit + unit < hidden)
-        f.c[(first_row + row) * hidden + first_unit + unit] = tile.own(row, unit);
+        f.c[(first_state + first_row + row) * hidden + first_unit + unit] = tile.own(row, unit);
     });
   }
 }
@@ -137,23 +120,15 @@ __global__ void __launch_bounds__(kTileThreads)
   constexpr int G = kGates<K>;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kTileThreads + threadIdx.x;
   if (i >= batch * hidden) return;
-  const bool reverse = blockIdx.y == 1;
-  if (reverse) {
-    x += tokens * G * hidden;
-    products += tokens * G * hidden;
-    advance(bias_ptr, kWidth<K> * hidden);
-    advance(peephole_ptr, 3 * hidden);
-    kept += tokens * 4 * hidden;
-    if constexpr (K == Kind::lstm) state += batch * hidden, cells += tokens * hidden;
-  }
+  const int side = static_cast<int>(blockIdx.y), column = side * hidden;
   const int64_t row = i / hidden, unit = i % hidden;
-  float bias[4], c = K == Kind::lstm ? state[i] : 0.f;
-  load_bias<K>(bias, bias_ptr, hidden, static_cast<int>(unit));
-  const Peephole peephole = load_peephole(peephole_ptr, hidden, static_cast<int>(unit));
+  float bias[4], c = K == Kind::lstm ? state[side * batch * hidden + i] : 0.f;
+  load_bias<K>(bias, bias_ptr, hidden, kWidth<K> * column + static_cast<int>(unit));
+  const Peephole peephole = load_peephole(peephole_ptr, hidden, 3 * column + static_cast<int>(unit));
   for (int64_t turn = 0; turn < steps; ++turn) {
-    const Visit v = visit(offsets, steps, turn, reverse);
+    const Visit v = visit(offsets, steps, turn, side == 1);
     if (row >= v.rows) continue;
-    const int64_t token = v.offset + row;
+    const int64_t token = side * tokens + v.offset + row;
     float gates[G], p[G];
 #pragma unroll
     for (int gate = 0; gate < G; ++gate) {

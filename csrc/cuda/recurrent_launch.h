@@ -27,6 +27,11 @@ struct Loop {
   __device__ __forceinline__ int weights() const {
     return static_cast<int>(blockIdx.x) + (reverse() ? static_cast<int>(gridDim.x) : 0);
   }
+  // Where the direction's share begins: in tokens of what has a dimension of directions in front, in rows of a state,
+  // in columns of the output.  Indices get these added, not pointers: those stay where the kernel's parameters are.
+  __device__ __forceinline__ int64_t first_token() const { return reverse() ? tokens : 0; }
+  __device__ __forceinline__ int64_t first_state() const { return reverse() ? batch : 0; }
+  __device__ __forceinline__ int first_column() const { return reverse() ? hidden : 0; }
   __device__ __forceinline__ int64_t pitch() const { return static_cast<int64_t>(ways) * hidden; }  // of the output
   __device__ __forceinline__ int64_t first_row() const { return static_cast<int64_t>(tile()) * kTileRows; }
   __device__ __forceinline__ int first_unit() const { return static_cast<int>(blockIdx.x) * sizes.units * kUnits; }
@@ -37,12 +42,6 @@ struct Loop {
     return whole ? active : Turns{max(active.first, first_turn), min(active.last, last_turn)};
   }
 };
-
-// Moves a pointer, if there is one, to the second direction's share: `count` elements on.
-template <class P>
-__device__ __forceinline__ void advance(P*& p, int64_t count) {
-  if (p) p += count;
-}
 
 // What is kept of a gate.
 template <class T, Kind K>

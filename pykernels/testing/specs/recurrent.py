@@ -219,6 +219,8 @@ def _rows(mode: str) -> OpSpec:
 
 def _sequence(mode: str) -> OpSpec:
     bench = tuple(_case(f"T{t}-B{b}-H{h}", mode, t, b, h, h) for t, b, h in _BENCH)
+    if mode != "rnn":
+        bench += (_case("T64-B32-H256-both-ways", mode, 64, 32, 256, 256, bidirectional=True),)
     peer = _torch_sequence(mode)
     return OpSpec(
         mode, "recurrent", _cases(mode), bench, peer, KERNELS, flops=_flops, long_sums=_LONG, wrap=_of_named_tensors
