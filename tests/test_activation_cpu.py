@@ -176,6 +176,7 @@ def test_bits_do_not_depend_on_threads(threads: int) -> None:
             *OPS.parametric_backward.cpu(dy, x, weight, "swish", [True, True]),
             *OPS.parametric_backward.cpu(dy, x, weight[:1], "prelu", [True, True]),
             OPS.rrelu_forward.cpu(x, 0.1, 0.3, torch.tensor([11])),
+            *OPS.fused_backward.cpu(dy, x, x[0, 0], torch.tensor([11]), "gelu", 1.0, 0.2, [True, True, True]),
         ]
 
     first = everything()
@@ -228,6 +229,10 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     gate, up = v[:1002].view(2, 501).unbind(0)
     results += torch.ops.pykernels.gated_backward.cpu(up, gate, up, "gelu", [True, True])
     results += torch.ops.pykernels.parametric_backward.cpu(gate, up, torch.ones(1, dtype=dtype), "swish", [True, True])
+    wide, bias, seed = v[:1002].view(3, 334), v[:334] / 9, torch.tensor([-3])
+    for name, dy in (("gelu", wide.flip(1)), ("swiglu", wide[:, ::2])):
+        results.append(torch.ops.pykernels.fused_forward.cpu(wide, bias, seed, name, 1.0, 0.3))
+        results += torch.ops.pykernels.fused_backward.cpu(dy, wide, bias, seed, name, 1.0, 0.3, [True, True, True])
 torch.save(results, sys.argv[1])
 """
 
@@ -307,3 +312,13 @@ def test_direct_calls_are_checked() -> None:
         OPS.unary_.cpu(torch.ones(1).expand(4), "relu", 1.0)
     with pytest.raises(RuntimeError, match="seed must be one int64"):
         OPS.rrelu_forward.cpu(x, 0.1, 0.3, torch.ones(2))
+    with pytest.raises(RuntimeError, match="bias has shape"):
+        OPS.fused_forward.cpu(x, torch.ones(5), None, "gelu", 1.0, 0.0)
+    with pytest.raises(RuntimeError, match="last size of x must be even"):
+        OPS.fused_forward.cpu(x[:, :5], None, None, "swiglu", 1.0, 0.0)
+    with pytest.raises(RuntimeError, match=r"p must be in \[0, 1\)"):
+        OPS.fused_forward.cpu(x, None, None, "gelu", 1.0, 1.0)
+    with pytest.raises(RuntimeError, match="dropout needs a seed"):
+        OPS.fused_forward.cpu(x, None, None, "gelu", 1.0, 0.5)
+    with pytest.raises(RuntimeError, match="fused_backward: dy is"):
+        OPS.fused_backward.cpu(x, x, None, None, "swiglu", 1.0, 0.0, [True, False, False])
