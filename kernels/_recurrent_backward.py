@@ -85,7 +85,8 @@ def recurrent_step_bwd_kernel(
     WIDTH: tl.constexpr = cells.width_of(KIND)
     if DIRECTIONS == 2:
         (
-            dy_ptr, w_ptr, peephole_ptr, h0_ptr, c0_ptr, output_ptr, kept_ptr, cell_ptr, dgates_ptr, dh_n_ptr, carry_ptr,
+            dy_ptr, w_ptr, peephole_ptr, h0_ptr, c0_ptr, output_ptr, kept_ptr, cell_ptr, dgates_ptr, dh_n_ptr,
+            carry_ptr,
         ) = _sides(
             dy_ptr, dy_side, w_ptr, peephole_ptr, h0_ptr, c0_ptr, output_ptr, kept_ptr, cell_ptr, dgates_ptr, dh_n_ptr,
             carry_ptr, tokens, batch, hidden, KIND, PEEPHOLE,
@@ -133,8 +134,8 @@ def _weights(w_ptr, k, unit, hidden, GATE: tl.constexpr):
 def recurrent_loop_bwd_kernel(
     dy_ptr, w_ptr, peephole_ptr, h0_ptr, c0_ptr, output_ptr, kept_ptr, cell_ptr, dgates_ptr, dh_ptr, carry_ptr,
     offset_ptr, steps_ptr, hidden, batch, dy_stride, dy_side, tokens,
-    KIND: tl.constexpr, PEEPHOLE: tl.constexpr, DIRECTIONS: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    KIND: tl.constexpr, PEEPHOLE: tl.constexpr, DIRECTIONS: tl.constexpr, PRECISE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """All steps for a tile of rows, last to first. dh_ptr: dh_n (B, H), replaced by dh0; carry_ptr: dc_n, by dc0."""
     GATES: tl.constexpr = cells.gates_of(KIND)

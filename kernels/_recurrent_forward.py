@@ -75,8 +75,8 @@ def recurrent_step_fwd_kernel(
 ):  # fmt: skip
     """One step for a tile of rows and units: products of h with all gates' weights of these units, and the cell.
 
-    Of two directions each makes a step of its own (`*_2`: the second's). c is updated in place: no other program has these elements. h is not, as every program of the row tile reads all of
-    it: it comes from the step before's output.
+    Of two directions each makes a step of its own (`*_2`: the second's). c is updated in place: no other program has
+    these elements. h is not, as every program of the row tile reads all of it: it comes from the step before's output.
     """
     GATES: tl.constexpr = cells.gates_of(KIND)
     if DIRECTIONS == 2:
