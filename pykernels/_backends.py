@@ -13,7 +13,8 @@ import importlib
 import importlib.util
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,7 @@ of torch's own (benchmarks/results). On GPUs Triton leads until a GPU record say
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 DEFAULT = os.environ.get("PYKERNELS_BACKEND") or None  # read once, at import
+_origin = "PYKERNELS_BACKEND"
 
 is_compiling = torch.compiler.is_compiling
 # Private queries; this is the one place they are named (tests run them on every supported torch).
@@ -277,7 +279,7 @@ class Room:
             return "reference"
         if wanted == "reference":
             return "reference"
-        origin = " (from PYKERNELS_BACKEND)" if backend is None else ""
+        origin = f" (from {_origin})" if backend is None else ""
         if wanted not in BACKENDS:
             allowed = ", ".join(("auto", *BACKENDS, "reference"))
             raise ValueError(f"{function}(): backend must be one of {allowed}, not {wanted!r}{origin}")
@@ -285,6 +287,28 @@ class Room:
         if reason is not None:
             raise BackendError(f"{function}(): backend {wanted!r}{origin} cannot serve this call: {reason}")
         return wanted
+
+
+@contextmanager
+def default_backend(name: str | None, origin: str) -> Iterator[None]:
+    """Calls that name no backend take this one, in place of PYKERNELS_BACKEND's; messages name `origin`.
+
+    For programs with an option of their own: it holds for all threads, and not for graphs compiled before.
+    """
+    global DEFAULT, _origin
+    before = DEFAULT, _origin
+    DEFAULT, _origin = name, origin
+    try:
+        _forget()
+        yield
+    finally:
+        DEFAULT, _origin = before
+        _forget()
+
+
+def _forget() -> None:
+    for room in _rooms.values():
+        room._resolved.clear()
 
 
 def _resolve_while_tracing(

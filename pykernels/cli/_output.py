@@ -43,8 +43,11 @@ def _finite(value: Any) -> Any:
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[..., None]]:
-    """A bar with the time left on stderr; yields `advance(steps=1, what=None)`, `what` being done now."""
+def progress(total: int | None) -> Iterator[Callable[..., None]]:
+    """A bar with the time left on stderr; yields `advance(steps=1, what=None)`, `what` being done now.
+
+    total: None where it is not known.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),

@@ -10,6 +10,8 @@ from rich.text import Text as RichText
 
 from ...testing.training import CURVE_BOUND, CURVE_STEPS, Outcome, Side
 
+NO_SPEED = "not equal"  # in place of a speed: a training that goes wrong may be as fast as it likes
+
 
 def final_loss(side: Side) -> float:
     """Mean of the last ten losses."""
@@ -30,6 +32,9 @@ def rows(outcomes: list[Outcome]) -> list[tuple[str, list[str]]]:
     def mark(outcome: Outcome, check: str) -> str:
         return "equal" if outcome.checks[check] else "DIFFERENT"
 
+    def speed(outcome: Outcome, cell: str) -> str:
+        return cell if outcome.equal else NO_SPEED
+
     return [
         ("Loss at step 1", []),
         row("stock PyTorch", lambda o: f"{o.stock.losses[0]:.6f}"),
@@ -47,10 +52,10 @@ def rows(outcomes: list[Outcome]) -> list[tuple[str, list[str]]]:
         row("largest difference", lambda o: f"{max(o.differences):.1e}"),
         row("verdict", lambda o: mark(o, "loss along the curve")),
         ("Tokens a second", []),
-        row("stock PyTorch", lambda o: f"{o.rate(o.stock):,.0f}"),
-        row("pykernels", lambda o: f"{o.rate(o.ours):,.0f}"),
-        row("ratio", lambda o: f"{o.speed_ratio[0]:.2f}x"),
-        row("ratio, p20-p80", lambda o: "{:.2f}-{:.2f}".format(*o.speed_ratio[1:])),
+        row("stock PyTorch", lambda o: speed(o, f"{o.rate(o.stock):,.0f}")),
+        row("pykernels", lambda o: speed(o, f"{o.rate(o.ours):,.0f}")),
+        row("ratio", lambda o: speed(o, f"{o.speed_ratio[0]:.2f}x")),
+        row("ratio, p20-p80", lambda o: speed(o, "{:.2f}-{:.2f}".format(*o.speed_ratio[1:]))),
         ("Peak memory", []),
         row("stock PyTorch", lambda o: megabytes(o.stock.peak)),
         row("pykernels", lambda o: megabytes(o.ours.peak)),
@@ -94,14 +99,19 @@ def show(console: Console, outcomes: list[Outcome]) -> None:
         else:
             table.add_row(f"  {label}", *(_styled(cell) for cell in cells))
     console.print(table)
+    if served(outcomes):
+        console.print(_operators(outcomes))
+    for note in notes():
+        console.print(RichText(note, style="dim"))
+
+
+def _operators(outcomes: list[Outcome]) -> Table:
     operators = Table(title="Which backend served", title_justify="left")
     for name in ("operator", "in", "backend"):
         operators.add_column(name)
     for line in served(outcomes):
         operators.add_row(*line)
-    console.print(operators)
-    for note in notes():
-        console.print(RichText(note, style="dim"))
+    return operators
 
 
 def _styled(cell: str) -> RichText:
@@ -110,7 +120,11 @@ def _styled(cell: str) -> RichText:
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
     """Everything about one task, in plain numbers."""
-    median, low, high = outcome.speed_ratio
+    speed = None
+    if outcome.equal:
+        median, low, high = outcome.speed_ratio
+        rates = {"stock": outcome.rate(outcome.stock), "pykernels": outcome.rate(outcome.ours)}
+        speed = {**rates, "ratio": median, "p20": low, "p80": high}
     return {
         "name": outcome.task.name,
         "shape": outcome.task.shape,
@@ -129,13 +143,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         },
         "curve": {"largest_difference": max(outcome.differences), "bound": CURVE_BOUND, "judged_steps": CURVE_STEPS},
         "losses": {"stock": outcome.stock.losses, "pykernels": outcome.ours.losses},
-        "tokens_per_second": {
-            "stock": outcome.rate(outcome.stock),
-            "pykernels": outcome.rate(outcome.ours),
-            "ratio": median,
-            "p20": low,
-            "p80": high,
-        },
+        "tokens_per_second": speed,
         "peak_bytes": {"stock": outcome.stock.peak, "pykernels": outcome.ours.peak, "ratio": outcome.memory_ratio},
         "served": [{"op": op, "backend": backend, "refused": refused} for op, backend, refused in outcome.served],
     }

@@ -1,4 +1,4 @@
-"""`pykernels train`: models trained from the command line."""
+"""`pykernels train word2vec`: word vectors."""
 
 from __future__ import annotations
 
@@ -7,16 +7,11 @@ from typing import Any
 
 import click
 
-from ..word2vec import Word2Vec
-from ._output import BadInput, console, json_option, print_json, progress
+from ...word2vec import Word2Vec
+from .._output import BadInput, console, json_option, print_json, progress
 
 
-@click.group("train")
-def command() -> None:
-    """Train a model on a text file."""
-
-
-@command.command(
+@click.command(
     "word2vec", epilog="Example: pykernels train word2vec --text corpus.txt --output vectors.txt --near king"
 )
 @click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text, a sentence a line.")
@@ -45,7 +40,7 @@ def command() -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--near", multiple=True, metavar="WORD", help="Print this word's neighbours at the end (repeatable).")
 @json_option
-def word2vec(
+def command(
     text: Path,
     output: Path | None,
     binary: bool,
@@ -57,7 +52,7 @@ def word2vec(
 ) -> None:
     """Word vectors by skip-gram or CBOW, with negative sampling or hierarchical softmax.
 
-    Ctrl-C saves the checkpoint, if one was asked for; the same command goes on from it.
+    Ctrl-C saves the checkpoint, if one was asked for, and exits with 130; the same command goes on from it.
     """
     try:
         resumed = checkpoint is not None and checkpoint.exists()
@@ -75,6 +70,9 @@ def word2vec(
         neighbours = {word: vectors.most_similar(word) for word in near if word in vectors}
     except (OSError, ValueError) as error:
         raise BadInput(str(error)) from error
+    except KeyboardInterrupt:
+        click.echo(f"Interrupted. {f'Saved: {checkpoint}' if checkpoint else 'Nothing was saved.'}", err=True)
+        raise SystemExit(130) from None
     if as_json:
         missing = [word for word in near if word not in neighbours]
         print_json({"words": len(vectors), "tokens": words, "neighbours": neighbours, "missing": missing})
