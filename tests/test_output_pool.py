@@ -235,6 +235,27 @@ def soon(condition: Callable[[], bool], seconds: float) -> bool:
     return condition()
 
 
+def test_a_shortage_of_memory_takes_what_lies_idle(tmp_path: Path) -> None:
+    kept = [result(float(i), MIB) for i in range(4)]
+    kept.clear()
+    assert state().idle_bytes == 16 * MIB
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text(f"MemTotal: {2**30 >> 10} kB\nMemAvailable: {24 * MIB >> 10} kB\n")
+    _cpu_ext.pool_trim(60.0, str(tmp_path), str(tmp_path))
+    assert state().idle_bytes == 8 * MIB, "a quarter of what is available, the idle blocks themselves counted: 10 MiB"
+    meminfo.write_text(f"MemTotal: {2**30 >> 10} kB\nMemAvailable: 0 kB\n")
+    _cpu_ext.pool_trim(60.0, str(tmp_path), str(tmp_path))
+    assert state().idle_bytes == 0
+    result(1.0, MIB)
+    assert state().idle_bytes == 0, "nothing is kept while the shortage lasts"
+
+    def kept_again() -> bool:
+        result(1.0, MIB)
+        return state().idle_blocks > 0
+
+    assert soon(kept_again, 10.0), "the machine's own figures are looked at again"
+
+
 def test_what_lies_idle_goes_back_by_itself() -> None:
     def watched() -> bool:
         for task in Path("/proc/self/task").iterdir():

@@ -40,7 +40,8 @@ PYBIND11_MODULE(PK_MODULE, m) {
   using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("pool_set_max_bytes", &pk::pool_set_max_bytes, NoGil());
   m.def("pool_empty", &pk::pool_empty, NoGil());
-  m.def("pool_trim", &pk::pool_trim, NoGil());
+  m.def("pool_trim", &pk::pool_trim, pybind11::arg("idle_seconds"), pybind11::arg("proc") = "/proc",
+        pybind11::arg("cgroup") = "/sys/fs/cgroup", NoGil());
   m.def("system_memory", [](const std::string& proc, const std::string& cgroup) {
     const pk::SystemMemory found = pk::system_memory(proc, cgroup);
     return pybind11::make_tuple(found.limit, found.available);

@@ -95,9 +95,11 @@ class Pool {
     used_.erase(found);
     used_bytes_ -= block.bytes;
     // A parent's pages would be copied one by one when written: worse than fresh ones.
-    if (!block.reusable || block.process != process_ || static_cast<int64_t>(block.bytes) > bound()) {
+    const int64_t bytes = block.bytes;
+    if (!block.reusable || block.process != process_ || bytes > bound()) {
       munmap(data, block.bytes);
       ++returned_;
+      if (bytes > shortage_ && bytes <= max_bytes_ && !watching_) watch();  // it sees when the shortage is over
       return;
     }
     // First among equals, so that the block used last, whose lines are still in the cache, goes out first.
@@ -112,8 +114,7 @@ class Pool {
     while (!idle_.empty()) release(idle_.begin());
   }
 
-  void trim(double seconds) {
-    const SystemMemory memory = system_memory();  // files are read: not under the lock
+  void trim(double seconds, const SystemMemory& memory) {
     std::lock_guard lock(mutex_);
     if (memory.limit) shortage_ = (memory.available + idle_bytes_) / 4;
     const auto last = Clock::now() - std::chrono::duration<double>(seconds);
@@ -180,7 +181,7 @@ class Pool {
         pthread_setname_np(pthread_self(), "pykernels-pool");
         do {
           std::this_thread::sleep_for(kLook);
-          trim(kPatience);
+          trim(kPatience, system_memory());  // reads files: not under the lock
         } while (!done());
       }).detach();
       watching_ = true;
@@ -251,6 +252,8 @@ bool pool_enabled() { return pool().enabled(); }
 PoolState pool_state() { return pool().state(); }
 void pool_set_max_bytes(int64_t bytes) { pool().set_max_bytes(bytes); }
 void pool_empty() { pool().empty(); }
-void pool_trim(double idle_seconds) { pool().trim(idle_seconds); }
+void pool_trim(double idle_seconds, const std::string& proc, const std::string& cgroup) {
+  pool().trim(idle_seconds, system_memory(proc, cgroup));
+}
 
 }  // namespace pk

@@ -10,6 +10,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace c10 {
 struct Allocator;
@@ -35,6 +36,7 @@ bool pool_enabled();
 PoolState pool_state();
 void pool_set_max_bytes(int64_t bytes);  // < 0: the default, an eighth of the memory this process may use
 void pool_empty();                       // gives all idle blocks back
-void pool_trim(double idle_seconds);     // those idle for longer, and more in a shortage: what the thread does
+// Gives back those idle for longer, and more in a shortage, which it looks for there: what the thread does.
+void pool_trim(double idle_seconds, const std::string& proc = "/proc", const std::string& cgroup = "/sys/fs/cgroup");
 
 }  // namespace pk
