@@ -70,6 +70,7 @@ void share_out(Word2VecArgs& a, int64_t words) {
   int classes = kCopyClasses;
   while (classes && a.beat << classes > words / threads / 4) --classes;
   a.copied = std::min(((int64_t{1} << classes) - 1) * kFirstCopies, a.output_rows);
+  a.copy_stride = (a.width + 15) / 16 * 16;  // rows begin on cache lines
 }
 
 Tensor word2vec_step_(Tensor vectors, Tensor outputs, const Tensor& tokens, const Tensor& offsets, const Tensor& keep,
@@ -143,7 +144,7 @@ Tensor word2vec_step_(Tensor vectors, Tensor outputs, const Tensor& tokens, cons
     Word2VecCounts mine;
     const int64_t last = end == tokens.numel() ? a.sentences : sentence_at(end);
     Word2VecArgs own = a;
-    own.copies = static_cast<float*>(scratch(2 * a.copied * a.output_stride * sizeof(float)));
+    own.copies = static_cast<float*>(scratch(2 * a.copied * a.copy_stride * sizeof(float)));
     kernels().train(own, sentence_at(begin), last, mine);
     const std::lock_guard<std::mutex> lock(adding);
     total.words += mine.words;

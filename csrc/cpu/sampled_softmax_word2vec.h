@@ -32,13 +32,13 @@ struct Word2VecArgs {
   float first_rate{}, last_rate{};
   uint64_t seed{};
   int64_t first_sentence{};  // number, over all calls, of sentence 0 of this one
-  // With threads: how many rows of each table a thread has copies of, this thread's (copies, then their last common
+  // With threads: how many rows of `outputs` a thread has copies of, this thread's (copies, then their last common
   // state), the words between two merges, and a lock for each class. See sampled_softmax_word2vec_copies.h.
-  int64_t copied{}, beat{};
+  int64_t copied{}, copy_stride{}, beat{};
   float* copies{};
   int32_t* locks{};
 
-  float* output(int64_t row) const { return (row < copied ? copies : outputs) + row * output_stride; }
+  float* output(int64_t row) const { return row < copied ? copies + row * copy_stride : outputs + row * output_stride; }
 };
 
 struct Word2VecCounts {

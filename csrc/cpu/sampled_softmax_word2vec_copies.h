@@ -49,9 +49,9 @@ class Copies {
 
   template <class Step>
   PK_INLINE void for_rows_of(int c, Step step) {
-    const int64_t last = std::min(first_of(c + 1), a_.copied), base = a_.copied * a_.output_stride;
+    const int64_t last = std::min(first_of(c + 1), a_.copied), base = a_.copied * a_.copy_stride;
     for (int64_t row = first_of(c); row < last; ++row) {
-      float* const own = a_.copies + row * a_.output_stride;
+      float* const own = a_.copies + row * a_.copy_stride;
       step(a_.outputs + row * a_.output_stride, own, own + base);
     }
   }
