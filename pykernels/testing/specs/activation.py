@@ -299,6 +299,11 @@ def _compiled_main(case: Case, dtype: torch.dtype) -> tuple[str, ...] | None:
     return ("default", "max-autotune") if dtype is torch.float32 and _rows_of(case) == 256 else ("default",)
 
 
+def _compiled_rrelu(case: Case, dtype: torch.dtype) -> tuple[str, ...] | None:
+    """torch has no rrelu for float16 on a CPU."""
+    return None if dtype is torch.float16 else ()
+
+
 def _compiled_float32(case: Case, dtype: torch.dtype) -> tuple[str, ...] | None:
     return ("default",) if dtype is torch.float32 else _compiled(case, dtype)
 
@@ -377,7 +382,7 @@ SPECS = (
     OpSpec(
         "rrelu", "activation", _rrelu_cases(),
         tuple(Case(case.label, case.inputs, {"training": True, "seed": torch.tensor([5])}) for case in _BENCH), None,
-        KERNELS, bytes_moved=_unary_bytes, extra=frozenset(("seed",)), timed_peer=F.rrelu, compiled=_compiled,
+        KERNELS, bytes_moved=_unary_bytes, extra=frozenset(("seed",)), timed_peer=F.rrelu, compiled=_compiled_rrelu,
     ),
     OpSpec(
         "glu", "activation", _glu_cases(),
