@@ -84,7 +84,7 @@ def lstm(
         RuntimeError: wrong shapes or number of weights, different dtypes or devices, a probability outside [0, 1],
             `hx` without two states, `resets` that are not bool.
         ValueError: `batch_sizes` together with `lengths` or `batch_first`; `num_layers` below 1, `proj_size` below 0.
-        IndexError: a length is outside [0, T] (read on the CPU in eager mode).
+        IndexError: a length is outside [0, T] (read on the CPU).
         BackendError: the named backend cannot serve the call.
     """
     if hx is not None and len(hx) != 2:
