@@ -288,8 +288,8 @@ def _rows_of(case: Case) -> int:
 
 
 def _compiled(case: Case, dtype: torch.dtype) -> tuple[str, ...] | None:
-    """Not compiled; float16, which does bfloat16's work, is not timed at the largest size."""
-    return None if dtype is torch.float16 and _rows_of(case) == 2048 else ()
+    """Not compiled, and the largest size in float32 only: a benchmark of the room should take minutes."""
+    return None if dtype is not torch.float32 and _rows_of(case) == 2048 else ()
 
 
 def _compiled_main(case: Case, dtype: torch.dtype) -> tuple[str, ...] | None:
