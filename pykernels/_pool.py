@@ -74,7 +74,7 @@ def set_output_pool(enabled: bool = True, *, max_bytes: int | None = None) -> No
         raise ValueError(f"set_output_pool(): max_bytes must be 0 or more, got {max_bytes}")
     extension = _extension()
     if extension is not None:
-        extension.pool_set_max_bytes(0 if not enabled else -1 if max_bytes is None else max_bytes)
+        extension.pool_set_max_bytes(0 if not enabled else -1 if max_bytes is None else min(max_bytes, 2**63 - 1))
 
 
 def empty_cache() -> None:

@@ -113,3 +113,12 @@ def test_gradients_of_a_single_query() -> None:
         out.backward(g.to(out.dtype))
     for one, two in zip(leaves, wide, strict=True):
         torch.testing.assert_close(one.grad, two.grad.float())
+
+
+def test_gradients_of_what_is_not_there_are_refused() -> None:
+    x = torch.randn(1, 2, 1, 8)
+    options = (*(None,) * 9, "none", -1, -1, 0.0, 0.0, 1.0)
+    out, lse, low = torch.ops.pykernels.attention_forward.cpu(x, x, x, *options)
+    for mask in ((False, False, False, True, False), (False, False, False, False, True)):
+        with pytest.raises(RuntimeError, match="a bias or of sinks that are not there"):
+            torch.ops.pykernels.attention_backward.cpu(out, lse, x, x, x, out, lse, low, *options, mask)

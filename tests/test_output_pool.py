@@ -299,6 +299,8 @@ def test_bad_input_and_no_memory() -> None:
         pk.set_output_pool(max_bytes=1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_bytes must be 0 or more, got -1"):
         pk.set_output_pool(max_bytes=-1)
+    pk.set_output_pool(max_bytes=2**70)  # no bound but that of what is available
+    assert state().max_bytes == 2**63 - 1
     with pytest.raises(torch.OutOfMemoryError, match="could not map"):
         pk.functional.relu(torch.ones(1).expand(2**46))
 

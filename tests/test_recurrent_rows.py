@@ -198,3 +198,9 @@ def test_rows_operators_refuse_what_would_read_outside() -> None:
     for wrong in ({"x": x[:, 1:]}, {"w": w[1:]}, {"norm": x[0, 1:]}, {"places": torch.arange(5)}, {"seed": None}):
         with pytest.raises(RuntimeError):
             call(**{"seed": seed, **wrong})
+    for lists in (((), (0, 0)), ((0.5, 0.5), (0,))):
+        with pytest.raises(RuntimeError, match="zones and firsts must have two elements"):
+            forward(x, h, h, w, *(None,) * 9, "lstm", torch.float32, *lists, True, False, True)
+    w, projection = torch.randn(12, 1), torch.randn(1, 4)  # a GRU's loop reads h in rows of the hidden size
+    with pytest.raises(RuntimeError, match="w_hr, peephole and norm_c are an LSTM's"):
+        forward(x[:, :12], h[:, :1], None, w, projection, *(None,) * 8, "gru", torch.float32, *options[2:])

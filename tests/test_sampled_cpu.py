@@ -189,6 +189,8 @@ def test_native_builders_make_the_reference_s_tables(kind: str) -> None:
         (torch.ones(3), torch.arange(3), "float64"),
         (torch.ones(3, dtype=torch.float64), torch.arange(2), "order must be"),
         (torch.ones(3, dtype=torch.float64), torch.tensor([0, 1, 3]), "order holds 3"),
+        (torch.ones(3, dtype=torch.float64), torch.tensor([0, 1, 0]), "order holds 0 twice"),
+        (torch.ones(0, dtype=torch.float64), torch.arange(0), "at least one class"),
     ],
 )
 def test_native_builders_refuse(counts: Tensor, order: Tensor, text: str) -> None:

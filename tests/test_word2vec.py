@@ -178,6 +178,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"vectors": torch.zeros(5, 4, dtype=torch.float16)}, RuntimeError, "'outputs'"),
     ({"outputs": torch.zeros(4, 4)}, ValueError, "at least 5 rows of 4"),
     ({"outputs": torch.zeros(5, 3)}, ValueError, "at least 5 rows of 4"),
+    ({"outputs": torch.zeros(4).expand(5, 4)}, RuntimeError, "'outputs' is written to, so its rows must not overlap"),
     ({"noise": None}, ValueError, "not neither"),
     ({"tree": HuffmanTree.from_counts([1, 2, 3, 4, 5])}, ValueError, "not both"),
     ({"noise": AliasTable.from_counts([1, 2, 3])}, ValueError, "of the 5 words of vectors, not of 3"),

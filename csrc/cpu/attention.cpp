@@ -354,6 +354,8 @@ Gradients backward(const Tensor& dout_, const Tensor& dlse_, const Tensor& query
                    std::array<bool, 5> wanted) {
   Call call(query, key, value, bias, sinks, masks, options);
   AttentionArgs& a = call.args;
+  TORCH_CHECK((bias || !wanted[3]) && (sinks || !wanted[4]),
+              "attention_backward: output_mask asks for the gradient of a bias or of sinks that are not there");
   const auto none = [&] { return at::empty({0}, query.options()); };
   const Tensor dout = unit_rows(dout_), out = unit_rows(out_), lse = lse_.contiguous(), lse_low = lse_low_.contiguous(),
                dlse = dlse_.to(at::kFloat).contiguous();

@@ -65,6 +65,11 @@ Zone mask(double p, bool blend, const Optional& seed, const Tensor& places, int6
   return zone;
 }
 
+void check_options(at::ArrayRef<double> zones, at::IntArrayRef firsts) {
+  TORCH_CHECK(zones.size() == 2 && firsts.size() == 2, "rows: zones and firsts must have two elements each, not ",
+              zones.size(), " and ", firsts.size());
+}
+
 // The weights of the loop; all float32.
 struct Weights {
   Tensor w_hh, w_hr, bias_n, peephole, norm_hh, norm_c, norm_c_bias;
@@ -86,6 +91,8 @@ struct Sizes {
     check("h0", h0, {batch, state_size});
     TORCH_CHECK(c0.has_value() == lstm, "rows: c0 is an LSTM's");
     if (c0) check("c0", *c0, {batch, hidden});
+    TORCH_CHECK(lstm || !(w.w_hr.defined() || w.peephole.defined() || w.norm_c.defined()),
+                "rows: w_hr, peephole and norm_c are an LSTM's");
     check("w_hr", w.w_hr, {state_size, hidden});
     check("bias_n", w.bias_n, {hidden});
     check("peephole", w.peephole, {3 * hidden});
@@ -139,6 +146,7 @@ std::vector<Tensor> rows_forward(const Tensor& gates, const Tensor& h0, const Op
                                  c10::string_view kind, at::ScalarType dtype, at::ArrayRef<double> zones,
                                  at::IntArrayRef firsts, bool training, bool reverse, bool save) {
   const AsGiven guard;
+  check_options(zones, firsts);
   const Weights w{w_hh, dense(w_hr), dense(bias_n), dense(peephole), dense(norm_hh), dense(norm_c), dense(norm_c_bias)};
   const Sizes s(cell_of(kind), gates, h0, c0, w);
   s.check("gates", gates, {s.tokens, s.gated});
@@ -211,6 +219,7 @@ std::vector<Tensor> rows_backward(const Tensor& dy, const Optional& dhn, const O
                                   at::ScalarType, at::ArrayRef<double> zones, at::IntArrayRef firsts, bool training,
                                   bool reverse, std::array<bool, 10> wanted) {
   const AsGiven guard;
+  check_options(zones, firsts);
   const Weights w{w_hh, dense(w_hr), Tensor(), dense(peephole), dense(norm_hh), dense(norm_c), dense(norm_c_bias)};
   const Sizes s(cell_of(kind), dy, h0, c0, w);
   const int64_t H = s.hidden, P = s.state_size, N = s.tokens;

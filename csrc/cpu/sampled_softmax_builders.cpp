@@ -54,11 +54,16 @@ std::tuple<Tensor, Tensor> alias_table(const Tensor& scaled) {
 std::tuple<Tensor, Tensor, Tensor> huffman_paths(const Tensor& counts, const Tensor& order) {
   const double* const leaves = numbers(counts, "huffman_paths");
   const int64_t size = counts.numel(), nodes = 2 * size - 1, root = nodes - 1;
-  TORCH_CHECK(order.sizes() == counts.sizes() && order.is_contiguous() && order.scalar_type() == at::kLong,
-              "huffman_paths: order must be int64 of the shape ", counts.sizes());
+  TORCH_CHECK(size > 0, "huffman_paths: counts must be of at least one class");
+  TORCH_CHECK(
+      order.is_cpu() && order.sizes() == counts.sizes() && order.is_contiguous() && order.scalar_type() == at::kLong,
+      "huffman_paths: order must be int64 of the shape ", counts.sizes(), " on the CPU");
   const int64_t* const class_of = order.const_data_ptr<int64_t>();
+  std::vector<bool> met(size);  // every class has a path only where each has one leaf
   for (int64_t leaf = 0; leaf < size; ++leaf) {
     TORCH_CHECK(class_of[leaf] >= 0 && class_of[leaf] < size, "huffman_paths: order holds ", class_of[leaf]);
+    TORCH_CHECK(!met[class_of[leaf]], "huffman_paths: order holds ", class_of[leaf], " twice");
+    met[class_of[leaf]] = true;
   }
   // Two queues: leaves by count, and inner nodes, which come into being in ascending order.
   struct Node {

@@ -37,9 +37,13 @@ const T* data(const Tensor& x, at::ScalarType dtype, int64_t least, const char* 
   return static_cast<const T*>(x.const_data_ptr());
 }
 
-float* table(Tensor& x, const char* argument) {
+// Its rows, and how far apart they are.
+float* table(Tensor& x, const char* argument, int64_t& stride) {
   TORCH_CHECK(x.device().is_cpu() && x.dim() == 2 && x.stride(1) == 1 && x.scalar_type() == at::kFloat, kName,
               ": argument '", argument, "' must be a 2-D float32 tensor with contiguous rows on the CPU");
+  stride = x.size(0) > 1 ? x.stride(0) : x.size(1);
+  TORCH_CHECK(stride >= x.size(1), kName, ": argument '", argument,
+              "' is written to, so its rows must not overlap: ", x.sizes(), " with strides ", x.strides());
   return x.mutable_data_ptr<float>();
 }
 
@@ -79,10 +83,8 @@ Tensor word2vec_step_(Tensor vectors, Tensor outputs, const Tensor& tokens, cons
                       int64_t window, int64_t negatives, bool classic, bool with_loss, double first_rate,
                       double last_rate, int64_t seed, int64_t first_sentence) {
   Word2VecArgs a;
-  a.vectors = table(vectors, "vectors");
-  a.outputs = table(outputs, "outputs");
-  a.vector_stride = vectors.stride(0);
-  a.output_stride = outputs.stride(0);
+  a.vectors = table(vectors, "vectors", a.vector_stride);
+  a.outputs = table(outputs, "outputs", a.output_stride);
   a.vocabulary = vectors.size(0);
   a.width = vectors.size(1);
   a.output_rows = outputs.size(0);
