@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,11 +172,45 @@ def patched_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def story_table(record: dict[str, Any]) -> str:
+    """The story's trainings: both losses, whether they are equal, and the ratios."""
+    about, steps = record["machine"], record["steps"]
+    lines = [
+        f"{about['cpu']}, torch {about['torch']}, one thread, float32; {steps} steps over the {record['text']}. The "
+        "last loss is the mean of the last five. Time: CPU time of whole steps, medians of turns.",
+        "",
+        "| script | model | a step | first loss | last loss, stock / ours | equal | time, stock / ours (p20–p80) "
+        "| peak memory, stock / ours |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        first = row["losses"]["torch"][0]
+        stock, ours = (fmean(row["losses"][side][-5:]) for side in ("torch", "pykernels"))
+        speed = memory = "check failed"
+        if row["equal"]:
+            ratio, memory = row["ratio"], f"{row['memory_ratio']:.2f}"
+            speed = f"**{ratio['median']:.2f}** ({ratio['p20']:.2f}–{ratio['p80']:.2f})"
+        losses = f"{first:.3f} | {stock:.3f} / {ours:.3f} | {'yes' if row['equal'] else 'no'}"
+        lines.append(f"| `{row['script']}.py` | {row['title']} | {row['shape']} | {losses} | {speed} | {memory} |")
+    return "\n".join(lines)
+
+
+def story_plot(record: dict[str, Any]) -> str:
+    """The loss curves of the language models over characters, whose losses are of one kind."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    from _curves import page, panel
+
+    shown = ("lstm_lm", "gated_conv", "gpt", "prefix_lm")
+    curves = {row["title"]: row["losses"]["pykernels"] for row in record["rows"] if row["script"] in shown}
+    return page([panel(curves, "Loss of a character, natural logarithm", "step")])
+
+
 TABLES = (
     *((f"{room}.md", f"cpu-{room}.json", table) for room in ROOMS),
     ("attention.md", "cpu-cost.json", cost_table),
     ("word2vec.md", "cpu-word2vec.json", word2vec_table),
     ("drop_in.md", "cpu-patched.json", patched_table),
+    ("story.md", "cpu-story.json", story_table),
 )
 
 
@@ -197,6 +232,13 @@ def main(check: bool) -> int:
             stale = 1
         elif not check:
             page.write_text(new)
+    source, plot = ROOT / "benchmarks" / "results" / "cpu-story.json", ROOT / "docs" / "story.svg"
+    drawn = story_plot(json.loads(source.read_text()))
+    if check and plot.read_text() != drawn:
+        print(f"{plot.relative_to(ROOT)}: not what {source.relative_to(ROOT)} says; run python benchmarks/report.py")
+        stale = 1
+    elif not check:
+        plot.write_text(drawn)
     return stale
 
 

@@ -91,3 +91,24 @@ def test_gated_convolutions_see_no_later_character(text: Text) -> None:
     changed[:, 20] = (changed[:, 20] + 1) % 7
     before, after = model.logits(tokens), model.logits(changed)
     assert torch.equal(before[:, :20], after[:, :20]) and not torch.equal(before[:, 20:], after[:, 20:])
+
+
+def test_adapters_start_as_nothing_and_leave_the_pretrained_weights(text: Text) -> None:
+    example = importlib.import_module("fine_tune")
+    made, plain = example.task_adapters(text, small=True), example.task_token(text, small=True)
+    (batch,) = made.batches(1)
+    models = []
+    for task in (made, plain):
+        torch.manual_seed(0)
+        models.append(task.build(task.functions("torch")))
+    adapted, whole = models
+    assert torch.equal(adapted.body.vectors(*batch[:2]), whole.body.vectors(*batch[:2]))
+    frozen = {name: value.clone() for name, value in adapted.body.named_parameters() if not value.requires_grad}
+    assert frozen and {value.shape for value in frozen.values()} >= {value.shape for value in whole.body.parameters()}
+    optimizer = made.optimizer(adapted)
+    for _ in range(3):
+        adapted(*batch).mean().backward()
+        optimizer.step()
+    now = dict(adapted.body.named_parameters())
+    assert all(torch.equal(now[name], value) for name, value in frozen.items())
+    assert all(bool(layer.bottleneck[2].weight.count_nonzero()) for layer in adapted.body.layers)

@@ -15,6 +15,7 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .3em; } h2 { font-size: 1.
 h3 { font-size: 1.05rem; margin: 0; } p { margin: .3em 0; max-width: 48rem; }
 .quiet { color: var(--quiet); font-size: .85rem; }
 .models { display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); }
+.model:only-child { max-width: 480px; }
 .model { border: 1px solid var(--rule); border-radius: 10px; padding: 16px; min-width: 0; }
 .model h4 { font-size: .85rem; font-weight: 600; margin: 1.1em 0 .2em; display: flex; gap: .6em;
   justify-content: space-between; }

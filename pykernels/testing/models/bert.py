@@ -24,11 +24,15 @@ class BERT(nn.Module):
         self.layers = nn.ModuleList(Layer(functions, width, heads) for _ in range(layers))
         self.head = nn.Linear(width, vocabulary)
 
-    def logits(self, tokens: Tensor, real: Tensor) -> Tensor:
+    def vectors(self, tokens: Tensor, real: Tensor) -> Tensor:
+        """(B, L) and which places are not padding -> the vector of each word, (B, L, width)."""
         x = self.norm(self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device)))
         for layer in self.layers:
             x = layer(x, key_padding_mask=real)
-        return self.head(x)
+        return x
+
+    def logits(self, tokens: Tensor, real: Tensor) -> Tensor:
+        return self.head(self.vectors(tokens, real))
 
     def forward(self, tokens: Tensor, real: Tensor, targets: Tensor) -> Tensor:
         return next_token_loss(self.logits(tokens, real), targets)
