@@ -1,4 +1,4 @@
-"""A BERT pretrained on gaps, then fine-tuned (Devlin et al., 2019): a label of the line from its first token, a label of
+"""A BERT pretrained on gaps, then fine-tuned (Devlin et al., 2019): a label of a line from its first token, a label of
 each token, the start and end of a span; and with adapters between frozen layers (Houlsby et al., 2019).
 
 The labels are made of the text: lines written backwards, words exchanged, a span from somewhere else.
