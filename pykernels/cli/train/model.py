@@ -94,12 +94,9 @@ def make(name: str) -> click.Command:
     @json_option
     def command(text: Path | None, **given: Any) -> None:
         options = Options(**given)
-        try:
+        with _settings(options):
             content = read_text(text) if text else default_text()
             task = TASKS[name](content, options.size == "small")
-        except TextError as error:
-            raise BadInput(str(error)) from error
-        with _settings(options):
             (_compare if options.compare else _train)(name, task, content, options)
 
     return command
@@ -112,7 +109,7 @@ def _title(name: str) -> str:
 
 @contextlib.contextmanager
 def _settings(options: Options) -> Iterator[None]:
-    """Threads and backend while the command runs; a backend that cannot serve is bad input, Ctrl-C ends with 130."""
+    """Threads and backend while the command runs; a useless text or backend is bad input, Ctrl-C ends with 130."""
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads or threads)
     try:
@@ -120,10 +117,10 @@ def _settings(options: Options) -> Iterator[None]:
             if options.backend is not None:
                 stack.enter_context(_backends.default_backend(options.backend, "--backend"))
             yield
-    except _backends.BackendError as error:
+    except (TextError, _backends.BackendError) as error:
         raise BadInput(str(error)) from error
     except KeyboardInterrupt:
-        click.echo("Interrupted in the middle of a step; a checkpoint is the last one saved before.", err=True)
+        click.echo("Interrupted; the checkpoint, if any, is the last one saved before.", err=True)
         raise SystemExit(INTERRUPTED) from None
     finally:
         torch.set_num_threads(threads)
