@@ -174,7 +174,7 @@ def patched_table(record: dict[str, Any]) -> str:
 
 def story_table(record: dict[str, Any]) -> str:
     """The story's trainings: both losses, whether they are equal, and the ratios."""
-    about, steps = record["machine"], record["steps"]
+    about, steps = record["machine"], record["training_steps"]
     lines = [
         f"{about['cpu']}, torch {about['torch']}, one thread, float32; {steps} steps over the {record['text']}. The "
         "last loss is the mean of the last five. Time: CPU time of whole steps, medians of turns.",

@@ -56,7 +56,7 @@ def main() -> None:
         print(script, outcome.checks, row.get("ratio"), file=sys.stderr, flush=True)
     with one_thread():
         about = machine.describe().as_dict()
-    print(json.dumps({"machine": about, "text": text.source, "steps": STEPS, "rows": rows}, indent=1))
+    print(json.dumps({"machine": about, "text": text.source, "training_steps": STEPS, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
