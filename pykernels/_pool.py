@@ -65,9 +65,11 @@ def set_output_pool(enabled: bool = True, *, max_bytes: int | None = None) -> No
             use.
 
     Raises:
-        TypeError: max_bytes is not an integer.
+        TypeError: enabled is not a bool, max_bytes not an integer.
         ValueError: max_bytes is negative.
     """
+    if not isinstance(enabled, bool):
+        raise TypeError(f"set_output_pool(): enabled must be a bool, not {type(enabled).__name__}")
     if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int)):
         raise TypeError(f"set_output_pool(): max_bytes must be an int or None, not {type(max_bytes).__name__}")
     if max_bytes is not None and max_bytes < 0:

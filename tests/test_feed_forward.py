@@ -169,6 +169,27 @@ def test_mlp_under_autocast() -> None:
     assert all(g.dtype == torch.float32 and g.shape == x.shape for g, x in zip(grads, leaves, strict=True))
 
 
+@pytest.mark.parametrize("save", ("preactivation", "input"))
+def test_mlp_backward_under_the_callers_autocast(save: str) -> None:
+    leaves = block(True)
+    expected = torch.autograd.grad(f.mlp(*leaves, "swiglu", save).sum(), leaves)
+    y = f.mlp(*leaves, "swiglu", save)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = torch.autograd.grad(y.sum(), leaves)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("width", "hidden", "out"), ((0, 6, 4), (3, 0, 4), (3, 6, 0)))
+@pytest.mark.parametrize("save", ("preactivation", "input"))
+def test_mlp_of_no_width(width: int, hidden: int, out: int, save: str) -> None:
+    shapes = ((2, 5, width), (2 * hidden, width), (2 * hidden,), (out, hidden), (out,))
+    leaves = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes]
+    y = f.mlp(*leaves, "swiglu", save)
+    torch.testing.assert_close(y, eager_block(*leaves, gated=True, p=0.0))
+    expected = torch.autograd.grad(eager_block(*leaves, gated=True, p=0.0).sum(), leaves)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), leaves), expected)
+
+
 def test_modules_and_their_state() -> None:
     x = torch.randn(2, 3, 8)
     plain = pk.nn.MLP(8, 12, activation="swish", alpha=1.5, dropout=0.5).eval()
@@ -210,6 +231,10 @@ def test_weights_of_other_blocks() -> None:
         expected = F.linear(function(F.linear(x, gate)) * F.linear(x, up), down)
         torch.testing.assert_close(pk.nn.GatedMLP.from_weights(t5, activation=name)(x), expected)
 
+    with pytest.raises(ValueError, match="one of mlp.gate_proj and mlp.up_proj has no bias"):
+        pk.nn.GatedMLP.from_weights({**llama, "mlp.gate_proj.bias": torch.randn(10)}, "mlp.")
+    with pytest.raises(ValueError, match="a gated block's"):
+        pk.nn.MLP.from_weights({"w1.weight": gate, "w3.weight": up, "w2.weight": down})
     with pytest.raises(KeyError, match="gate_proj/up_proj/down_proj"):
         pk.nn.GatedMLP.from_weights(gpt2, "h.0.mlp.")
     with pytest.raises(ValueError, match="square; say whether it is `transposed`"):

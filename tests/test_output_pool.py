@@ -295,6 +295,8 @@ def test_uninitialised_memory_is_filled_where_torch_promises_it() -> None:
 
 
 def test_bad_input_and_no_memory() -> None:
+    with pytest.raises(TypeError, match="enabled must be a bool, not int"):
+        pk.set_output_pool(2**30)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="max_bytes must be an int or None, not float"):
         pk.set_output_pool(max_bytes=1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_bytes must be 0 or more, got -1"):

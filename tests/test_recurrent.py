@@ -91,6 +91,18 @@ def test_state_dict_both_ways_and_from_torch(name: str) -> None:
     torch.testing.assert_close(tensors(copy.deepcopy(shared)(x)), tensors(theirs(x)))
 
 
+def test_from_torch_keeps_what_is_tied_and_refuses_parametrizations() -> None:
+    tied, cell = nn.LSTM(H, H, 2), nn.GRUCell(H, H)
+    tied.weight_hh_l1, cell.weight_hh = tied.weight_hh_l0, cell.weight_ih
+    x = torch.randn(T, B, H)
+    torch.testing.assert_close(tensors(pk.nn.LSTM.from_torch(tied)(x)), tensors(tied(x)))
+    torch.testing.assert_close(pk.nn.GRUCell.from_torch(cell)(x[0]), cell(x[0]))
+    for name, module in (("LSTM", nn.LSTM(I, H)), ("GRUCell", nn.GRUCell(I, H))):
+        weight = "weight_hh_l0" if name == "LSTM" else "weight_hh"
+        with pytest.raises(ValueError, match="parametrizations"):
+            getattr(pk.nn, name).from_torch(nn.utils.parametrizations.weight_norm(module, weight))
+
+
 @pytest.mark.parametrize("name", ("RNNCell", "LSTMCell", "GRUCell"))
 @pytest.mark.parametrize("bias", (True, False))
 def test_cells_equal_torch(name: str, bias: bool) -> None:
@@ -194,9 +206,9 @@ def test_dropout_is_addressed_by_element() -> None:
     torch.testing.assert_close(zero, pk.functional.lstm(torch.zeros_like(first), None, flat[4:])[0])
 
 
-@pytest.mark.filterwarnings("ignore:dropout option adds dropout")
-def test_dropout_replays_in_a_checkpoint() -> None:
-    lstm = pk.nn.LSTM(I, H, num_layers=2, dropout=0.5)
+@pytest.mark.parametrize("options", ({}, {"layer_norm": True, "zoneout": 0.2, "recurrent_dropout": 0.3}))
+def test_dropout_replays_in_a_checkpoint(options: dict[str, Any]) -> None:
+    lstm = pk.nn.LSTM(I, H, num_layers=2, dropout=0.5, **options)
     x = torch.randn(T, B, I)
     grads = []
     for checkpointed in (False, True):
@@ -309,6 +321,10 @@ def test_cell_errors_are_torchs() -> None:
             pk.functional.lstm_cell(*arguments)
         with pytest.raises(RuntimeError):
             torch.lstm_cell(*arguments)
+    for i, key in enumerate(("w_ih", "w_hh", "b_ih", "b_hh")):  # a meta tensor takes the call to the meta kernel
+        without = [w.to("meta") if i == k else w for k, w in enumerate(weights)]
+        with pytest.raises(RuntimeError, match=f"'{key}' is on meta"):
+            pk.functional.lstm_cell(x, (h, h), *without)
     with pytest.raises(ValueError, match="'nonlinearity'"):
         pk.functional.rnn(X, None, FLAT, nonlinearity="gelu")
 

@@ -259,6 +259,9 @@ def test_modules_have_the_options() -> None:
         assert getattr(pk.nn, name)(I, H, layer_norm=True, zoneout=0.2)(x)[0].isfinite().all()
         with pytest.raises(ValueError, match="peephole"):
             getattr(pk.nn, name)(I, H, peephole=True)
+        for wrong in ({"zoneout": 1.5}, {"zoneout": (0.1, 0.1)}, {"recurrent_dropout": -0.1}, {"zoneout": "a"}):
+            with pytest.raises(ValueError, match=next(iter(wrong))):
+                getattr(pk.nn, name)(I, H, **wrong)
     shared = pk.nn.GRU.from_torch(nn.GRU(I, H), recompute=True, zoneout=0.5)
     assert shared.recompute and shared.zoneout == 0.5
     for cls, module in ((pk.nn.LSTM, nn.GRU(I, H)), (pk.nn.LSTMCell, nn.LSTM(I, H)), (pk.nn.RNN, torch.randn(2))):

@@ -251,6 +251,8 @@ class MLP(nn.Module):
             KeyError: no such names.   ValueError: a square weight, and `transposed` is None; weights do not fit.
         """
         names = _find(cls.__name__, weights, prefix, cls._PAIRS)
+        if names[0] == f"{prefix}w1" and f"{prefix}w3.weight" in weights:
+            raise ValueError(f"{cls.__name__}.from_weights(): w1/w3/w2 are a gated block's; see GatedMLP")
         first, bias1, second, bias2 = _oriented(cls.__name__, weights, names, transposed)
         return cls._filled(first, bias1, second, bias2, options)
 
@@ -319,6 +321,8 @@ class GatedMLP(MLP):
         else:
             gate, gate_bias, second, bias2 = _oriented(cls.__name__, weights, (names[0], names[2]), transposed)
             up, up_bias, _, _ = _oriented(cls.__name__, weights, (names[1], names[2]), transposed)
+            if (gate_bias is None) != (up_bias is None):
+                raise ValueError(f"{cls.__name__}.from_weights(): one of {names[0]} and {names[1]} has no bias")
             halves = [gate, up], None if gate_bias is None or up_bias is None else [gate_bias, up_bias]
         order = -1 if options.get("activation") == "glu" else 1
         first, bias1 = (None if half is None else torch.cat(half[::order]) for half in halves)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from ..ops import _autocast
@@ -22,11 +23,13 @@ def _check_class(kind: type[nn.Module], module: Any) -> None:
     if not isinstance(module, kind):
         given = type(module).__name__
         raise TypeError(f"from_torch(): argument 'module' must be torch.nn.{kind.__name__}, not {given}")
+    if is_parametrized(module):
+        raise ValueError("from_torch(): argument 'module' has parametrizations; pykernels.patch() keeps them")
 
 
 def _adopt(new: nn.Module, module: nn.Module) -> None:
     """Makes `new` hold the very parameters and the training mode of `module`."""
-    for name, parameter in module.named_parameters():
+    for name, parameter in module.named_parameters(remove_duplicate=False):
         setattr(new, name, parameter)
     new.train(module.training)
 
@@ -74,7 +77,8 @@ class RNNCell(nn.RNNCell):
 
     @classmethod
     def from_torch(cls, module: nn.RNNCell, *, backend: str | None = None) -> RNNCell:
-        """An RNNCell with the options and the very parameters of a `torch.nn.RNNCell` (TypeError for another)."""
+        """An RNNCell with the options and the very parameters of a `torch.nn.RNNCell` (TypeError for another;
+        ValueError where it has parametrizations)."""
         _check_class(nn.RNNCell, module)
         size = module.input_size, module.hidden_size
         new = cls(*size, module.bias, module.nonlinearity, device="meta", backend=backend)
@@ -99,7 +103,8 @@ class LSTMCell(nn.LSTMCell):
 
     @classmethod
     def from_torch(cls, module: nn.LSTMCell, *, backend: str | None = None) -> LSTMCell:
-        """An LSTMCell with the options and the very parameters of a `torch.nn.LSTMCell` (TypeError for another)."""
+        """An LSTMCell with the options and the very parameters of a `torch.nn.LSTMCell` (TypeError for another;
+        ValueError where it has parametrizations)."""
         _check_class(nn.LSTMCell, module)
         new = cls(module.input_size, module.hidden_size, module.bias, device="meta", backend=backend)
         _adopt(new, module)
@@ -121,7 +126,8 @@ class GRUCell(nn.GRUCell):
 
     @classmethod
     def from_torch(cls, module: nn.GRUCell, *, backend: str | None = None) -> GRUCell:
-        """A GRUCell with the options and the very parameters of a `torch.nn.GRUCell` (TypeError for another)."""
+        """A GRUCell with the options and the very parameters of a `torch.nn.GRUCell` (TypeError for another;
+        ValueError where it has parametrizations)."""
         _check_class(nn.GRUCell, module)
         new = cls(module.input_size, module.hidden_size, module.bias, device="meta", backend=backend)
         _adopt(new, module)
@@ -161,7 +167,17 @@ class _Sequence(nn.RNNBase):
             setattr(self, name, value)
         if self.peephole and mode != "LSTM":
             raise ValueError("peephole argument is only supported for LSTM, not RNN or GRU")
+        self._check_probabilities()
         self._names = self._add_parameters()
+
+    def _check_probabilities(self) -> None:
+        """As torch checks `dropout`: when the module is made."""
+        pair = self.mode == "LSTM" and isinstance(self.zoneout, (tuple, list)) and len(self.zoneout) == 2
+        for name, values in (("zoneout", self.zoneout if pair else (self.zoneout,)),
+                             ("recurrent_dropout", (self.recurrent_dropout,))):  # fmt: skip
+            for value in values:
+                if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+                    raise ValueError(f"{name} should be a number in range [0, 1] being a probability, not {value!r}")
 
     def _add_parameters(self) -> list[str]:
         """Adds what the options need; returns the names of all parameters in the order of the flat weights."""
@@ -288,7 +304,8 @@ class _Sequence(nn.RNNBase):
     ) -> Any:
         """A module with the options and the very parameters of torch.nn's module of the same name.
 
-        The other arguments are those that need no parameters. TypeError for another module.
+        The other arguments are those that need no parameters. TypeError for another module; ValueError
+        for one with parametrizations.
         """
         _check_class(cls.twin, module)
         options = {name: getattr(module, name) for name in ("bias", "batch_first", "dropout", "bidirectional")}
@@ -309,7 +326,8 @@ class RNN(_Sequence):
     Keyword-only beside it: `layer_norm`, `zoneout`, `recurrent_dropout`, `recompute` and `backend`, as
     `pykernels.functional.rnn` has them; parameters of layer normalisation are `weight_norm_ih_l0`, `weight_norm_hh_l0`.
 
-    Errors as `pykernels.functional.rnn`; ValueError for an unknown `nonlinearity` or a wrong input dtype.
+    Errors as `pykernels.functional.rnn`; ValueError for an unknown `nonlinearity`, a wrong input dtype, and, when made,
+    for a probability outside [0, 1].
     """
 
     def __init__(
@@ -339,7 +357,8 @@ class LSTM(_Sequence):
     `pykernels.functional.lstm` has them. They add the parameters `weight_peephole_l0`, and `weight_norm_ih_l0`,
     `weight_norm_hh_l0`, `weight_norm_c_l0`, `bias_norm_c_l0`.
 
-    Errors as `pykernels.functional.lstm`; ValueError for a wrong input dtype.
+    Errors as `pykernels.functional.lstm`; ValueError for a wrong input dtype and, when made, for a probability outside
+    [0, 1].
     """
 
     states = 2
@@ -356,7 +375,8 @@ class LSTM(_Sequence):
 class GRU(_Sequence):
     """GRU; `torch.nn.GRU` with its constructor. See `forward` for shapes. Options as `RNN`.
 
-    Errors as `pykernels.functional.gru`; ValueError for a wrong input dtype.
+    Errors as `pykernels.functional.gru`; ValueError for a wrong input dtype and, when made, for a probability outside
+    [0, 1].
     """
 
     gates = 3

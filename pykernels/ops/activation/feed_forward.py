@@ -37,13 +37,20 @@ class _MLP(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
+        if _autocast.enabled(dy.device):  # of backward's caller: the products are in the dtype of forward's
+            with torch.autocast(dy.device.type, enabled=False):
+                return _MLP._gradients(ctx, dy)
+        return _MLP._gradients(ctx, dy)
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> Any:
         x, w1, b1, w2, seed, hidden = ctx.saved_tensors
         backend, activation, alpha, p, _ = ctx.options
         _, need_x, need_w1, need_b1, need_w2, need_b2, _ = ctx.needs_input_grad
         create_graph = torch.is_grad_enabled()
         if hidden is None or create_graph:  # what was saved hangs on nothing, so a second derivative would end there
             hidden = linear(x, w1)
-        rows = dy.reshape(-1, dy.shape[-1])
+        rows = _rows(dy)
         dw2 = db2 = dw1 = dx = None
         if need_b2:
             db2 = rows.sum(0)
@@ -61,12 +68,17 @@ class _MLP(Function):
         else:
             dh, db1, activated = fused_backward[backend](d_activated, hidden, b1, seed, activation, alpha, p, mask)
         if need_w2:
-            dw2 = rows.t().matmul(activated.reshape(-1, activated.shape[-1]))
+            dw2 = rows.t().matmul(_rows(activated))
         if need_x:
             dx = dh.matmul(w1)
         if need_w1:
-            dw1 = dh.reshape(-1, dh.shape[-1]).t().matmul(x.reshape(-1, x.shape[-1]))
+            dw1 = _rows(dh).t().matmul(_rows(x))
         return None, dx, dw1, db1 if need_b1 else None, dw2, db2, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, C); -1 for N would not do where C is 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def mlp(

@@ -29,6 +29,8 @@ _TENSORS = 7  # input, h, c (of an LSTM, otherwise None), w_ih, w_hh, b_ih, b_hh
 def _fake_forward(
     input: Tensor, h: Tensor, c: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any, b_hh: Any, kind: str, save: bool
 ) -> list[Tensor]:
+    if any(t is not None and t.device != input.device for t in (h, c, w_ih, w_hh, b_ih, b_hh)):
+        raise RuntimeError("tensors on several devices")  # a meta tensor brings an eager call here
     found = [h.new_empty(h.shape)]
     wide = input.dtype == torch.float32
     if kind == "lstm":

@@ -180,7 +180,8 @@ class Rows(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *dfinal: Tensor | None) -> Any:
-        tensors, saved = ctx.saved_tensors[: _TENSORS + _GIVEN], ctx.saved_tensors[_TENSORS + _GIVEN :]
+        everything = ctx.saved_tensors  # read once: torch.utils.checkpoint refuses a second time
+        tensors, saved = everything[: _TENSORS + _GIVEN], everything[_TENSORS + _GIVEN :]
         backend, mode, mask, count = ctx.backend, ctx.mode, ctx.needs_input_grad[3 : 3 + _TENSORS], 1 + len(dfinal)
         if dy is None:  # rows of stride 0: no memory for the zeros
             dy = saved[0].new_zeros(1, saved[0].shape[1]).expand(saved[0].shape)
