@@ -1,7 +1,8 @@
 """A BERT pretrained on gaps, then fine-tuned (Devlin et al., 2019): a label of a line from its first token, a label of
 each token, the start and end of a span; and with adapters between frozen layers (Houlsby et al., 2019).
 
-The labels are made of the text: lines written backwards, words exchanged, a span from somewhere else.
+The labels are made of the text: whether a line has a certain word, whether a word stands behind one of the ten most
+frequent, and where a span of names was put.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pykernels.testing.text import Text
 from pykernels.testing.training import Batch, Task
 
 PRETRAINING = 60  # steps
+NAMES = (200, 250)
 Shape = tuple[int, int, int, int, int]  # vocabulary with the mask, width, heads, layers, longest line
 
 
@@ -77,25 +79,36 @@ def pretrained(text: Text, small: bool) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def labelled(ids: Tensor, mark: int, longest: int, kind: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A line behind the mark, which stands for the whole of it, and its label, labels or span."""
+class Labels:
+    """Lines behind the mark, which stands for the whole of them, and their labels; ids are ranks, 0 the most frequent.
 
-    def draw(low: int, high: int, *size: int) -> Tensor:
-        return torch.randint(low, high, size, generator=generator)
+    first: whether the line has a certain word, about as often as not. token: whether the word stands behind one of the
+    ten most frequent. span: first and last place of some words of NAMES, put in the place of others.
+    """
 
-    start, length = int(draw(0, len(ids) - longest)), int(draw(longest // 2, longest))
-    line, first = ids[start : start + length], torch.tensor([mark])
-    if kind == "first":
-        backwards = draw(0, 2)
-        return torch.cat([first, line.flip(0) if backwards else line]), backwards
-    if kind == "token":
-        exchanged = torch.rand(length, generator=generator) < 0.15
-        line = torch.where(exchanged, ids[draw(0, len(ids), length)], line)
-        return torch.cat([first, line]), torch.cat([torch.tensor([IGNORED]), exchanged.long()])
-    begin, size = int(draw(0, length - 4)), int(draw(2, 5))
-    elsewhere = int(draw(0, len(ids) - size))
-    line = torch.cat([line[:begin], ids[elsewhere : elsewhere + size], line[begin + size :]])
-    return torch.cat([first, line]), torch.tensor([begin + 1, begin + size])
+    def __init__(self, ids: Tensor, mark: int, longest: int) -> None:
+        self.ids, self.mark, self.longest = ids, mark, longest
+        even = 1 - 0.5 ** (4 / (3 * longest))  # a word this frequent is in every second line
+        self.word = int((torch.bincount(ids) / len(ids) - even).abs().argmin())
+
+    def one(self, kind: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        def draw(low: int, high: int, *size: int) -> Tensor:
+            return torch.randint(low, high, size, generator=generator)
+
+        start, length = int(draw(0, len(self.ids) - self.longest)), int(draw(self.longest // 2, self.longest))
+        line, first = self.ids[start : start + length], torch.tensor([self.mark])
+        if kind == "first":
+            return torch.cat([first, line]), (line == self.word).any().long()
+        if kind == "token":
+            behind = (line[:-1] < 10).long()
+            return torch.cat([first, line]), torch.cat([torch.tensor([IGNORED, IGNORED]), behind])
+        begin, size = int(draw(0, length - 4)), int(draw(2, 5))
+        line = torch.cat([line[:begin], draw(*self.names(), size), line[begin + size :]])
+        return torch.cat([first, line]), torch.tensor([begin + 1, begin + size])
+
+    def names(self) -> tuple[int, int]:
+        """The ranks of the words that make spans."""
+        return min(NAMES[0], self.mark // 2), min(NAMES[1], self.mark)
 
 
 def fine_tuning(kind: str, title: str, text: Text, small: bool, adapters: bool = False) -> Task:
@@ -103,12 +116,13 @@ def fine_tuning(kind: str, title: str, text: Text, small: bool, adapters: bool =
     mark = len(words.vocabulary)
     width, heads, layers, batch, longest = (32, 2, 1, 8, 24) if small else (128, 4, 2, 32, 64)
     shape = (mark + 1, width, heads, layers, longest)
+    labels_of = Labels(words.ids, mark, longest)
 
     def batches(steps: int) -> list[Batch]:
         generator = torch.Generator().manual_seed(0)
 
         def one() -> Batch:
-            pairs = [labelled(words.ids, mark, longest, kind, generator) for _ in range(batch)]
+            pairs = [labels_of.one(kind, generator) for _ in range(batch)]
             lines, labels = zip(*pairs, strict=True)
             real = pad([torch.ones_like(line, dtype=torch.bool) for line in lines], False)
             return pad(list(lines), 0), real, pad(list(labels), IGNORED) if kind == "token" else torch.stack(labels)
