@@ -191,6 +191,23 @@ def test_lengths_of_zero(name: str) -> None:
     assert torch.equal(dh, torch.zeros_like(dh).index_fill(1, torch.tensor([1]), 1.0))
 
 
+@pytest.mark.parametrize("name", MODES)
+def test_input_of_no_columns(name: str) -> None:
+    """Layers without inputs run on their biases and states, forward and backward, in every dtype."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        module = getattr(pk.nn, name)(1, 8, bidirectional=True, backend="cpu").to(dtype)
+        call = getattr(pk.functional, name.lower())
+        found = []
+        for backend, kind in (("cpu", dtype), ("reference", torch.float64)):
+            weights = [w.detach().to(kind) for w in module.parameters()]
+            weights = [(w[:, :0] if w.shape[-1] == 1 else w).requires_grad_() for w in weights]
+            y = call(torch.empty(5, 3, 0, dtype=kind), None, weights, bidirectional=True, backend=backend)[0]
+            found.append([y, *torch.autograd.grad(y.sum(), weights)])
+        tolerance = 30 * torch.finfo(dtype).eps
+        for ours, expected in zip(*found, strict=True):
+            torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
+
+
 def test_operators_refuse_what_would_read_outside() -> None:
     """Operators may be called on their own (a saved graph); they check what guards memory."""
     x, h, w_ih, w_hh = torch.randn(6, 3), torch.randn(2, 4), torch.randn(16, 3), torch.randn(16, 4)

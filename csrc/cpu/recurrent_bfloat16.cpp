@@ -23,6 +23,7 @@ void weight_gradient(const Tensor& d, const Tensor& input, const Tensor& out) {
   const AmxKernels& table = *recurrent_kernels_amx();
   const Tensor x = rows_of(input);
   const int64_t columns = x.size(1), width = d.size(1), tokens = d.size(0);
+  if (columns == 0) return;  // an input of no columns
   const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), columns / 64));
   const int64_t share = (columns + threads - 1) / threads, pitch = (width + 31) / 32 * 32;
   const int64_t stripe = (share + 31) / 32 * 32;  // columns of a thread, each of which has its own rows of the sums
