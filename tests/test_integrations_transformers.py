@@ -361,6 +361,25 @@ def test_what_patch_leaves(transformers: Any) -> None:
     assert "chosen as 'eager'" in left[""]
 
 
+def test_patch_knows_activations_by_their_exact_class(transformers: Any) -> None:
+    class Doubled(torch.nn.SiLU):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = make(transformers, "llama")
+    first, second = (layer.mlp for layer in model.model.layers)
+    first.act_fn, second.act_fn = Doubled(), torch.nn.SiLU()
+    second.act_fn.forward = lambda x: 3 * x  # type: ignore[method-assign]
+    x = torch.randn(2, first.gate_proj.in_features)
+    expected = first(x), second(x)
+    left = pk.patch(model).left
+    assert "Doubled" in left["model.layers.0.mlp"] and "SiLU" in left["model.layers.1.mlp"]
+    torch.testing.assert_close((first(x), second(x)), expected)
+    again = make(transformers, "llama")
+    pk.patch(again, only="*.act_fn")  # ours of that class are known as well
+    assert "model.layers.0.mlp" in pk.patch(again).patched
+
+
 def test_patch_says_why_a_version_is_left(transformers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(transformers, "llama")
     monkeypatch.setattr(registry, "_provided", {})

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, activations
 
 from ...ops.activation import geglu, gelu, reglu, silu, swiglu, swish
 from ...patching import Rule, has_hooks
+from ...patching.registry import is_ours
 from . import NAME, register
 
 
@@ -74,14 +75,22 @@ _TANH = (
 
 
 def _gate(activation: nn.Module) -> str | None:
-    """The gated kernel for an activation module, as a name that can be copied and pickled with the module."""
-    if isinstance(activation, (activations.SiLUActivation, nn.SiLU)):
+    """The gated kernel for an activation module, as a name that can be copied and pickled with the module.
+
+    Of exactly these classes and ours of them: a subclass, or an instance of another forward, may compute anything.
+    """
+    kind = type(activation)
+    if is_ours(kind):
+        kind = kind.__bases__[0]
+    if "forward" in activation.__dict__:
+        return None
+    if kind in (activations.SiLUActivation, nn.SiLU):
         return "swiglu"
-    if isinstance(activation, _TANH) or (isinstance(activation, nn.GELU) and activation.approximate == "tanh"):
+    if kind in _TANH or (kind is nn.GELU and activation.approximate == "tanh"):
         return "geglu_tanh"
-    if isinstance(activation, (activations.GELUActivation, nn.GELU)):
+    if kind in (activations.GELUActivation, nn.GELU):
         return "geglu"
-    return "reglu" if isinstance(activation, nn.ReLU) else None
+    return "reglu" if kind is nn.ReLU else None
 
 
 def _geglu_tanh(gate: Tensor, up: Tensor | None = None) -> Tensor:
