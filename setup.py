@@ -190,7 +190,7 @@ class Ninja:
 
     def cuda(self, target: Path, nvcc: str) -> None:
         archs = architectures()
-        base = f"-std=c++20 -O3 -lineinfo -I{CSRC} --Werror all-warnings "
+        base = f"-std=c++20 -O3 -lineinfo -Xptxas=-v -I{CSRC} --Werror all-warnings "
         base += "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
         objects = []
         for source in sorted((CSRC / "cuda").glob("*.cu")):

@@ -1,13 +1,19 @@
-"""The same table for CUDA C++: nvcc makes PTX, ptxas reports resources, and the machine code is read as for Triton."""
+"""The same table for CUDA C++: nvcc makes PTX, ptxas reports resources, and the machine code is read as for Triton.
+
+Where the build has just compiled a source for the target (setup.py, with the same optimization and ptxas' report beside
+the object), its machine code is read, and nothing is compiled a second time.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from . import measure, sass
 from .rules import Row, Rules, check
@@ -42,6 +48,11 @@ RULES: dict[str, Rules] = {
 
 _THREADS = re.compile(r"\.entry\s+(\w+)\s*\((?:[^)]*)\)\s*((?:\.\w+[^\n{]*\n)*)")
 _MAXNTID = re.compile(r"\.(?:max|req)ntid\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?")
+_MAX_THREADS = re.compile(
+    r"^\.nv\.info\.(\w+)\n(?:(?!\.nv\.info|\.text).*\n)*?"
+    r"\s*Attribute:\s*EIATTR_(?:MAX_THREADS|REQNTID)\n.*\n\s*Value:\s*([0-9a-fx ]+)",
+    re.M,
+)
 _LOG = re.compile(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry function|\Z)", re.S)
 
 
@@ -66,31 +77,65 @@ def targets(source: Path) -> tuple[int, ...]:
 
 def run(compiler: str, source: Path, target: int) -> list[Row]:
     """A row for each kernel of `source`; one row with the fault where it does not compile."""
-    start, arch = time.perf_counter(), ARCHITECTURES[target]
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "out.ptx"), Path(folder, "out.cubin")
-        flags = ["-std=c++20", "-O3", f"-I{SOURCES.parent}", f"-arch=compute_{arch}"]
-        made = subprocess.run([compiler, "-ptx", *flags, str(source), "-o", str(ptx)], capture_output=True, text=True)
-        if made.returncode == 0:
-            assembler = str(_beside(compiler))
-            arguments = ["-v", "-O3", f"--gpu-name=sm_{arch}", str(ptx), "-o", str(cubin)]
-            made = subprocess.run([assembler, *arguments], capture_output=True, text=True)
-        if made.returncode != 0:
-            text = next((line for line in made.stderr.splitlines() if "error" in line), made.stderr.strip()[:200])
+        try:
+            code = _built(source, target, Path(folder)) or _compiled(compiler, source, target, Path(folder))
+        except subprocess.CalledProcessError as error:
+            text = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr.strip()[:200])
             return [Row(source.name, "?", target, faults=[f"does not compile: {text}"])]
-        threads = _threads(ptx.read_text())
-        logs = dict(_LOG.findall(made.stderr))
-        functions = sass.disassemble(cubin.read_bytes()) if threads else []
+        logs = dict(_LOG.findall(code.log))
+        functions = sass.disassemble(code.cubin.read_bytes()) if logs else []
     rows = []
     for function in functions:
         row = Row(source.name, readable(function.name), target)
-        warps = -(-threads.get(function.name, 1024) // 32)
+        warps = -(-code.threads.get(function.name, 1024) // 32)
         measure.from_function(row, function, warps, function.shared, logs.get(function.name, ""))
         row.seconds = (time.perf_counter() - start) / len(functions)
         rules = next((r for pattern, r in RULES.items() if re.search(pattern, row.kernel)), Rules())
         row.faults += check(row, rules)
         rows.append(row)
     return rows
+
+
+class Code(NamedTuple):
+    """Machine code of one source for one target: the file, threads of each kernel's largest block, ptxas' report."""
+
+    cubin: Path
+    threads: dict[str, int]
+    log: str
+
+
+def _compiled(compiler: str, source: Path, target: int, folder: Path) -> Code:
+    arch, ptx, cubin = ARCHITECTURES[target], folder / "out.ptx", folder / "out.cubin"
+    flags = ["-std=c++20", "-O3", f"-I{SOURCES.parent}", f"-arch=compute_{arch}"]
+    _output(compiler, "-ptx", *flags, str(source), "-o", str(ptx))
+    log = _output(str(_beside(compiler)), "-v", "-O3", f"--gpu-name=sm_{arch}", str(ptx), "-o", str(cubin)).stderr
+    return Code(cubin, _threads(ptx.read_text()), log)
+
+
+def _built(source: Path, target: int, folder: Path) -> Code | None:
+    """From the object of the build, unless that is older than any source, or was made for other targets."""
+    newest = max(path.stat().st_mtime for path in SOURCES.iterdir())
+    for made in SOURCES.parents[1].glob(f"build/ninja-*/cuda/{source.name}.o"):
+        report = Path(f"{made}.log")
+        if made.stat().st_mtime < newest or not report.exists():
+            continue
+        reports = re.split(r"(?=ptxas info\s*: Compiling entry function)", report.read_text())
+        log = "".join(part for part in reports if f"for 'sm_{ARCHITECTURES[target]}'" in part)
+        cubin = folder / f"{source.stem}.sm_{ARCHITECTURES[target]}.cubin"
+        subprocess.run(
+            [sass.tool("cuobjdump"), "-xelf", cubin.name, str(made)], cwd=folder, check=True, capture_output=True
+        )
+        if log and cubin.exists():
+            text = _output(sass.tool("cuobjdump"), "-elf", str(cubin)).stdout
+            threads = {name: math.prod(int(n, 16) for n in sizes.split()) for name, sizes in _MAX_THREADS.findall(text)}
+            return Code(cubin, threads, log)
+    return None
+
+
+def _output(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=True)
 
 
 def readable(name: str) -> str:
@@ -121,8 +166,5 @@ def _threads(ptx: str) -> dict[str, int]:
     for name, directives in _THREADS.findall(ptx):
         match = _MAXNTID.search(directives)
         sizes = [int(n) for n in match.groups() if n] if match else [1024]
-        product = 1
-        for size in sizes:
-            product *= size
-        found[name] = product
+        found[name] = math.prod(sizes)
     return found
