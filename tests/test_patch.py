@@ -395,6 +395,16 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -
         pk.patch(model)
     assert type(model.token) is nn.Embedding and type(model.rnn) is nn.LSTM
 
+    class Wider(nn.Softplus):
+        __slots__ = ("more",)  # no instance of Softplus can become one
+
+    register(Rule(nn.Softplus, Wider, attributes=lambda module: {"added": 1}))
+    before = vars(softplus := nn.Softplus()).copy()
+    for _ in range(2):
+        with pytest.raises(TypeError, match="layout differs"):
+            pk.patch(softplus)
+        assert vars(softplus) == before
+
 
 def test_dropout_drops_its_share_and_its_gradient_the_same() -> None:
     model = nn.Sequential(nn.Dropout(0.3))

@@ -36,7 +36,8 @@ def readable(ids: Tensor) -> bool:
 def in_range(function: str, name: str, ids: Tensor, count: int) -> None:
     """Raises IndexError that names position and value of the first id outside [0, count).
 
-    Read for eager CPU tensors. Elsewhere the lookup itself raises (on CUDA, torch's device-side assertion).
+    Read for eager CPU tensors. Elsewhere it is for the kernels: native CPU code raises, on GPUs those of the embedding
+    room report (`pykernels._errors`) and others skip what is invalid.
     """
     if ids.numel() == 0 or not readable(ids):
         return

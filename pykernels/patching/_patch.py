@@ -120,10 +120,10 @@ def _swap(module: nn.Module, rule: Rule) -> None:
     kind = plain_class(module)
     target = rule.target or kind
     added = {key: value for key, value in rule.attributes(module).items() if key not in module.__dict__}
+    if target is not kind:  # first: where Python refuses it, nothing is left behind
+        module.__class__ = rebased(type(module), kind, target)
     module.__dict__.update(added)
     mark = module.__dict__[MARK] = [kind, target, list(added)]
-    if target is not kind:
-        module.__class__ = rebased(type(module), kind, target)
     if rule.apply is not None:
         mark.append(rule.apply(module))
 

@@ -57,7 +57,7 @@ def negative_sampling_loss(
             devices.
         ValueError: wrong shapes; unknown `reduction`.
         IndexError: a target or negative is outside [0, V), named with its position. Read on the CPU in eager mode;
-            elsewhere the lookup raises (on CUDA, torch's device-side assertion).
+            in compiled graphs the CPU's kernels raise. GPU kernels let such ids add nothing, and report nothing.
         BackendError: the named backend cannot serve the call.
     """
     name = "negative_sampling_loss"
