@@ -109,3 +109,12 @@ def test_module_and_explain() -> None:
     assert repr(module) == "NegativeSamplingLoss(reduction='sum')" and not module.state_dict()
     torch.testing.assert_close(module(X, W, TARGET, NEGATIVES), loss(X, W, TARGET, NEGATIVES, "sum"))
     assert pk.explain(module, X, W, TARGET, NEGATIVES).backend == "cpu"
+
+
+@pytest.mark.parametrize("backend", (None, "reference"))
+def test_negative_ids_are_errors_in_graphs_too(backend: str | None) -> None:
+    compiled = torch.compile(lambda t, n: loss(X, W, t, n, backend=backend), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(TARGET, NEGATIVES), loss(X, W, TARGET, NEGATIVES))
+    for target, negatives in ((TARGET - TARGET - 1, NEGATIVES), (TARGET, NEGATIVES - NEGATIVES - 1)):
+        with pytest.raises(IndexError):
+            compiled(target, negatives)

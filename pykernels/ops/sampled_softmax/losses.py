@@ -76,6 +76,8 @@ def negative_sampling_loss(
     check_reduction(name, reduction)
     for key, ids in (("target", target), ("negatives", negatives)):
         check_ids(name, key, ids, weight.shape[0], "input", input)
+    if is_compiling():  # nobody has read them; -1 would be padding to the operators, and the last row to torch's
+        target, negatives = (torch.where(ids < 0, weight.shape[0], ids) for ids in (target, negatives))
     backend = ROOM.resolve(name, backend, input)
     if backend == "reference":
         return reference.negative_sampling_loss(input, weight, target, negatives, reduction, sparse=sparse)
