@@ -335,7 +335,7 @@ def test_only_and_exclude(options: dict[str, Any], expected: list[str]) -> None:
 def test_a_wrong_selector_is_refused(argument: str) -> None:
     with pytest.raises(ValueError, match=rf"'{argument}': the model has no module named 'rnm'"):
         pk.patch(Model(), **{argument: "rnm"})
-    for wrong in (3, int, [None]):
+    for wrong in (3, int, [None], nn.GELU(), [nn.GELU()]):
         with pytest.raises(TypeError, match=f"'{argument}' must be names"):
             pk.patch(Model(), **{argument: wrong})
 

@@ -32,7 +32,7 @@ class Selection:
                 self.names.update(found)
             elif isinstance(selector, type) and issubclass(selector, nn.Module):
                 self.classes += (selector,)
-            elif callable(selector) and not isinstance(selector, type):
+            elif callable(selector) and not isinstance(selector, (type, nn.Module)):
                 self.predicates.append(selector)
             else:
                 raise TypeError(
