@@ -208,6 +208,14 @@ def test_input_of_no_columns(name: str) -> None:
             torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_a_cell_refuses_gradients_of_another_dtype() -> None:
+    x, w = torch.randn(3, 4).bfloat16(), torch.randn(16, 4).bfloat16()
+    y, _, *saved = torch.ops.pykernels.cell_forward.cpu(x, x, x, w, w, None, None, "lstm", True)
+    for dh, output in ((y.double(), y), (y, y.double()), (None, y.float())):
+        with pytest.raises(RuntimeError, match="dh and output must be BFloat16"):
+            torch.ops.pykernels.cell_backward.cpu(dh, None, x, x, x, w, w, output, *saved, "lstm", (True,) * 7)
+
+
 def test_operators_refuse_what_would_read_outside() -> None:
     """Operators may be called on their own (a saved graph); they check what guards memory."""
     x, h, w_ih, w_hh = torch.randn(6, 3), torch.randn(2, 4), torch.randn(16, 3), torch.randn(16, 4)

@@ -170,6 +170,8 @@ std::vector<Tensor> cell_backward(const Optional& dh, const Optional& dc, const 
   TORCH_CHECK(of_shape(dh, hidden) && of_shape(dc, hidden) && of_shape(output, hidden) && of_shape(gates, width) &&
                   of_shape(cells, hidden),
               "cell_backward: a saved tensor or gradient has another shape than its cell");
+  TORCH_CHECK((!dh || dh->scalar_type() == dtype) && (!output || output->scalar_type() == dtype),
+              "cell_backward: dh and output must be ", dtype, ", as the input is");
   TORCH_CHECK((lstm && cells && gates) || (gru && gates) || (!lstm && !gru && output), "cell_backward: nothing saved");
   std::vector<Tensor> found;
   const auto add = [&](bool wanted, Tensor t) {
