@@ -8,6 +8,9 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
+import importlib
+from typing import Any
+
 from . import functional, integrations, nn, optim, reference
 from ._backends import BackendError, Explanation, explain
 from ._errors import check_errors
@@ -33,3 +36,10 @@ __all__ = [
     "set_output_pool",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`pykernels.word2vec`, the trainer, imported when somebody asks for it."""
+    if name == "word2vec":
+        return importlib.import_module(f"{__name__}.word2vec")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

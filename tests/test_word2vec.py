@@ -390,3 +390,8 @@ def test_the_command(tmp_path: Path, text: Path) -> None:
     assert WordVectors.load(out, binary=True).vectors.shape[1] == 16
     result = CliRunner().invoke(main, ["train", "word2vec", "--text", str(tmp_path / "none")])
     assert result.exit_code == 2 and "none" in result.stderr
+
+
+def test_the_trainer_is_an_attribute_of_the_package() -> None:
+    code = "import pykernels as pk; assert pk.word2vec.Word2Vec; assert not hasattr(pk, 'word3vec')"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
