@@ -208,12 +208,17 @@ def test_input_of_no_columns(name: str) -> None:
             torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_a_cell_refuses_gradients_of_another_dtype() -> None:
+def test_a_cell_refuses_another_dtype_and_reads_strided_cells() -> None:
     x, w = torch.randn(3, 4).bfloat16(), torch.randn(16, 4).bfloat16()
     y, _, *saved = torch.ops.pykernels.cell_forward.cpu(x, x, x, w, w, None, None, "lstm", True)
     for dh, output in ((y.double(), y), (y, y.double()), (None, y.float())):
         with pytest.raises(RuntimeError, match="dh and output must be BFloat16"):
             torch.ops.pykernels.cell_backward.cpu(dh, None, x, x, x, w, w, output, *saved, "lstm", (True,) * 7)
+    gates, cells = saved
+    apart = torch.stack((cells, torch.full_like(cells, torch.nan)), 2)[..., 0]
+    for kept in (cells, apart):
+        found = torch.ops.pykernels.cell_backward.cpu(y, None, x, x, x, w, w, y, gates, kept, "lstm", (True,) * 7)
+        assert all(g.isfinite().all() for g in found)
 
 
 def test_operators_refuse_what_would_read_outside() -> None:

@@ -182,7 +182,7 @@ std::vector<Tensor> cell_backward(const Optional& dh, const Optional& dc, const 
     const Sequence sequence(input, h, std::nullopt);
     const Wanted wanted{mask[0], mask[1], mask[2], mask[3], mask[4], of_bias};
     const Tensor dy = dh ? *dh : at::zeros(h.sizes(), h.options());
-    const Saved saved{output ? *output : h, gates, cells};
+    const Saved saved{output ? *output : h, gates, cells ? Optional(cells->contiguous()) : cells};
     const bool amx = lstm && dtype == at::kBFloat16 && amx_usable();
     const Gradients out = amx ? backward_bfloat16(sequence, dy, std::nullopt, dc, layer, saved, wanted)
                               : backward_float(cell, sequence, dy, std::nullopt, dc, layer, saved, wanted);
