@@ -149,7 +149,7 @@ struct Gelu {
   template <bool P>
   static __device__ __forceinline__ float value(float x, float) {
     if constexpr (P) return x * normal_cdf(x);
-    const float bounded = fabsf(fminf(x, 1e4f));  // inf must not meet a tail of 0; at -inf, NaN is right
+    const float bounded = fabsf(fminf(x, 1e4f));             // inf must not meet a tail of 0; at -inf, NaN is right
     return fmaxf(x, 0.f) - bounded * normal_tail(fabsf(x));  // of x, which keeps a NaN
   }
   // dy (Phi(x) + x phi(x)); for 16 bits phi(x) is Phi(-|x|) times its hazard, which is nearly linear in |x|.
