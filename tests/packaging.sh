@@ -17,6 +17,9 @@ site = next(pathlib.Path(sys.argv[1]).glob("lib/python*/site-packages"))
 # a .pth of its site-packages, without processing the .pth files there: an editable pykernels must stay invisible
 (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
 PY
+  # The same ninja too: another version would compile everything again.
+  ninja=$("$base" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/ninja
+  [ -x "$ninja" ] && ln -s "$ninja" "$work/$1/bin/ninja" || true
 }
 check() {  # check NAME BACKEND: import and run outside the repository, nothing of it on the path
   (cd "$work" && "$work/$1/bin/python" - "$2" <<'PY'
