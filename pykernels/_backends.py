@@ -289,6 +289,11 @@ class Room:
         return wanted
 
 
+def room_named(name: str) -> Room:
+    """The room of this name that the operators have made (importing `pykernels` makes all)."""
+    return _rooms[name]
+
+
 @contextmanager
 def default_backend(name: str | None, origin: str) -> Iterator[None]:
     """Calls that name no backend take this one, in place of PYKERNELS_BACKEND's; messages name `origin`.
@@ -307,8 +312,8 @@ def default_backend(name: str | None, origin: str) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for room in _rooms.values():
-        room._resolved.clear()
+    for made in _rooms.values():
+        made._resolved.clear()
 
 
 def _resolve_while_tracing(

@@ -204,6 +204,7 @@ def test_time_ends_a_run(book: str) -> None:
 
 
 def test_a_named_backend_serves_or_says_why_not(book: str) -> None:
+    CliRunner().invoke(main, ["info"])  # which looks at the rooms, and once made them anew
     chosen = json.loads(train("gpt", book, "--steps", 3, "--backend", "reference", "--json").stdout)
     auto = json.loads(train("gpt", book, "--steps", 3, "--json").stdout)
     assert chosen["losses"] == pytest.approx(auto["losses"], rel=1e-5)

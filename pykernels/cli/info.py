@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import output_pool
-from .._backends import BACKENDS, PREFERENCE, Room
+from .._backends import BACKENDS, PREFERENCE, room_named
 from ..testing import machine
 from ..testing.spec import ROOMS
 from ._output import console, json_option, print_json
@@ -28,7 +28,7 @@ _VARIABLES = {
 def command(as_json: bool) -> None:
     """Versions, devices and backends; what is missing, why, and the command that gets it."""
     here = machine.describe()
-    absent = {name: Room(name).absent for name in ROOMS}
+    absent = {name: room_named(name).absent for name in ROOMS}
     variables = {name: os.environ.get(name) for name in _VARIABLES}
     if as_json:
         backends = {
