@@ -18,9 +18,10 @@ from . import _attention_launch as launching
 from . import _lib
 from ._attention_backward import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel, attention_rows_kernel
 from ._attention_bias import attention_bwd_dbias_kernel, attention_bwd_dbias_rows_kernel
+from ._attention_decode_launch import attention_decode
 from ._attention_forward import attention_fwd_kernel
 
-__all__ = ["attention_backward", "attention_forward", "unsupported"]
+__all__ = ["attention_backward", "attention_decode", "attention_forward", "unsupported"]
 
 
 def unsupported(x: Tensor, *features: str) -> str | None:

@@ -18,7 +18,7 @@
 #include <string_view>
 #include <vector>
 
-#include "attention_kernels.h"
+#include "attention_tensors.h"
 #include "isa.h"
 #include "scratch.h"
 
@@ -39,39 +39,12 @@ bool amx() {
   return found;
 }
 
-const AttentionKernels& vector_kernels() {
-  TORCH_CHECK(isa() != Isa::kNone, "pykernels: ", isa_refusal());
-  return isa() == Isa::kAvx2 ? *attention_kernels_avx2() : *attention_kernels_avx512();
-}
-
 const AttentionKernels& kernels(Element element) {
   return element == Element::kBFloat16 && amx() ? *attention_kernels_amx() : vector_kernels();
 }
 
 // Packed sequences of one query each are not worth a path of their own.
 bool one_query(const AttentionArgs& a) { return a.q_length == 1 && !a.q_ends; }
-
-Element element_of(const Tensor& x, const char* name) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return Element::kFloat;
-    case at::kBFloat16:
-      return Element::kBFloat16;
-    case at::kHalf:
-      return Element::kHalf;
-    default:
-      TORCH_CHECK_NOT_IMPLEMENTED(false, "attention: ", name, " must be float32, bfloat16 or float16, got ",
-                                  x.scalar_type());
-  }
-}
-
-Tensor unit_rows(const Tensor& x) { return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous(); }
-
-Strided strided(const Tensor& x) {
-  void* const data = const_cast<void*>(x.const_data_ptr());
-  if (x.dim() == 3) return {data, 0, x.stride(1), x.stride(0)};  // packed: (total, heads, head size)
-  return {data, x.stride(0), x.stride(1), x.stride(2)};
-}
 
 Strided strided_lse(const Tensor& x) {
   void* const data = const_cast<void*>(x.const_data_ptr());
@@ -86,14 +59,6 @@ Plane plane(const Tensor& x) {
 
 // Keys contiguous or broadcast, as the kernels read planes.
 Tensor plane_rows(const Tensor& x) { return x.size(3) <= 1 || x.stride(3) <= 1 ? x : x.contiguous(); }
-
-// A dense tensor with x's order of heads and positions.
-Tensor rows_like(const Tensor& x, at::IntArrayRef shape) {
-  if (x.dim() == 4 && x.stride(1) < x.stride(2)) {
-    return at::empty({shape[0], shape[2], shape[1], shape[3]}, x.options()).transpose(1, 2);
-  }
-  return at::empty(shape, x.options());
-}
 
 // Whether a tensor holds numbers that a weight of 0 does not silence: NaN, infinities, or finite ones whose products
 // may become infinite (from 2^60 on). Only then is it worth the time to find the keys that masks, bias and position
@@ -296,12 +261,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& ke
   a.lse = strided_lse(lse);
   a.lse_low = lse_low.mutable_data_ptr<float>();
   if (one_query(a)) {
+    a.splits = 1;
     const AttentionKernels& kernel = vector_kernels();
     const size_t bytes = kernel.decode_bytes(a);
     at::parallel_for(0, a.batch * a.kv_heads, 1, [&](int64_t begin, int64_t end) {
       void* const memory = scratch(bytes);
       for (int64_t owner = begin; owner < end; ++owner)
-        kernel.decode(a, memory, owner / a.kv_heads, owner % a.kv_heads);
+        kernel.decode(a, memory, owner / a.kv_heads, owner % a.kv_heads, 0);
     });
     return {out, lse, lse_low};
   }

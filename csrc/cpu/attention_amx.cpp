@@ -91,8 +91,8 @@ PK_INLINE int64_t share_of(int64_t steps, int64_t products) { return (steps + pr
 }  // namespace
 
 const AttentionKernels* attention_kernels_amx() {
-  static constexpr AttentionKernels kernels{kForwardQ, forward_bytes, backward_bytes, forward,
-                                            backward,  find_seen,     nullptr,        nullptr};
+  static constexpr AttentionKernels kernels{kForwardQ, forward_bytes, backward_bytes, forward, backward,
+                                            find_seen, nullptr,       nullptr,        nullptr, nullptr};
   return &kernels;
 }
 

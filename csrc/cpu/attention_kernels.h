@@ -29,6 +29,14 @@ struct AttentionArgs {
   const int64_t *q_ends, *k_ends;  // batch + 1 of each, or null
   const int64_t* first_element;    // of each sequence: the index of its element (0, 0, 0) in the dropout mask; or null
 
+  // A cache, in decoding only. lengths: keys of each batch entry, or null. blocks: which block of block_size keys lies
+  // where, a row of block_row for each entry, or null; then `batch` of k and v is the step from block to block.
+  const int64_t* lengths;
+  const int32_t* blocks;
+  int64_t block_row, block_size;
+  int64_t splits;  // parts of the keys, each with sums of its own in `parts`; 1: out is written at once
+  float* parts;
+
   double scale;
   float softcap;  // 0: none
   bool causal, bottom_right;
@@ -37,7 +45,7 @@ struct AttentionArgs {
 
   Strided q, k, v, out, dout, dq, dk, dv;
   Strided lse;        // float; row is the stride between queries
-  float* lse_low;     // what rounding lse to a float has left out; strides as lse
+  float* lse_low;     // what rounding lse to a float has left out; strides as lse; null: not wanted
   const float* dlse;  // strides as lse
   const float* slopes;
   int64_t slopes_batch;
@@ -64,9 +72,12 @@ struct AttentionKernels {
   void (*backward)(const AttentionArgs&, void* scratch, int64_t b, int64_t kv);
   // Clears the bytes of `seen` (k_length) of the keys that no query of the key head sees, for all masks together.
   void (*find_seen)(const AttentionArgs&, int64_t b, int64_t kv, uint8_t* seen);
-  // Forward of calls with one query, a key head at a time; null where the kernels of another set are better.
+  // Forward of calls with few queries, one part of the keys of a key head at a time; with more than one part they are
+  // then merged, a key head at a time. Null where the kernels of another set are better.
   size_t (*decode_bytes)(const AttentionArgs&);
-  void (*decode)(const AttentionArgs&, void* scratch, int64_t b, int64_t kv);
+  void (*decode)(const AttentionArgs&, void* scratch, int64_t b, int64_t kv, int64_t split);
+  void (*decode_merge)(const AttentionArgs&, void* scratch, int64_t b, int64_t kv);
+  int64_t (*decode_part)(const AttentionArgs&);  // floats in `parts` for each key head of each entry and each part
 };
 
 const AttentionKernels* attention_kernels_avx2();

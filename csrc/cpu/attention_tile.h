@@ -77,6 +77,7 @@ PK_INLINE Head head_of(const AttentionArgs& a, int64_t b, int64_t h) {
     x.k_start = a.k_ends[b];
     x.k_length = a.k_ends[b + 1] - x.k_start;
   }
+  if (a.lengths) x.k_length = a.lengths[b];
   x.offset = a.bottom_right ? x.k_length - x.q_length : 0;
   x.prefix = a.prefix ? a.prefix[b] : 0;
   const int64_t first = a.first_element ? a.first_element[b] : b * a.heads * x.q_length * x.k_length;

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._random import keep_mask, philox_words
 
-__all__ = ["attention", "dropout_mask", "merge_attention", "scaled_dot_product_attention"]
+__all__ = ["attention", "attention_decode", "dropout_mask", "merge_attention", "scaled_dot_product_attention"]
 
 
 def scaled_dot_product_attention(
@@ -143,6 +143,58 @@ def attention(
     out = torch.cat([*outs, value.new_empty(0, query.shape[1], value.shape[2])])
     lse = torch.cat([*lses, torch.empty(0, query.shape[1], dtype=_lse_dtype(query), device=query.device)])
     return (out, lse) if return_lse else out
+
+
+def attention_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_lengths: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    scale: float | None = None,
+    num_splits: int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention(causal=True)` of each entry's queries over the first cache_lengths_b keys of its cache.
+
+    With p = i + cache_lengths_b - Lq: query i sees keys p - left <= j <= p. With a block table key j of entry b is row
+    j % block_size of block block_table[b, j // block_size]. num_splits changes nothing here.
+    """
+    dtype = query.dtype
+    if block_table is not None:
+        blocks = block_table.long().clamp(0, max(key_cache.shape[0] - 1, 0))  # those beyond a length may be anything
+        key_cache, value_cache = (x[blocks].transpose(1, 2).flatten(2, 3) for x in (key_cache, value_cache))
+    if dtype in (torch.float16, torch.bfloat16):
+        query, key_cache, value_cache = query.float(), key_cache.float(), value_cache.float()
+    rows = torch.arange(query.shape[2], device=query.device) - query.shape[2]
+    place = (cache_lengths.long().unsqueeze(-1) + rows)[:, None, :, None]
+    distance = torch.arange(key_cache.shape[2], device=query.device) - place
+    allowed = distance <= 0
+    if window is not None and window[0] >= 0:
+        allowed = allowed & (distance >= -window[0])
+    bias = None
+    if alibi_slopes is not None:
+        bias = -alibi_slopes.to(query.dtype).unsqueeze(-1).unsqueeze(-1) * distance.abs()
+    scale = _scale(scale, query.shape[-1])
+    options = False, None, softcap, 0.0, scale, None, 0
+    out, lse = _masked_attention(
+        query,
+        key_cache,
+        value_cache,
+        bias,
+        allowed,
+        None,
+        None,
+        None,
+        sinks,
+        *options,  # type: ignore[arg-type]
+    )
+    return (out.to(dtype), lse) if return_lse else out.to(dtype)
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

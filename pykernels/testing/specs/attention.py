@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ... import reference
 from ..spec import Case, Input, OpSpec
+from . import _attention_decode as decoding
 
 KERNELS = ("cpu", "triton", "cuda", "emulator")
 
@@ -298,5 +299,15 @@ SPECS = (
         flops=_flops,
         saved=_saved,
         long_sums=_LONG_SUMS,
+    ),
+    OpSpec(
+        "attention_decode",
+        "attention",
+        decoding.cases(),
+        peer=decoding.dense,
+        kernels=("cpu", "triton"),
+        bytes_moved=decoding.moved,
+        flops=decoding.flops,
+        differentiable=False,
     ),
 )

@@ -1,0 +1,48 @@
+// What the attention room's operators do alike with tensors: element types, strides, layouts of outputs.
+#pragma once
+#include <ATen/ops/empty.h>
+
+#include "attention_kernels.h"
+#include "isa.h"
+
+namespace pk {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline const AttentionKernels& vector_kernels() {
+  TORCH_CHECK(isa() != Isa::kNone, "pykernels: ", isa_refusal());
+  return isa() == Isa::kAvx2 ? *attention_kernels_avx2() : *attention_kernels_avx512();
+}
+
+inline Element element_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case at::kFloat:
+      return Element::kFloat;
+    case at::kBFloat16:
+      return Element::kBFloat16;
+    case at::kHalf:
+      return Element::kHalf;
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, "attention: ", name, " must be float32, bfloat16 or float16, got ",
+                                  x.scalar_type());
+  }
+}
+
+inline Tensor unit_rows(const Tensor& x) { return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous(); }
+
+inline Strided strided(const Tensor& x) {
+  void* const data = const_cast<void*>(x.const_data_ptr());
+  if (x.dim() == 3) return {data, 0, x.stride(1), x.stride(0)};  // packed: (total, heads, head size)
+  return {data, x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// A dense tensor with x's order of heads and positions.
+inline Tensor rows_like(const Tensor& x, at::IntArrayRef shape) {
+  if (x.dim() == 4 && x.stride(1) < x.stride(2)) {
+    return at::empty({shape[0], shape[2], shape[1], shape[3]}, x.options()).transpose(1, 2);
+  }
+  return at::empty(shape, x.options());
+}
+
+}  // namespace pk

@@ -1,0 +1,206 @@
+"""Decoding over a cache: what the contract's cases do not show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import BACKENDS, DEVICE
+from torch import Tensor
+
+import pykernels as pk
+from pykernels.ops.attention import decode
+from pykernels.testing.run import check_case
+from pykernels.testing.spec import load
+from pykernels.testing.specs._attention_decode import gathered
+
+attention_decode = pk.functional.attention_decode
+(SPEC,) = (spec for spec in load("attention") if spec.name == "attention_decode")
+over_backends = pytest.mark.parametrize("backend", [b for b in SPEC.kernels if b in BACKENDS])
+LENGTHS = torch.tensor([37, 0, 64, 1], dtype=torch.int32, device=DEVICE)
+
+
+def dense_cache(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """query (4, 4, 2, 16), key and value (4, 2, 64, 16)."""
+    shapes = (4, 4, 2, 16), (4, 2, 64, 16), (4, 2, 64, 16)
+    return [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
+
+
+def in_blocks(cache: Tensor, table: Tensor, blocks: int, fill: float) -> Tensor:
+    """The other way round than `gathered`."""
+    size = cache.shape[2] // table.shape[1]
+    found = cache.new_full((blocks, cache.shape[1], size, cache.shape[3]), fill)
+    found[table.long()] = cache.unflatten(2, (-1, size)).transpose(1, 2)
+    return found
+
+
+@over_backends
+def test_is_attention_of_each_sequence(backend: str) -> None:
+    q, k, v = dense_cache()
+    sinks, slopes = torch.randn(4, device=DEVICE), torch.rand(4, device=DEVICE)
+    for options in ({}, {"window": (11, -1)}, {"softcap": 2.0, "sinks": sinks, "alibi_slopes": slopes, "scale": 0.3}):
+        out, lse = attention_decode(q, k, v, LENGTHS, return_lse=True, backend=backend, **options)
+        for b, n in enumerate(LENGTHS.tolist()):
+            one = (q[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n])
+            expected = pk.reference.attention(*one, causal=True, return_lse=True, **options)
+            torch.testing.assert_close(out[b : b + 1], expected[0])
+            torch.testing.assert_close(lse[b : b + 1], expected[1])
+    assert not attention_decode(q, k, v, LENGTHS, backend=backend)[1].any(), "an empty cache gives 0"
+
+
+@over_backends
+def test_what_is_not_seen_is_not_read(backend: str) -> None:
+    """NaN beyond the lengths and before the windows, blocks that no table names, entries that mean nothing."""
+    q, k, v = dense_cache()
+    clean = attention_decode(q, k, v, LENGTHS, window=(20, -1), return_lse=True, backend=backend)
+    place = torch.arange(64, device=DEVICE)
+    hidden = (place >= LENGTHS[:, None]) | (place < LENGTHS[:, None] - 22)
+    for x in (k, v):
+        x.masked_fill_(hidden[:, None, :, None], torch.nan)
+    table = torch.randperm(40, device=DEVICE)[:32].view(4, 8).to(torch.int32)
+    paged = [in_blocks(x, table, 40, torch.nan) for x in (k, v)]
+    table[1], table[3, 1:], table[2, :5] = -1, 12345, 99
+    for cache, options in (((k, v), {}), (paged, {"block_table": table})):
+        found = attention_decode(q, *cache, LENGTHS, window=(20, -1), return_lse=True, backend=backend, **options)
+        assert all(torch.equal(a, b) for a, b in zip(found, clean, strict=True))
+
+
+@over_backends
+def test_parts_and_layouts(backend: str) -> None:
+    """The same numbers however the keys are cut and wherever they lie: heads and positions in any order, tables and
+    lengths with strides, 64-bit lengths."""
+    q, k, v = dense_cache()
+    expected = attention_decode(q, k, v, LENGTHS, num_splits=1, backend=backend)
+    for splits in (2, 5, 256 if backend == "cpu" else 9):
+        torch.testing.assert_close(attention_decode(q, k, v, LENGTHS, num_splits=splits, backend=backend), expected)
+    other = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    strided = torch.stack((LENGTHS.long(), LENGTHS.long() + 99), 1)[:, 0]
+    out = attention_decode(*other, strided, num_splits=1, backend=backend)
+    assert torch.equal(out, expected) and out.transpose(1, 2).is_contiguous()
+    table = torch.randperm(32, device=DEVICE).view(8, 4).to(torch.int32).t()
+    paged = [in_blocks(x, table, 32, torch.nan) for x in (k, v)]
+    assert all(torch.equal(gathered(x, table), y) for x, y in zip(paged, (k, v), strict=True))
+    out = attention_decode(q, *paged, LENGTHS, block_table=table, num_splits=1, backend=backend)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="threads of the native kernels")
+@pytest.mark.parametrize("splits", [None, 3])
+def test_threads_change_no_bit(splits: int | None) -> None:
+    q, k, v = torch.randn(1, 4, 1, 16), *torch.randn(2, 1, 2, 4096, 16)
+    lengths = torch.tensor([4001])
+    one = attention_decode(q, k, v, lengths, num_splits=splits, backend="cpu")
+    torch.set_num_threads(2)
+    try:
+        two = attention_decode(q, k, v, lengths, num_splits=splits, backend="cpu")
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(one, two)
+
+
+@over_backends
+def test_many_keys(backend: str) -> None:
+    """Parts of several tiles each, ragged; also as the backend itself cuts them."""
+    q, k, v = torch.randn(2, 4, 1, 64, device=DEVICE), *torch.randn(2, 2, 1, 1100, 64, device=DEVICE)
+    lengths = torch.tensor([1037, 700], device=DEVICE)
+    expected = pk.reference.attention_decode(q, k, v, lengths)
+    for splits in (None, 2):
+        torch.testing.assert_close(attention_decode(q, k, v, lengths, num_splits=splits, backend=backend), expected)
+
+
+Bad = tuple[Callable[[], Any], type[Exception], str]
+
+
+def bad_calls() -> dict[str, Bad]:
+    q, k, v = dense_cache()
+    table = torch.zeros(4, 8, dtype=torch.int32, device=DEVICE)
+    f, n = attention_decode, LENGTHS
+    return {
+        "query": (lambda: f([1], k, v, n), TypeError, "'query' must be Tensor, not list"),
+        "integers": (lambda: f(q.long(), k, v, n), NotImplementedError, "'query' of dtype torch.int64"),
+        "dtype": (lambda: f(q, k.half(), v, n), RuntimeError, "'key_cache' is torch.float16 but 'query'"),
+        "dimensions": (lambda: f(q[0], k, v, n), RuntimeError, "'query' must have the dimensions (batch, heads"),
+        "head size": (lambda: f(q, k[..., :8], v, n), RuntimeError, "head size 16, not 8"),
+        "value": (lambda: f(q, k, v[:, :, :9], n), RuntimeError, "'value_cache' must have key_cache's shape"),
+        "heads": (lambda: f(q[:, :3], k, v, n), RuntimeError, "divides query's 3, not 2"),
+        "batch": (lambda: f(q, k[:3], v[:3], n), RuntimeError, "query's batch size 4, not 3"),
+        "lengths": (lambda: f(q, k, v, n[:3]), RuntimeError, "'cache_lengths' must have the shape (4,), not (3,)"),
+        "floats": (lambda: f(q, k, v, n.float()), RuntimeError, "'cache_lengths' must be int32 or int64"),
+        "table": (lambda: f(q, k, v, n, block_table=table.long()), RuntimeError, "'block_table' must be int32"),
+        "rows": (lambda: f(q, k, v, n, block_table=table[:2]), RuntimeError, "the shape (4, max_blocks), not (2, 8)"),
+        "sinks": (lambda: f(q, k, v, n, sinks=q[0, 0, 0]), RuntimeError, "'sinks' must have the shape (4,)"),
+        "window": (lambda: f(q, k, v, n, window=(-2, 0)), ValueError, "'window' must hold numbers >= -1"),
+        "softcap": (lambda: f(q, k, v, n, softcap=0.0), ValueError, "'softcap' must be positive, not 0.0"),
+        "splits": (lambda: f(q, k, v, n, num_splits=0), ValueError, "'num_splits' must be in [1, 256], not 0"),
+        "check": (lambda: f(q, k, v, n, bounds_check="no"), ValueError, "error, sync, none, not 'no'"),
+        "gradient": (lambda: f(q, k, v.requires_grad_(), n), RuntimeError, "'value_cache' requires grad"),
+    }
+
+
+@pytest.mark.parametrize("mistake", bad_calls())
+def test_bad_arguments(mistake: str) -> None:
+    call, error, message = bad_calls()[mistake]
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+
+
+BAD_VALUES = {
+    "long": ("cache_lengths[2] is 65, which is not in [0, 65)", {"lengths": (2, 65)}),
+    "negative": ("cache_lengths[0] is -1, which is not in [0, 65)", {"lengths": (0, -1)}),
+    "block": ("block_table[2, 7] is 8, which is not in [0, 8)", {"table": ((2, 7), 8)}),
+    "negative block": ("block_table[0, 4] is -3, which is not in [0, 8)", {"table": ((0, 4), -3)}),
+}
+
+
+def with_bad_values(change: dict[str, Any]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    q, (k, v) = dense_cache()[0], torch.randn(2, 8, 2, 8, 16, device=DEVICE)
+    lengths, table = LENGTHS.clone(), torch.arange(32, dtype=torch.int32, device=DEVICE).view(4, 8) % 8
+    if "lengths" in change:
+        lengths[change["lengths"][0]] = change["lengths"][1]
+    else:
+        table[change["table"][0]] = change["table"][1]
+    return [q, k, v, lengths], {"block_table": table}
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="what eager mode on the CPU raises; GPUs report")
+@pytest.mark.parametrize("mistake", BAD_VALUES)
+@pytest.mark.parametrize("backend", ["reference", *SPEC.kernels[:1]])
+def test_values_out_of_range_on_the_cpu(backend: str, mistake: str) -> None:
+    message, change = BAD_VALUES[mistake]
+    inputs, options = with_bad_values(change)
+    with pytest.raises(IndexError, match=re.escape(message)):
+        attention_decode(*inputs, **options, backend=backend)
+
+
+def test_autocast_and_tracing() -> None:
+    q, k, v = dense_cache(torch.bfloat16)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = attention_decode(q.float(), k, v, LENGTHS)
+    assert torch.equal(out, attention_decode(q, k, v, LENGTHS))
+    assert pk.explain(attention_decode, q, k, v, LENGTHS).backend == ("cpu" if DEVICE == "cpu" else "triton")
+    wide = [torch.cat([x] * 20, -1).double() for x in (q, k, v)]
+    assert pk.explain(attention_decode, *wide, LENGTHS).backend == "reference"
+    assert attention_decode(*wide, LENGTHS).shape == (4, 4, 2, 320)
+
+
+MISTAKES: dict[str, Callable[..., Any]] = {
+    "a length too short": lambda k, q, key, value, n, *a: k(q, key, value, (n - 1).clamp(min=0), *a),
+    "without its window": lambda k, *a: k(*a[:7], -1, *a[8:]),
+    "without sinks": lambda k, *a: k(*a[:5], None, *a[6:]),
+    "slopes of the wrong sign": lambda k, *a: k(*a[:6], None if a[6] is None else -a[6], *a[7:]),
+    "the table's rows in another order": lambda k, *a: k(*a[:4], None if a[4] is None else a[4].flip(0), *a[5:]),
+    "queries in another order": lambda k, q, *a: (lambda out, lse: (out.flip(2), lse))(*k(q, *a)),
+    "lse in powers of two": lambda k, *a: (lambda out, lse: (out, lse * 1.4427))(*k(*a)),
+}
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="plants in the native kernel")
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_is_found(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = decode.attention_decode_forward["cpu"]
+    wrong = {"cpu": lambda *arguments: MISTAKES[mistake](kernel, *arguments)}
+    monkeypatch.setattr(decode, "attention_decode_forward", wrong)
+    assert not all(c.passed for case in SPEC.cases for c in check_case(SPEC, case, "cpu", torch.float32))
