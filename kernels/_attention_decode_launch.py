@@ -71,7 +71,7 @@ def attention_decode(
     widest = launching.padded(max(size, value_size))
     if widest > launching.WIDEST:
         raise NotImplementedError(
-            f"attention_decode: the Triton kernels take head sizes up to {launching.WIDEST}, not {max(size, value_size)}"
+            f"attention_decode: the Triton kernels take head sizes up to {launching.WIDEST}, not {widest}"
         )
     out = launching.rows_like(query, (batch, heads, lq, value_size))
     lse = query.new_empty((batch, heads, lq), dtype=torch.float32)
