@@ -6,7 +6,9 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 WORKERS ?= 2
 
-HAS_TORCH := $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo yes)
+# An older torch than pyproject.toml asks for would be replaced by pip; that environment is left alone.
+HAS_TORCH := $(shell $(PYTHON) -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11)" \
+    2>/dev/null && echo yes)
 ifeq ($(HAS_TORCH),yes)
 PY := $(PYTHON)
 STATE := build
@@ -50,20 +52,28 @@ wheel: $(STATE)/.packages
 build: $(STATE)/.built-cpu
 build-all: $(STATE)/.built-all
 
+# What would fail minutes later, said at once and with the way out.
 $(STATE)/.packages: pyproject.toml
-	[ "$(HAS_TORCH)" = yes ] || $(PYTHON) -m venv .venv
-	[ "$(HAS_TORCH)" = yes ] || $(PY) -m pip install -q "$(TORCH)" "$(TRITON)" numpy  # torch warns without numpy
-	$(PY) -m pip install -q "setuptools>=77" wheel "pybind11>=2.13" ninja
-	mkdir -p $(STATE) && touch $@
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 10) and "pykernels needs Python 3.10 or later; \
+	$(PYTHON) is %d.%d. Name another: make $(MAKECMDGOALS) PYTHON=python3.12" % v)'
+	@command -v $${CXX:-g++} > /dev/null || { echo "The CPU kernels need a C++ compiler: apt install g++ (or name \
+	yours: CXX=...). Without one: pip install ."; exit 1; }
+	@[ "$(HAS_TORCH)" = yes ] || echo "torch into .venv (this interpreter has none of 2.11 or later)"
+	@[ "$(HAS_TORCH)" = yes ] || $(PYTHON) -m venv .venv
+	@[ "$(HAS_TORCH)" = yes ] || $(PY) -m pip install -q "$(TORCH)" "$(TRITON)" numpy  # torch warns without numpy
+	@$(PY) -m pip install -q "setuptools>=77" wheel "pybind11>=2.13" ninja
+	@mkdir -p $(STATE) && touch $@
 
 # Only what the demo needs; no nvcc, no emulator.
 $(STATE)/.built-cpu: $(STATE)/.packages $(SOURCES)
+	@echo "Compiling the CPU kernels (some minutes, once)"
 	PYKERNELS_BUILD=cpu $(PY) -m pip install -q -e . --no-build-isolation
-	touch $@
+	@touch $@
 
 $(STATE)/.built-all: $(STATE)/.packages $(SOURCES)
+	@echo "Compiling the CPU kernels, the emulator and, where nvcc is found, the CUDA kernels (some minutes, once)"
 	PYKERNELS_BUILD=all $(PY) -m pip install -q -e ".[test,lint]" --no-build-isolation
-	touch $@ $(STATE)/.built-cpu
+	@touch $@ $(STATE)/.built-cpu
 
 clean:
 	rm -rf build dist *.egg-info pykernels/*.so pykernels/_cpu_ext.torch .venv

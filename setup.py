@@ -7,8 +7,9 @@
 | pykernels._cuda_ext     | nvcc | -                          | csrc/cuda for GPUs, torch-free, static cudart |
 
 What cannot be built is left out with one line saying why (and `pykernels info` repeats it); the package then works
-without it. All modules are written into one ninja file, because kernels need flags per file (instruction sets,
-instrumentation, GPU architectures), which setuptools cannot express.
+without it. pip builds in an environment of its own, without torch: the torch that counts is then that of the
+environment which pip installs into, and its interpreter is asked. All modules are written into one ninja file, because
+kernels need flags per file (instruction sets, instrumentation, GPU architectures), which setuptools cannot express.
 
 PYKERNELS_BUILD: auto (default: cpu, and cuda where nvcc is found), all (auto plus the emulator), none, or a comma
 list of cpu, cuda, emulator; what a list names, or `all` names and nvcc can serve, must build. TORCH_CUDA_ARCH_LIST,
@@ -17,6 +18,8 @@ MAX_JOBS, CUDA_HOME and CXX are respected.
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import platform
 import re
@@ -33,6 +36,8 @@ ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 CXX = os.environ.get("CXX") or "g++"
 KINDS = ("cpu", "emulator", "cuda")
+OLDEST_TORCH = (2, 11)  # as in pyproject.toml
+OLDEST_GXX = 11  # the first with AMX
 
 WARNINGS = "-Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-psabi"
 # -fno-gnu-unique and hidden visibility: the modules share symbol names and live in one process.
@@ -49,13 +54,42 @@ ISA_FLAGS = {
 }
 
 
-def torch_or_none():
-    try:
-        import torch
-        import torch.utils.cpp_extension
-    except ImportError:
-        return None
-    return torch
+ASK_TORCH = """
+import json, torch
+from torch.utils import cpp_extension as c
+print(json.dumps([torch.__version__, c.include_paths(), c.library_paths()[0], int(torch.compiled_with_cxx11_abi())]))
+"""
+
+
+@functools.lru_cache
+def torch_here() -> tuple[str, list[str], str, int] | None:
+    """Version, include folders, library folder and C++ ABI of torch, or None."""
+    for options in ([], ["-E"]):  # -E forgets the PYTHONPATH by which pip hides the environment that it installs into
+        answer = subprocess.run([sys.executable, *options, "-c", ASK_TORCH], cwd="/", capture_output=True, text=True)
+        if answer.returncode == 0:
+            return tuple(json.loads(answer.stdout.splitlines()[-1]))
+    return None
+
+
+def pybind11_include() -> str:
+    """The headers that torch ships, at a path that stays (pip's own environments come and go); else the package's."""
+    shipped = [p for p in (torch_here() or ("", []))[1] if Path(p, "pybind11").is_dir()]
+    if shipped:
+        return shipped[0]
+    import pybind11
+
+    return pybind11.get_include()
+
+
+def compiler_trouble() -> str | None:
+    """Why the C++ compiler cannot build anything of ours."""
+    if shutil.which(CXX.split()[0]) is None:
+        return f"no C++ compiler ({CXX}) was found"
+    if Path(CXX.split()[0]).name.startswith("g++"):
+        version = subprocess.run([*CXX.split(), "-dumpfullversion"], capture_output=True, text=True).stdout.strip()
+        if version[:1].isdigit() and int(version.split(".")[0]) < OLDEST_GXX:
+            return f"{CXX} is version {version}; {OLDEST_GXX} or later is needed (CXX=... names another)"
+    return None
 
 
 def find_nvcc() -> str | None:
@@ -107,18 +141,18 @@ def plan() -> tuple[dict[str, str | None], list[str]]:
     named = set(wish.split(",")) & set(KINDS)
     wanted = {"auto": {"cpu", "cuda"}, "all": set(KINDS), "none": set()}.get(wish, named)
     reasons: dict[str, str] = {}
-    torch, nvcc, gxx = torch_or_none(), find_nvcc(), shutil.which(CXX.split()[0])
+    torch, nvcc, trouble = torch_here(), find_nvcc(), compiler_trouble()
     if sys.platform != "linux" or platform.machine() != "x86_64":
         reasons = dict.fromkeys(
             KINDS, f"the extensions are built on Linux x86-64 only, this is {sys.platform} {platform.machine()}"
         )
-    if gxx is None:
+    if trouble:
         for kind in KINDS:
-            reasons.setdefault(kind, f"no C++ compiler ({CXX}) was found")
+            reasons.setdefault(kind, trouble)
     if torch is None:
-        reasons.setdefault(
-            "cpu", "torch cannot be imported at build time: install torch, then use --no-build-isolation"
-        )
+        reasons.setdefault("cpu", "torch is not installed: install it first")
+    elif tuple(int(part) for part in torch[0].split(".")[:2]) < OLDEST_TORCH:
+        reasons.setdefault("cpu", f"torch {torch[0]} is too old: {'.'.join(map(str, OLDEST_TORCH))} or later is needed")
     if nvcc is None:
         reasons.setdefault("cuda", "no nvcc was found (set CUDA_HOME)")
     for kind in sorted(named & reasons.keys()):
@@ -138,9 +172,7 @@ class Ninja:
     """The text of a build.ninja, target by target."""
 
     def __init__(self, nvcc: str | None) -> None:
-        import pybind11
-
-        self.python = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
+        self.python = f"-I{pybind11_include()} -I{sysconfig.get_path('include')}"
         self.lines = [
             f"rule cxx\n command = {CXX} -MMD -MF $out.d $flags -c $in -o $out\n depfile = $out.d\n deps = gcc",
             f"rule link\n command = {CXX} -shared $in -o $out $libs",
@@ -160,18 +192,15 @@ class Ninja:
         self.lines.append(f"build {target}: link {' '.join(objects)}\n libs = {libs}")
 
     def cpu(self, target: Path) -> None:
-        from torch.utils import cpp_extension
-
-        torch = torch_or_none()
-        includes = " ".join(f"-isystem {p}" for p in cpp_extension.include_paths())
-        abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-        version = f'-DPK_TORCH_VERSION=\\"{torch.__version__}\\" -DPK_MODULE=_cpu_ext'
+        version, include_paths, lib, abi_flag = torch_here()
+        includes = " ".join(f"-isystem {p}" for p in include_paths)
+        abi = f"-D_GLIBCXX_USE_CXX11_ABI={abi_flag}"
+        version = f'-DPK_TORCH_VERSION=\\"{version}\\" -DPK_MODULE=_cpu_ext'
         base = f"{COMMON} {CPU} {WARNINGS} {includes} {abi} {version} {self.python}"
         objects = []
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             isa = ISA_FLAGS.get(source.stem.rsplit("_", 1)[-1], "")
             objects.append(self.unit("cpu", "cxx", source, f"{base} {isa}"))
-        lib = Path(cpp_extension.library_paths()[0])
         self.module(target, objects, f"-fopenmp -L{lib} -lc10 -ltorch_cpu -ltorch -Wl,--as-needed -Wl,-rpath,{lib} -s")
 
     def bindings(self, kind: str, flags: str) -> list[str]:
@@ -237,7 +266,7 @@ class NinjaBuild(build_ext):
     def stamp(extension: Extension, folder: Path) -> None:
         """Says which torch the CPU module was built for; read before loading, another torch's is not loaded."""
         if extension.name == "pykernels._cpu_ext":
-            (folder / "_cpu_ext.torch").write_text(f"{torch_or_none().__version__}\n")
+            (folder / "_cpu_ext.torch").write_text(f"{torch_here()[0]}\n")
 
     @staticmethod
     def ninja() -> str:
@@ -246,7 +275,10 @@ class NinjaBuild(build_ext):
 
             return str(Path(BIN_DIR, "ninja"))
         except ImportError:
-            return shutil.which("ninja") or "ninja"
+            found = shutil.which("ninja")
+        if not found:
+            raise SystemExit("pykernels: compiling needs ninja: pip install ninja, or leave out --no-build-isolation")
+        return found
 
 
 PLAN = plan()

@@ -11,6 +11,11 @@ __version__ = "0.1.0"
 import importlib
 from typing import Any
 
+import torch
+
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
+    raise ImportError(f"pykernels needs torch 2.11 or later, this is {torch.__version__}: pip install --upgrade torch")
+
 from . import functional, integrations, nn, optim, reference
 from ._backends import BackendError, Explanation, explain
 from ._errors import check_errors

@@ -12,7 +12,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import platform
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +33,7 @@ PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton", "c
 """Order of `auto` by device type; the reference is last everywhere. On the CPU the native kernels lead: measured ahead
 of torch's own (benchmarks/results). On GPUs Triton leads until a GPU record says otherwise."""
 
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+REBUILD = "pip install --force-reinstall --no-deps ."  # in the repository
 DEFAULT = os.environ.get("PYKERNELS_BACKEND") or None  # read once, at import
 _origin = "PYKERNELS_BACKEND"
 
@@ -131,6 +134,8 @@ def _find_cpu(room: str) -> tuple[Any, str | None]:
     reason = _stale("_cpu_ext")
     if reason:
         return None, reason
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        return None, f"the CPU kernels are for Linux on x86-64; this is {sys.platform} {platform.machine()}"
     try:
         importlib.import_module("._cpu_ext", __package__)
         return importlib.import_module(f"._cpu.{room}", __package__), None
@@ -148,7 +153,7 @@ def _find_triton(room: str) -> tuple[Any, str | None]:
     if torch.version.cuda is None and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1":
         return (
             None,
-            "this torch is a CPU build and Triton's interpreter is off (pykernels.testing.interpreter.install())",
+            "this torch is a CPU build (tests run Triton on its interpreter: pykernels.testing.interpreter.install())",
         )
     try:
         return importlib.import_module(f"._triton.{room}", __package__), None
@@ -233,6 +238,8 @@ class Room:
         if found is None:
             _prepare(tensor)
             found = self._resolved[key] = self._decide(function, backend, tensor, {}, features)
+            if found == "reference" and tensor.is_cpu and "cpu" in self.absent:
+                _warn_once(backend, self.absent["cpu"])
         return found
 
     def _explanation(
@@ -287,6 +294,20 @@ class Room:
         if reason is not None:
             raise BackendError(f"{function}(): backend {wanted!r}{origin} cannot serve this call: {reason}")
         return wanted
+
+
+_warned = False
+
+
+def _warn_once(backend: str | None, reason: str) -> None:
+    """A build that was forgotten, or that another torch made useless, should not be found out by its slowness."""
+    global _warned
+    chosen = (DEFAULT if backend is None else backend) not in (None, "auto")
+    if _warned or chosen or "x86-64" in reason:
+        return
+    _warned = True
+    text = f"pykernels: {reason}. Until then its plain torch reference serves CPU tensors. More: pykernels info"
+    warnings.warn(text, stacklevel=4)
 
 
 def room_named(name: str) -> Room:

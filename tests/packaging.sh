@@ -21,9 +21,10 @@ PY
   ninja=$("$base" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/ninja
   [ -x "$ninja" ] && ln -s "$ninja" "$work/$1/bin/ninja" || true
 }
-check() {  # check NAME BACKEND: import and run outside the repository, nothing of it on the path
-  (cd "$work" && "$work/$1/bin/python" - "$2" <<'PY'
-import sys, torch, pykernels
+check() {  # check NAME BACKEND: import and run outside the repository, nothing of it on the path, and no compiler
+  (cd "$work" && PATH=$work/$1/bin "$work/$1/bin/python" - "$2" <<'PY'
+import shutil, sys, torch, pykernels
+assert not shutil.which("g++") and not shutil.which("cc")
 x = torch.randn(5, 7)
 y = pykernels.functional.gelu(x, backend=sys.argv[1])
 torch.testing.assert_close(y, torch.nn.functional.gelu(x))
@@ -39,12 +40,12 @@ git -C "$repo" archive --format=tar --prefix=tree/ HEAD | tar -x -C "$work"
 # The archive has no git metadata and no build products: what a user who downloads a release has.
 pip() { "$work/$1/bin/python" -m pip "${@:2}"; }
 
-echo "wheel, with the CPU extension"
+echo "wheel, with the CPU extension, made as pip does by default: in an environment without torch"
 fresh wheel
 "$base" -m pip install -q --target "$work/extra" kernels
 for site in "$work"/wheel/lib/python*/site-packages; do echo "$work/extra" > "$site/extra.pth"; done
 # From the repository, so that what is compiled there already serves; that a release holds every source is checked below.
-PYKERNELS_BUILD=cpu pip wheel wheel -q "$repo" --no-build-isolation --no-deps -w "$work/dist"
+PYKERNELS_BUILD=cpu pip wheel wheel -q "$repo" --no-deps -w "$work/dist"
 pip wheel install -q --no-deps "$work"/dist/*.whl
 check wheel cpu
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -139,9 +140,16 @@ def test_without_any_extension_the_reference_serves(tmp_path: Path) -> None:
     code = """
 import sys
 sys.meta_path = [m for m in sys.meta_path if "editable" not in repr(m).lower()]  # it would find the real modules
+import warnings
 import torch, pykernels as pk
 x = torch.randn(5)
-torch.testing.assert_close(pk.functional.gelu(x), torch.nn.functional.gelu(x))
+with warnings.catch_warnings(record=True) as said:
+    torch.testing.assert_close(pk.functional.gelu(x, backend="reference"), torch.nn.functional.gelu(x))
+    assert not said
+    torch.testing.assert_close(pk.functional.gelu(x), torch.nn.functional.gelu(x))
+    pk.functional.silu(x)
+(one,) = said
+assert "_cpu_ext is not built" in str(one.message) and "pykernels info" in str(one.message), one
 found = pk.explain(pk.functional.gelu, x)
 print(found.backend, "|", found.refused["cpu"], "|", hasattr(torch.ops.pykernels.unary_forward, "cpu"))
 """
@@ -155,6 +163,16 @@ def test_an_extension_built_for_another_torch_is_not_loaded(tmp_path: Path, monk
     monkeypatch.setattr(_backends, "__file__", str(tmp_path / "_backends.py"))
     _, reason = _backends._find_cpu("activation")
     assert reason is not None and "built for torch 1.0.0" in reason and "rebuild: pip install" in reason
+
+
+def test_a_torch_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cu128")
+    spec = importlib.util.spec_from_file_location("pykernels_of_old", ROOT / "pykernels" / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    with pytest.raises(
+        ImportError, match=r"needs torch 2\.11 or later, this is 2\.10\.1\+cu128: pip install --upgrade"
+    ):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_an_import_error_of_ours_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,16 +64,31 @@ def test_info_says_what_is_there_and_how_to_get_the_rest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "command"),
+    ("backend", "reason", "tools", "driver", "said", "command"),
     [
-        ("triton is not installed; pip install triton", "pip install triton"),
-        ("not built; build it with: PYKERNELS_BUILD=cuda python setup.py build_ext --inplace (needs nvcc)",
-         "PYKERNELS_BUILD=cuda python setup.py build_ext --inplace"),
-        ("the sampled_softmax room has no CUDA C++ kernels yet", None),
+        ("triton", "triton is not installed; pip install triton", (), True, "not installed", "pip install triton"),
+        ("triton", "this torch is a CPU build (...)", (), False, "no NVIDIA driver", None),
+        ("triton", "this torch is a CPU build (...)", (), True, "CPU build", "pip install --force-reinstall torch=="),
+        ("cpu", "_cpu_ext is not built; ...", (), False, "no C++ compiler", "sudo apt install g++ && pip install"),
+        ("cpu", "_cpu_ext is not built; ...", ("g++",), False, "not built", "pip install --no-deps -e"),
+        ("cpu", "the CPU kernels are for Linux on x86-64; ...", ("g++",), False, "x86-64", None),
+        ("cuda", "pykernels._cuda_ext was not built; ...", ("g++",), False, "nor an NVIDIA driver", None),
+        ("cuda", "pykernels._cuda_ext was not built; ...", ("g++",), True, "install the CUDA toolkit", "pip install"),
+        ("cuda", "pykernels._cuda_ext was not built; ...", ("g++", "nvcc"), False, "not built", "pip install"),
+        ("cuda", "the embedding room has no CUDA C++ kernels yet", ("g++",), True, "no CUDA C++ kernels", None),
+        ("emulator", "pykernels._emulator_ext was not built; ...", ("g++",), False, "tests", "PYKERNELS_BUILD=all pip"),
     ],
 )  # fmt: skip
-def test_the_command_in_a_reason(reason: str, command: str | None) -> None:
-    assert info._command(reason) == command
+def test_what_info_says_is_missing_and_the_command_that_helps(
+    monkeypatch: pytest.MonkeyPatch, backend: str, reason: str, tools: tuple[str, ...], driver: bool,
+    said: str, command: str | None,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(info.shutil, "which", lambda tool: tool if tool in tools else None)
+    monkeypatch.setattr(info, "_nvidia_driver", lambda: driver)
+    for variable in ("CXX", "CUDA_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    text, found = info._remedy(backend, reason)
+    assert said in text and (found is None) == (command is None) and (command or "") in (found or "")
 
 
 # verify

@@ -18,8 +18,8 @@ import torch
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cuda/dtype.h
 
 _REBUILD = {
-    "_cuda_ext": "PYKERNELS_BUILD=cuda python setup.py build_ext --inplace (needs nvcc)",
-    "_emulator_ext": "PYKERNELS_BUILD=emulator python setup.py build_ext --inplace",
+    "_cuda_ext": "pip install --force-reinstall --no-deps .",
+    "_emulator_ext": "PYKERNELS_BUILD=all pip install --force-reinstall --no-deps .",
 }
 
 
@@ -49,7 +49,8 @@ class Extension:
         package = __package__.rpartition(".")[0]
         # found but broken is an error of ours and is raised; only a module that was never built counts as absent
         if importlib.util.find_spec(f"{package}.{name}") is None:
-            self.reason = f"{package}.{name} was not built; build it with: {_REBUILD[name]}"
+            needs = "where nvcc is found" if name == "_cuda_ext" else "for tests"
+            self.reason = f"{package}.{name} was not built; {needs}: {_REBUILD[name]}"
         else:
             self.module = importlib.import_module(f"{package}.{name}")
         self._emulated = name == "_emulator_ext"
