@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ def step(layer: Layer, n: int, d: int) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(function(), leaves, dy)
 
 
-def exponent(sizes: tuple[int, ...], values: list[float]) -> float:
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     """The slope of the straight line through the points on logarithmic axes."""
     x, y = [math.log(s) for s in sizes], [math.log(v) for v in values]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)

@@ -113,7 +113,9 @@ def row(task: Task, ours: str, large: bool, seconds: float) -> dict[str, Any]:
     return {
         "model": task.title, "shape": task.shape, "size": "8x" if large else "demo", "ours": ours,
         "equal": outcome.equal,
+        "tokens": task.tokens,
         "seconds_a_step": {name: task.tokens / rate for name, rate in rates.items()},
+        "peak_bytes": {"torch": outcome.stock.peak, "pykernels": outcome.ours.peak},
         "ratio": {"median": median, "p20": p20, "p80": p80},
         "memory_ratio": outcome.memory_ratio,
     }  # fmt: skip

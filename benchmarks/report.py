@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import summary
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("activation", "attention", "recurrent", "embedding", "sampled_softmax")
 KNOWN = ("pykernels", "eager", "compile", "copy")
@@ -214,8 +216,38 @@ TABLES = (
 )
 
 
-def main(check: bool) -> int:
+def _write(path: Path, new: str, check: bool, source: str) -> int:
+    """Writes the file; or says that it is another, and returns 1."""
+    if not check:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(new)
+        return 0
+    if path.exists() and path.read_text() == new:
+        return 0
+    print(f"{path.relative_to(ROOT)}: not what {source} says; run python benchmarks/report.py")
+    return 1
+
+
+def _summaries(check: bool) -> int:
+    """Blocks made from several records, in any page that has their marks."""
     stale = 0
+    for page in summary.PAGES:
+        path = ROOT / page
+        text = new = path.read_text()
+        for name, write in summary.BLOCKS.items():
+            begin, end = f"<!-- generated: {name} -->", "<!-- end of generated -->"
+            if begin in new:
+                before, rest = new.split(begin)
+                new = f"{before}{begin}\n{write()}\n{end}{rest.split(end, 1)[1]}"
+        if new != text:
+            stale |= _write(path, new, check, "benchmarks/results")
+    for name, plot in summary.growth_plots().items():
+        stale |= _write(ROOT / "docs" / "growth" / name, plot, check, "benchmarks/results/cpu-scaling.json")
+    return stale
+
+
+def main(check: bool) -> int:
+    stale = _summaries(check)
     for name, record, write in TABLES:
         source, page = ROOT / "benchmarks" / "results" / record, ROOT / "docs" / name
         begin, end = f"<!-- measured: benchmarks/results/{record} -->", "<!-- end of measured -->"
@@ -225,21 +257,11 @@ def main(check: bool) -> int:
         before, rest = text.split(begin)
         after = rest.split(end, 1)[1]
         new = f"{before}{begin}\n{write(json.loads(source.read_text()))}\n{end}{after}"
-        if check and new != text:
-            print(
-                f"{page.relative_to(ROOT)}: not what {source.relative_to(ROOT)} says; run python benchmarks/report.py"
-            )
-            stale = 1
-        elif not check:
-            page.write_text(new)
+        if new != text:
+            stale |= _write(page, new, check, str(source.relative_to(ROOT)))
     source, plot = ROOT / "benchmarks" / "results" / "cpu-story.json", ROOT / "docs" / "story.svg"
     drawn = story_plot(json.loads(source.read_text()))
-    if check and plot.read_text() != drawn:
-        print(f"{plot.relative_to(ROOT)}: not what {source.relative_to(ROOT)} says; run python benchmarks/report.py")
-        stale = 1
-    elif not check:
-        plot.write_text(drawn)
-    return stale
+    return stale | _write(plot, drawn, check, str(source.relative_to(ROOT)))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,10 @@ def main() -> None:
         sides = {"torch": outcome.stock.losses, "pykernels": outcome.ours.losses}
         row: dict[str, Any] = {"script": script, "title": task.title, "shape": task.shape, "equal": outcome.equal}
         row["losses"] = {side: [round(loss, 6) for loss in losses] for side, losses in sides.items()}
+        sizes = {"torch": outcome.stock, "pykernels": outcome.ours}
+        row["tokens"] = task.tokens
+        row["seconds_a_step"] = {name: task.tokens / outcome.rate(side) for name, side in sizes.items()}
+        row["peak_bytes"] = {name: side.peak for name, side in sizes.items()}
         if outcome.equal:
             row["ratio"] = dict(zip(("median", "p20", "p80"), outcome.speed_ratio, strict=True))
             row["memory_ratio"] = outcome.memory_ratio

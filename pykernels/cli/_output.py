@@ -22,9 +22,10 @@ class BadInput(click.ClickException):
     exit_code = 2
 
 
-def console() -> Console:
-    """Writes results to stdout: as wide as the terminal, or 120 columns into a file or pipe."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+def console(stderr: bool = False) -> Console:
+    """Writes results to stdout (or stderr): as wide as the terminal, or 120 columns into a file or pipe."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(highlight=False, stderr=stderr, width=None if stream.isatty() else 120)
 
 
 def print_json(value: Any) -> None:

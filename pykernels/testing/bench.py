@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import explain
-from .memory import saved_bytes
+from .limits import Limits
+from .memory import peak_bytes, saved_bytes
 from .run import check_case, outputs_of
 from .spec import Case, OpSpec
 from .timing import Timing, copy_function, measure, one_thread
@@ -29,8 +31,10 @@ class Row:
     Attributes:
         backend: that served pykernels' call.
         seconds: provider -> Timing; empty where the check failed: a wrong kernel has no speed.
-        moved: bytes the operator must move in this direction, by its spec; None where the spec does not say.
+        moved, flops: bytes the operator must move in this direction and operations it must do, by its spec; None where
+            the spec does not say.
         saved: provider -> bytes kept for backward beyond the inputs.
+        peak: provider -> the most bytes allocated at once beyond the inputs; of forward+backward and of steps.
         beside: times that were not taken in turns with ours ("eager, tuned malloc").
         failures: of the check, or of a peer that could not be compiled ("compile: ...").
     """
@@ -42,10 +46,13 @@ class Row:
     backend: str
     seconds: dict[str, Timing] = field(default_factory=dict)
     moved: int | None = None
+    flops: int | None = None
     saved: dict[str, int] = field(default_factory=dict)
+    peak: dict[str, int] = field(default_factory=dict)
     beside: dict[str, Timing] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     correct: bool = True
+    room: str = ""
 
     @property
     def peer(self) -> str | None:
@@ -70,15 +77,31 @@ class Row:
             return None
         return self.seconds[COPY].median / self.seconds[OURS].median
 
-    def as_dict(self) -> dict[str, Any]:
+    @property
+    def rate(self) -> float | None:
+        """Operations a second."""
+        return self.flops / self.seconds[OURS].median if self.flops and OURS in self.seconds else None
+
+    def limited(self, limits: Limits | None) -> tuple[str, float] | None:
+        """What bounds this row from below, "memory" or "products", and the share of that bound's speed we reach."""
+        shares = {"memory": self.of_limit} if self.of_limit else {}
+        peak = limits.flops.get(self.dtype) if limits else None
+        if self.rate and peak:
+            shares["products"] = self.rate / peak
+        return max(shares.items(), key=lambda one: one[1], default=None)  # type: ignore[arg-type,return-value]
+
+    def as_dict(self, limits: Limits | None = None) -> dict[str, Any]:
         timings, beside = (
             {name: {"median": t.median, "p20": t.p20, "p80": t.p80} for name, t in times.items()}
             for times in (self.seconds, self.beside)
         )
         plain = asdict(replace(self, seconds={}, beside={}))
         ratio = dict(zip(("median", "p20", "p80"), self.ratio, strict=True)) if self.ratio else None
-        derived = {"best_peer": self.peer, "ratio": ratio, "bytes_per_second": self.bandwidth}
-        return {**plain, "seconds": timings, "beside": beside, **derived, "fraction_of_copy_limit": self.of_limit}
+        derived: dict[str, Any] = {"best_peer": self.peer, "ratio": ratio, "bytes_per_second": self.bandwidth}
+        derived |= {"flops_per_second": self.rate, "fraction_of_copy_limit": self.of_limit}
+        bound = self.limited(limits)
+        derived["limit"] = {"bound": bound[0], "fraction": bound[1]} if bound else None
+        return {**plain, "seconds": timings, "beside": beside, **derived}
 
 
 @contextmanager
@@ -102,15 +125,17 @@ def rows(
     rounds: int = 20,
     seconds: float = 3.0,
     step: Callable[[str], None] = lambda direction: None,
+    directions: Sequence[str] = DIRECTIONS,
 ) -> list[Row]:
-    """The three directions of one case; peers are torch eager and torch.compile in the modes given.
+    """These directions of one case; peers are torch eager and torch.compile in the modes given.
 
     Args:
         label: name of the row; default the operator's.
         step: called before each direction is timed.
     """
     with one_thread(), _retained_graphs():
-        return _rows(spec, case, dtype, label or spec.name, backend, device, compile_modes, rounds, seconds, step)
+        label = label or spec.name
+        return _rows(spec, case, dtype, label, backend, device, compile_modes, rounds, seconds, step, directions)
 
 
 def _rows(
@@ -124,11 +149,12 @@ def _rows(
     rounds: int,
     seconds: float,
     step: Callable[[str], None],
+    directions: Sequence[str],
 ) -> list[Row]:
     inputs = case.make(dtype, device)
     served = explain(spec.function, **inputs, **case.options, backend=backend).backend
     name = str(dtype).removeprefix("torch.")
-    found = [Row(label, case.label, name, direction, served) for direction in DIRECTIONS]
+    found = [Row(label, case.label, name, direction, served, room=spec.room) for direction in directions]
     failures = _failures(spec, case, served, dtype, inputs, device)
     if failures:
         for row in found:
@@ -136,15 +162,19 @@ def _rows(
         return found
     calls, unavailable = _providers(spec, case, inputs, served, compile_modes)
     moved = spec.bytes_moved(case, dtype) if spec.bytes_moved else {}
+    flops = spec.flops(case, dtype) if spec.flops else {}
     for row in found:
         step(row.direction)
         row.failures = unavailable
         row.moved = moved.get(row.direction) or sum(moved.values()) or None
+        row.flops = flops.get(row.direction) or sum(flops.values()) or None
         functions = {provider: call.direction(row.direction) for provider, call in calls.items()}
         if row.moved:
             functions[COPY] = copy_function(row.moved, device)
         row.seconds = measure(functions, rounds, seconds=seconds, device=device)
         row.saved = {provider: call.saved for provider, call in calls.items() if provider in (OURS, "eager")}
+        if row.direction == DIRECTIONS[2]:
+            row.peak = {provider: peak_bytes(call.both, device) for provider, call in calls.items()}
     return found
 
 
@@ -222,8 +252,10 @@ def _providers(
         provider = "compile" if mode == "default" else mode
         torch.compiler.reset()
         try:
-            call = Call(torch.compile(eager, mode=mode, dynamic=False), case, inputs, dy)
-            call.both()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what it does not trace
+                call = Call(torch.compile(eager, mode=mode, dynamic=False), case, inputs, dy)
+                call.both()
         except Exception as error:  # the compiler needs a C++ compiler (CPU) or triton (GPU) of its own
             unavailable.append(f"{provider}: {type(error).__name__}: {str(error).splitlines()[0]}")
         else:

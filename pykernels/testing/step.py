@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from .bench import OURS, Row
+from .memory import peak_bytes
 from .spec import ROOMS
 from .timing import copy_function, measure, one_thread
 
@@ -29,24 +30,30 @@ class Step:
     Attributes:
         make: {"pykernels", "eager" (stock torch), ...: Provider}, all from the same start. A peer that is not installed
             raises ModuleNotFoundError: the step is then left out, with the reason.
-        moved: bytes that must be moved, where that can be said.
+        moved, flops: bytes that must be moved and operations done, where that can be said.
+        room: filled in by `load_steps`.
     """
 
     name: str
     shape: str
     make: Callable[[], dict[str, Provider]]
     moved: Callable[[], int] | None = None
+    flops: Callable[[], int] | None = None
+    room: str = ""
 
 
 def load_steps(room: str | None = None) -> list[Step]:
     """The steps of one room, or of all that have some."""
-    modules = [importlib.import_module(f".specs.{name}", __package__) for name in ((room,) if room else ROOMS)]
-    return [step for module in modules for step in getattr(module, "STEPS", ())]
+    found = []
+    for name in (room,) if room else ROOMS:
+        module = importlib.import_module(f".specs.{name}", __package__)
+        found += [replace(step, room=name) for step in getattr(module, "STEPS", ())]
+    return found
 
 
 def row(step: Step, rounds: int = 20, seconds: float = 3.0) -> Row:
     """One row of a benchmark, direction "step", float32. The first steps of all must leave the same values."""
-    found = Row(step.name, step.shape, "float32", "step", "cpu")
+    found = Row(step.name, step.shape, "float32", "step", "cpu", room=step.room)
     with one_thread():
         try:
             providers = step.make()
@@ -67,5 +74,7 @@ def row(step: Step, rounds: int = 20, seconds: float = 3.0) -> Row:
         if step.moved:
             found.moved = step.moved()
             functions["copy"] = copy_function(found.moved)
+        found.flops = step.flops() if step.flops else None
         found.seconds = measure(functions, rounds, seconds=seconds)
+        found.peak = {name: peak_bytes(provider.run) for name, provider in providers.items()}
     return found

@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import median, quantiles
 from typing import Any
 
@@ -60,6 +61,7 @@ def measure(
     warmup: int = 3,
     seconds: float = 3.0,
     device: str = "cpu",
+    clock: Callable[[], float] = time.thread_time,
 ) -> dict[str, Timing]:
     """Times each function in every round; the order turns round by round.
 
@@ -67,12 +69,13 @@ def measure(
         rounds: at most this many, at least 5 (3 where these take over three times `seconds`).
         warmup: calls of each that are dropped; fewer of one that takes long.
         seconds: about how long all rounds together may take; slow functions get fewer rounds.
-        device: "cpu" (call under `one_thread()`; nothing else is sensible) or "cuda".
+        device: "cpu" (call under `one_thread()`; nothing else is sensible with the default clock) or "cuda".
+        clock: of the CPU; `time.perf_counter` for several threads, on an idle machine.
 
     Returns:
         name -> Timing.
     """
-    clock = _time_cuda if device.startswith("cuda") else _time_cpu
+    timed = _time_cuda if device.startswith("cuda") else partial(_time_cpu, clock)
     repeats = {}
     for name, function in functions.items():
         start = time.perf_counter()
@@ -80,10 +83,10 @@ def measure(
             function()
             if time.perf_counter() - start > seconds / 4:
                 break
-        once = max(clock(function, 1), 1e-7)
+        once = max(timed(function, 1), 1e-7)
         repeats[name] = 1 if device.startswith("cuda") else max(1, int(_SAMPLE / once))
         if repeats[name] > 1:  # a first estimate from one call of a fast function is mostly clock and cold caches
-            once = max(clock(function, repeats[name]), 1e-7)
+            once = max(timed(function, repeats[name]), 1e-7)
             repeats[name] = max(1, int(_SAMPLE / once))
     names = list(functions)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -93,15 +96,15 @@ def measure(
         if (done >= 5 and spent > seconds * done / (done + 1)) or (done >= 3 and spent > 3 * seconds):
             break
         for name in names if done % 2 == 0 else reversed(names):
-            samples[name].append(clock(functions[name], repeats[name]))
+            samples[name].append(timed(functions[name], repeats[name]))
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
-def _time_cpu(function: Callable[[], Any], repeats: int) -> float:
-    start = time.thread_time()
+def _time_cpu(clock: Callable[[], float], function: Callable[[], Any], repeats: int) -> float:
+    start = clock()
     for _ in range(repeats):
         function()
-    return (time.thread_time() - start) / repeats
+    return (clock() - start) / repeats
 
 
 def _time_cuda(function: Callable[[], Any], repeats: int) -> float:

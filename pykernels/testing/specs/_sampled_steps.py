@@ -130,16 +130,16 @@ def _fetched(rows: int) -> Callable[[], int]:
     return lambda: (3 * rows + 3 * BATCH) * SIZE * 4
 
 
-def _negative_step(label: str, classes: int, count: int) -> Step:
+def negative_step(label: str, classes: int, count: int) -> Step:
     make = _training(classes, (BATCH, count), _negatives, _stock_negatives)
     return Step("negative sampling step, SGD", label, make, _fetched(BATCH * (count + 1)))
 
 
 STEPS = (
-    _negative_step("100kx128-K5", 100_000, 5),
-    _negative_step("100kx128-K64", 100_000, 64),
-    _negative_step("1Mx128-K5", 1_000_000, 5),
-    _negative_step("1Mx128-K64", 1_000_000, 64),
+    negative_step("100kx128-K5", 100_000, 5),
+    negative_step("100kx128-K64", 100_000, 64),
+    negative_step("1Mx128-K5", 1_000_000, 5),
+    negative_step("1Mx128-K64", 1_000_000, 64),
     Step("sampled softmax step, SGD", "100kx128-K8192", _training(100_000, (8192,), _sampled, _stock_sampled)),
     Step("linear cross entropy, fwd+bwd", "512x256-V128k", _linear(512, 256, 128_000)),
 )

@@ -227,6 +227,21 @@ def _mlp_bench(activation: str, p: float, save: str) -> Case:
     return Case(label, {name: Input(shape, scale=0.05) for name, shape in shapes.items()}, options)
 
 
+def _mlp_flops(case: Case, dtype: torch.dtype) -> dict[str, int]:
+    """The matrix products; `save="input"` makes the first one again."""
+    rows = math.prod(case.inputs["x"].shape[:-1])
+    first, second = (2 * rows * math.prod(case.inputs[name].shape) for name in ("w1", "w2"))
+    again = first if case.options["save"] == "input" else 0
+    return {"forward": first + second, "backward": 2 * (first + second) + again}
+
+
+def _mlp_bytes(case: Case, dtype: torch.dtype) -> dict[str, int]:
+    """x and the parameters are read, y, as large as x, written; backward: x, parameters and dy, and their gradients."""
+    x = math.prod(case.inputs["x"].shape)
+    inputs = sum(math.prod(one.shape) for one in case.inputs.values())
+    return {"forward": (inputs + x) * _size(dtype), "backward": (2 * inputs + x) * _size(dtype)}
+
+
 def _mlp_saved(case: Case, dtype: torch.dtype) -> int:
     """Beyond x and the parameters: the first product, unless it is made again, and the seed."""
     rows = math.prod(case.inputs["x"].shape[:-1])
@@ -376,7 +391,8 @@ SPECS = (
         "mlp", "activation", _mlp_cases(),
         (_mlp_bench("gelu", 0.0, "preactivation"), _mlp_bench("gelu", 0.1, "preactivation"),
          _mlp_bench("swiglu", 0.0, "preactivation"), _mlp_bench("swiglu", 0.0, "input")),
-        _mlp_peer, KERNELS, saved=_mlp_saved, long_sums=frozenset(("w1", "b1", "w2", "b2")),
+        _mlp_peer, KERNELS, bytes_moved=_mlp_bytes, flops=_mlp_flops, saved=_mlp_saved,
+        long_sums=frozenset(("w1", "b1", "w2", "b2")),
         timed_peer=_without_biases(stock.mlp), wrap=_without_biases, compiled=_compiled_float32,
     ),
     OpSpec(

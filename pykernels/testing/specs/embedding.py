@@ -109,7 +109,9 @@ _BENCH = (_lookup("100kx128-64k", (65536,), 100_000, 128),)
 
 
 def _bag_spec(mode: str) -> OpSpec:
-    bench = (_bag("100kx128-4096x20", (4096, 20), 100_000, 128, mode=mode),)
+    bench: tuple[Case, ...] = (_bag("100kx128-4096x20", (4096, 20), 100_000, 128, mode=mode),)
+    if mode == "sum":
+        bench += (_bag("100kx128-4096x20-padding", (4096, 20), 100_000, 128, mode=mode, padding_idx=1),)
     peer = _with_offsets(F.embedding_bag)
     return OpSpec(
         "embedding_bag",

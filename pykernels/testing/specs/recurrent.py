@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Case, Input, OpSpec
+from ._recurrent_steps import STEPS as STEPS
 
 KERNELS = ("cpu", "triton", "cuda", "emulator")
 PROJECTED = KERNELS  # backends that serve projections and peepholes
@@ -157,19 +158,41 @@ def _dropout_cases() -> tuple[Case, ...]:
 
 def _flops(case: Case, dtype: torch.dtype) -> dict[str, int]:
     """The matrix products: one for each weight and element of a step forward, two backward."""
-    steps = math.prod(case.inputs["x"].shape[:2])
+    steps = math.prod(case.inputs["x"].shape[:-1])
     matrices = (x.shape for name, x in case.inputs.items() if name[0] == "w" and len(x.shape) == 2)
     forward = 2 * steps * sum(math.prod(shape) for shape in matrices)
     return {"forward": forward, "backward": 2 * forward}
 
 
+def _bytes(case: Case, dtype: torch.dtype) -> dict[str, int]:
+    """Every input is read once and the output, of hidden (or projected) size, written once; backward reads them again
+    with the output's gradient and writes a gradient for each input. Weights that a cache does not hold cost more."""
+    inputs = sum(math.prod(x.shape) for x in case.inputs.values())
+    state = case.inputs["h0"].shape
+    out = math.prod(case.inputs["x"].shape[:-1]) * state[-1] * (state[0] if len(state) == 3 else 1)
+    element = torch.finfo(dtype).bits // 8
+    return {"forward": (inputs + out) * element, "backward": 2 * (inputs + out) * element}
+
+
 _BENCH = ((64, 32, 256), (64, 32, 512), (100, 128, 64))
+
+
+def _compiled(case: Case, dtype: torch.dtype) -> tuple[str, ...] | None:
+    """torch.compile does not fuse a recurrence: it calls the same torch.lstm. Half precision: the LSTM's goals."""
+    lstm = "c0" in case.inputs and len(case.inputs["x"].shape) == 3
+    return () if dtype is torch.float32 or (dtype is torch.bfloat16 and lstm and case.label in _HALF) else None
+
+
+_HALF = ("T64-B32-H256", "T64-B32-H512")
 
 
 def _cell(name: str, mode: str) -> OpSpec:
     bench = (_cell_case("B32-H256", mode, 32, 256, 256), _cell_case("B128-H512", mode, 128, 512, 512))
     peer = _of_named_tensors(getattr(torch, name))
-    return OpSpec(name, "recurrent", _cell_cases(mode), bench, peer, KERNELS, long_sums=_LONG, wrap=_of_named_tensors)
+    return OpSpec(
+        name, "recurrent", _cell_cases(mode), bench, peer, KERNELS, bytes_moved=_bytes, flops=_flops, long_sums=_LONG,
+        wrap=_of_named_tensors, compiled=_compiled,
+    )  # fmt: skip
 
 
 def _projected() -> OpSpec:
@@ -187,7 +210,11 @@ def _projected() -> OpSpec:
             why="the terms of one element add up to 4.8 in magnitude, where the largest gradient is 1.7",
         ),
     )
-    return OpSpec("lstm", "recurrent", cases, kernels=PROJECTED, long_sums=_LONG, wrap=_of_named_tensors)
+    bench = (_case("T64-B32-H256-proj64", "lstm", 64, 32, 256, 256, proj_size=64),)
+    return OpSpec(
+        "lstm", "recurrent", cases, bench, kernels=PROJECTED, bytes_moved=_bytes, flops=_flops, long_sums=_LONG,
+        wrap=_of_named_tensors, timed_peer=_torch_sequence("lstm"), compiled=_compiled,
+    )  # fmt: skip
 
 
 def _rows(mode: str, kernels: tuple[str, ...] = ("cpu",)) -> OpSpec:
@@ -225,10 +252,13 @@ def _sequence(mode: str) -> OpSpec:
     bench = tuple(_case(f"T{t}-B{b}-H{h}", mode, t, b, h, h) for t, b, h in _BENCH)
     if mode != "rnn":
         bench += (_case("T64-B32-H256-both-ways", mode, 64, 32, 256, 256, bidirectional=True),)
+    if mode == "gru":
+        bench += (_case("T200-B8-H128", mode, 200, 8, 128, 128),)
     peer = _torch_sequence(mode)
     return OpSpec(
-        mode, "recurrent", _cases(mode), bench, peer, KERNELS, flops=_flops, long_sums=_LONG, wrap=_of_named_tensors
-    )
+        mode, "recurrent", _cases(mode), bench, peer, KERNELS, bytes_moved=_bytes, flops=_flops, long_sums=_LONG,
+        wrap=_of_named_tensors, compiled=_compiled,
+    )  # fmt: skip
 
 
 _LONG = frozenset(("x", "h0", "c0", *(f"w{i}" for i in range(24))))
