@@ -66,7 +66,7 @@ def targets_table() -> str:
     ]
     for target, got in found:
         unit = " µs" if target.of_call else ""
-        timed = SHORT.get(target.direction, target.direction)
+        timed = "call" if target.of_call else SHORT.get(target.direction, target.direction)
         cells = [target.work, "bf16" if target.dtype == "bfloat16" else "fp32", timed]
         cells += [got.peer if got else target.peer or "–", f"{target.ratio:g}{unit}"]
         if got is None:
