@@ -41,7 +41,10 @@ SUBJECTS = {
     "csrc/cuda/attention_head.h": ("attention_forward.cu", TILES),
     "csrc/cuda/products.h": ("attention_dq.cu", TILES),
     "csrc/cuda/collectives.cu": ("collectives.cu", [COLLECTIVES, "-k", "ldmatrix or cp_async or grid_sync"]),
-    "csrc/cuda/collectives_sm90.cu": ("collectives_sm90.cu", [COLLECTIVES, "-k", "wgmma or tma"]),
+    "csrc/cuda/collectives_sm90.cu": (
+        "collectives_sm90.cu",
+        [COLLECTIVES, "-k", "wgmma or tma or cluster or multicast"],
+    ),
     "csrc/cuda/recurrent_forward.cu": ("recurrent_forward.cu", LOOPS),
     "csrc/cuda/recurrent_backward.cu": ("recurrent_backward.cu", LOOPS),
     "csrc/cuda/recurrent_tile.h": ("recurrent_forward.cu", LOOPS),
@@ -53,7 +56,7 @@ SUBJECTS = {
 }
 SYNCHRONISATION = re.compile(
     r"\b(__syncthreads|__syncwarp|__threadfence|grid_sync|cp_async_commit|cp_async_wait<[^>]*>|named_barrier_\w+|mbar_\w+"
-    r"|fence_proxy_async|wgmma_(?:fence|commit|wait<\d>)|tma_store_(?:commit|wait_read<\d>)|await|arrive)\([^;{]*\);"
+    r"|fence_proxy_async|cluster_(?:sync|arrive|wait)|wgmma_(?:fence|commit|wait<\d>)|tma_store_(?:commit|wait_read<\d>)|await|arrive)\([^;{]*\);"
 )
 # "file: statement" -> why it may be dropped
 REDUNDANT = {

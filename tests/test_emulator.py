@@ -98,9 +98,46 @@ BUGS: dict[str, tuple[str, str | None]] = {
     "no_proxy_fence_before_tma_store": (r"no fence_proxy_async between the write of .* and its use", "row[i]"),
     "tma_store_never_waited_for": (r"exits with a TMA store never waited for", "tma_store_4d"),
     "tma_store_source_overwritten": (r"no fence_proxy_async between|data race", None),
+    # clusters and distributed shared memory
+    "no_cluster_barrier": (r"rank \d reached at .* may not have started, no cluster barrier before", "ld_cluster"),
+    "cluster_barrier_before_the_write": (r"data race|uninitialised .* of rank \d", None),
+    "block_barrier_taken_for_cluster_barrier": (r"data race|uninitialised .* of rank \d", None),
+    "relaxed_cluster_arrive": (r"data race on static shared .* of rank \d: read by thread \d+ of block \d", "s[tid]"),
+    "no_cluster_wait": (r"may not have started, no cluster barrier before", "ld_cluster"),
+    "no_cluster_barrier_at_the_end": (r"that block has exited|block ends while thread \d+ of block", "ld_cluster"),
+    "rank_outside_the_cluster": (r"rank 4 in a cluster of 4 blocks", "map_cluster"),
+    "cluster_arrive_twice": (r"arrives at the cluster's barrier again without cluster_wait", "cluster_sync"),
+    "cluster_wait_without_arrive": (r"waits at the cluster's barrier without cluster_arrive", "cluster_wait"),
+    "remote_shared_overrun": (r"shared memory address 0x\w+ \(\+4\) of rank \d is out of bounds", "ld_cluster"),
+    "all_blocks_write_to_one": (r"data race on static shared memory .*write by thread \d+ of block", "st_cluster"),
+    "cluster_does_not_divide_the_grid": (r"clusters of 2 blocks in a grid of 9", None),
+    "cluster_too_large": (r"clusters of 9 blocks in a grid of 9", None),
+    "st_async_without_expect_tx": (r"read of uninitialised static shared|in flight|deadlock", None),
+    "st_async_expected_more": (r"deadlock: .*wait at mbar_wait", "mbar_wait_cluster"),
+    "st_async_not_waited_for": (r"read of uninitialised static shared|in flight", None),
+    "st_async_waited_for_in_block_scope": (r"data race on static shared memory .* write by thread \d+ of block", None),
+    "st_async_through_one_buffer": (r"in flight|data race|too many arrivals|deadlock", None),
+    "no_cluster_barrier_after_mbarrier_init": (r"may not have started, no cluster barrier before", "st_async"),
+    "no_fence_after_init_before_st_async": (r"no mbar_fence_init between", "st_async"),
+    "st_async_with_another_blocks_mbarrier": (r"st.async with an mbarrier of another block", "st_async"),
+    "last_st_async_not_waited_for": (r"block ends with a TMA copy or st.async in flight|has exited", "st_async"),
+    "misaligned_st_async": (r"st.async of 4 bytes to shared address", "st_async"),
+    "remote_arrive_waited_for_in_block_scope": (r"data race on static shared memory .* no barrier between", "s[tid]"),
+    "remote_arrive_missing": (r"deadlock: .*wait at mbar_wait", "mbar_wait_cluster"),
+    "remote_arrive_at_no_mbarrier": (r"uninitialised static shared|was never initialised", None),
+    "remote_arrive_when_the_peer_may_be_gone": (r"block has exited|block ends while thread", "mbar_arrive_cluster"),
+    "multicast_without_expect_tx_in_one_block": (r"read of uninitialised dynamic shared|in flight", None),
+    "multicast_before_the_others_are_ready": (r"may not have started|data race", None),
+    "multicast_into_a_buffer_still_read": (r"in flight|data race on dynamic shared memory", None),
+    "multicast_free_in_block_scope": (r"data race on dynamic shared memory", None),
+    "multicast_to_a_rank_outside": (r"multicast to the ranks 0x1f in a cluster of 4 blocks", "tma_multicast_2d"),
 }  # fmt: skip
 UNDEFINED_RESULT = "shuffle_from_absent_lane"  # no error: the lanes that read it get NaN
-NO_THREAD = ("cooperative_grid_too_large",)  # refused before a thread runs
+NO_THREAD = (
+    "cooperative_grid_too_large",
+    "cluster_does_not_divide_the_grid",
+    "cluster_too_large",
+)  # refused before a thread runs
 
 
 def cases() -> list[str]:

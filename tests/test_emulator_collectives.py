@@ -318,6 +318,29 @@ def test_wgmma_every_element(dtype: torch.dtype) -> None:
 
 
 @needs_sm90
+@pytest.mark.parametrize("how", ["load", "store", "st_async", "st_async_16", "arrive"])
+@pytest.mark.parametrize(("cluster", "blocks"), [(1, 2), (2, 6), (5, 5), (8, 8)])
+def test_cluster_exchange(cluster: int, blocks: int, how: str) -> None:
+    threads = 36
+    x, y, ranks = words(blocks * threads), words(blocks * threads), words(2 * blocks)
+    code = ["load", "store", "st_async", "st_async_16", "arrive"].index(how)
+    call("check_cluster", x, y, ranks, blocks, cluster, threads, code)
+    assert torch.equal(y.view(-1, cluster, threads), x.view(-1, cluster, threads).roll(-1, 1))
+    expected = torch.stack((torch.arange(blocks) % cluster, torch.full((blocks,), cluster)), 1)
+    assert torch.equal(ranks.view(blocks, 2), expected.int())
+
+
+@needs_sm90
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("cluster", "blocks"), [(1, 1), (2, 4), (8, 8)])
+def test_multicast(cluster: int, blocks: int, dtype: torch.dtype) -> None:
+    x = torch.randn(blocks, 64).to(dtype)
+    y = torch.full((blocks // cluster, cluster, cluster, 64), float("nan")).to(dtype)
+    call("check_multicast", x, y, blocks, cluster, dtype)
+    assert torch.equal(y, x.view(-1, 1, cluster, 64).expand_as(y))
+
+
+@needs_sm90
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", [(1, 1, 8, 64), (2, 3, 13, 72), (1, 2, 3, 200)])
 def test_tma_clips_at_the_edges(shape: tuple[int, ...], dtype: torch.dtype) -> None:

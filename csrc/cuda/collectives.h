@@ -45,5 +45,11 @@ void check_wgmma(const void* a, const void* b, float* c, int M, int N, int K, bo
 // Copies a [D3, D2, D1, D0] tensor (strides of its outer dimensions in elements) through 4-d TMA loads and stores.
 void check_tma_copy(const void* in, void* out, int d0, int d1, int d2, int d3, int64_t s1, int64_t s2, int64_t s3,
                     DType dtype, void* stream);
+// Each block of `threads` gets the words of the next rank in its cluster; how: 0 loads, 1 stores, 2 st.async, 3
+// st.async of 16 bytes, 4 stores and remote arrivals.  ranks: blocks x 2: rank, size of the cluster.
+void check_cluster(const uint32_t* in, uint32_t* out, int* ranks, int blocks, int cluster, int threads, int how,
+                   void* stream);
+// in: [blocks, 64] of 16 bits; out: [blocks, cluster, 64]: every block gets the row of each rank of its cluster.
+void check_multicast(const void* in, void* out, int blocks, int cluster, DType dtype, void* stream);
 
 }  // namespace pk

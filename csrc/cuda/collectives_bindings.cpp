@@ -20,6 +20,8 @@ void bind_collectives(pybind11::module_& m) {
   def(m, "check_vec_copy", &check_vec_copy);
   def(m, "check_wgmma", &check_wgmma);
   def(m, "check_tma_copy", &check_tma_copy);
+  def(m, "check_cluster", &check_cluster);
+  def(m, "check_multicast", &check_multicast);
 }
 
 }  // namespace pk

@@ -121,7 +121,76 @@ __global__ void __launch_bounds__(32)
   tma_store_wait_read<0>();
 }
 
+__global__ void cluster_kernel(const uint32_t* in, uint32_t* out, int* ranks, int how) {
+  PK_DYN_SHARED(smem);
+  PK_SHARED(uint64_t, bar, [1]);
+  uint32_t* const received = reinterpret_cast<uint32_t*>(smem);
+  const int threads = static_cast<int>(blockDim.x), tid = static_cast<int>(threadIdx.x);
+  const int rank = cluster_rank(), size = cluster_size(), before = (rank + size - 1) % size;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * threads + tid;
+  const uint32_t full = smem_addr(bar);
+  if (tid == 0) {
+    ranks[2 * blockIdx.x] = rank, ranks[2 * blockIdx.x + 1] = size;
+    mbar_init(full, how == 4 ? threads : 1);
+    mbar_fence_init();
+    if (how == 2 || how == 3) mbar_arrive_expect_tx(full, 4 * threads);
+  }
+  const uint32_t there = smem_addr(received + tid);
+  if (how == 0) received[tid] = in[i];
+  cluster_sync();
+  uint32_t v = 0;
+  if (how == 0) v = ld_cluster<uint32_t>(map_cluster(there, (rank + 1) % size));
+  if (how == 1 || how == 4) st_cluster(map_cluster(there, before), in[i]);
+  if (how == 2) st_async(map_cluster(there, before), in[i], map_cluster(full, before));
+  if (how == 3 && tid % 4 == 0)
+    st_async(map_cluster(there, before), make_uint4(in[i], in[i + 1], in[i + 2], in[i + 3]), map_cluster(full, before));
+  if (how == 4) mbar_arrive_cluster(map_cluster(full, before));
+  if (how >= 2) mbar_wait_cluster(full, 0);
+  cluster_sync();
+  out[i] = how ? received[tid] : v;
+}
+
+template <class T>
+__global__ void __launch_bounds__(64) multicast_kernel(const __grid_constant__ TensorMap from, T* out) {
+  PK_DYN_SHARED(smem);
+  PK_SHARED(uint64_t, bar, [1]);
+  const int tid = static_cast<int>(threadIdx.x), rank = cluster_rank(), size = cluster_size();
+  const uint32_t full = smem_addr(bar);
+  if (tid == 0) {
+    mbar_init(full, 1);
+    mbar_fence_init();
+    mbar_arrive_expect_tx(full, size * 128);
+  }
+  cluster_sync();
+  if (tid == 0)
+    tma_multicast_2d(smem_addr(smem) + static_cast<uint32_t>(rank) * 1024, from, 0, static_cast<int>(blockIdx.x), full,
+                     static_cast<uint16_t>((1 << size) - 1));
+  mbar_wait(full, 0);
+  for (int r = 0; r < size; ++r)
+    out[(static_cast<int64_t>(blockIdx.x) * size + r) * 64 + tid] = reinterpret_cast<const T*>(smem + 1024 * r)[tid];
+}
+
 }  // namespace
+
+void check_cluster(const uint32_t* in, uint32_t* out, int* ranks, int blocks, int cluster, int threads, int how,
+                   void* stream) {
+  launch_cluster(cluster_kernel, cluster, static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
+                 sizeof(uint32_t) * static_cast<size_t>(threads), stream, in, out, ranks, how);
+}
+
+void check_multicast(const void* in, void* out, int blocks, int cluster, DType dtype, void* stream) {
+  const DeviceGuard guard(in);
+  auto run = [&](auto tag) {
+    using T = decltype(tag);
+    const auto from = make_tensor_map<T, 2>(static_cast<const T*>(in), {64, blocks}, {64}, {64, 1});
+    launch_cluster(multicast_kernel<T>, cluster, static_cast<unsigned>(blocks), 64, 1024 * static_cast<size_t>(cluster),
+                   stream, from, static_cast<T*>(out));
+  };
+  if (dtype == DType::bf16)
+    run(bf16{});
+  else
+    run(fp16{});
+}
 
 void check_wgmma(const void* a, const void* b, float* c, int M, int N, int K, bool b_mn, bool a_registers, DType dtype,
                  void* stream) {

@@ -1,5 +1,5 @@
-// sm_90a: mbarriers, TMA, wgmma, setmaxnreg.  For sources named *_sm90.cu, which are compiled for sm_90a only;
-// csrc/emulator/hopper.h has the same names.
+// sm_90a: mbarriers, TMA, wgmma, setmaxnreg, clusters.  For sources named *_sm90.cu, which are compiled for sm_90a
+// only; csrc/emulator/hopper.h has the same names.
 #pragma once
 #include "platform.h"
 
@@ -80,6 +80,19 @@ __device__ __forceinline__ void mbar_wait(uint32_t bar, int parity) {
       : "memory");
 }
 
+// Where other blocks of the cluster take part: they arrive (at a mapped address), store asynchronously or multicast,
+// and what they wrote before is seen only after a wait of the cluster's scope.
+__device__ __forceinline__ void mbar_arrive_cluster(uint32_t bar) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void mbar_wait_cluster(uint32_t bar, int parity) {
+  asm volatile(
+      "{\n.reg .pred p;\nwait:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+      "@!p bra wait;\n}" ::"r"(bar),
+      "r"(parity)
+      : "memory");
+}
+
 // Between a thread's own writes to shared memory and their use by TMA or wgmma, in the writing thread.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -99,6 +112,24 @@ __device__ __forceinline__ void tma_load_4d(uint32_t dst, const TensorMap& m, in
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
       "[%6];" ::"r"(dst),
       "l"(&m), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(bar)
+      : "memory");
+}
+// The box goes to the same address in every block of the cluster whose rank is a bit of `ranks`, and its bytes to the
+// mbarrier at the same address there.
+__device__ __forceinline__ void tma_multicast_2d(uint32_t dst, const TensorMap& m, int c0, int c1, uint32_t bar,
+                                                 uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%2, %3}], [%4], %5;" ::"r"(dst),
+      "l"(&m), "r"(c0), "r"(c1), "r"(bar), "h"(ranks)
+      : "memory");
+}
+__device__ __forceinline__ void tma_multicast_4d(uint32_t dst, const TensorMap& m, int c0, int c1, int c2, int c3,
+                                                 uint32_t bar, uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(dst),
+      "l"(&m), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(bar), "h"(ranks)
       : "memory");
 }
 __device__ __forceinline__ void tma_store_4d(const TensorMap& m, uint32_t src, int c0, int c1, int c2, int c3) {
@@ -121,6 +152,66 @@ __device__ __forceinline__ void setmaxnreg_inc() {
 template <int N>
 __device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// Clusters.  Before a block is first reached from another one, and before it ends, a barrier of the cluster is needed.
+__device__ __forceinline__ int cluster_rank() {
+  int r;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+__device__ __forceinline__ int cluster_size() {
+  int r;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
+  return r;
+}
+// All threads of the cluster that have not exited meet; the relaxed one orders no memory.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+__device__ __forceinline__ void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+// The address in the block of that rank of what is at `addr` in this one: for the functions below, for
+// mbar_arrive_cluster, and for nothing else.
+__device__ __forceinline__ uint32_t map_cluster(uint32_t addr, int rank) {
+  uint32_t r;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(addr), "r"(rank));
+  return r;
+}
+// T: uint32_t or uint4.
+template <class T>
+__device__ __forceinline__ T ld_cluster(uint32_t addr) {
+  T v;
+  if constexpr (std::is_same_v<T, uint4>)
+    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(addr)
+                 : "memory");
+  else
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(v) : "r"(addr) : "memory");
+  return v;
+}
+template <class T>
+__device__ __forceinline__ void st_cluster(uint32_t addr, T v) {
+  if constexpr (std::is_same_v<T, uint4>)
+    asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+  else
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(addr), "r"(v) : "memory");
+}
+// Stores v and then adds its bytes to the mbarrier in the same block, both at mapped addresses.
+__device__ __forceinline__ void st_async(uint32_t dst, uint32_t v, uint32_t bar) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(dst), "r"(v), "r"(bar)
+               : "memory");
+}
+__device__ __forceinline__ void st_async(uint32_t dst, uint4 v, uint32_t bar) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(dst),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(bar)
+               : "memory");
 }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -86,6 +86,47 @@ void launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem
   go(static_cast<P>(args)...);
 }
 
+namespace detail {
+
+// Attributes of a launch in clusters of that many blocks along x; keeps what the configuration points to.
+struct ClusterConfig {
+  cudaLaunchAttribute size{};
+  cudaLaunchConfig_t config{};
+  ClusterConfig(int cluster, dim3 grid, dim3 block, size_t smem, void* stream) {
+    size.id = cudaLaunchAttributeClusterDimension;
+    size.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = smem;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &size, config.numAttrs = 1;
+  }
+  ClusterConfig(const ClusterConfig&) = delete;
+  ClusterConfig& operator=(const ClusterConfig&) = delete;
+};
+
+}  // namespace detail
+
+// sm_90: blocks in clusters of `cluster` (at most 8) along x, which can reach each other's shared memory.
+template <class... P, class... A>
+void launch_cluster(void (*kernel)(P...), int cluster, dim3 grid, dim3 block, size_t smem, void* stream, A... args) {
+  const DeviceGuard guard(detail::first_pointer(args...));
+  detail::allow_shared(kernel, smem);
+  const detail::ClusterConfig c(cluster, grid, block, smem, stream);
+  check(cudaLaunchKernelEx(&c.config, kernel, static_cast<P>(args)...), "cluster launch");
+}
+
+// How many clusters of this kernel the current device holds at once; 0 where it has none that large.
+template <class... P>
+int resident_clusters(void (*kernel)(P...), int cluster, int threads, size_t smem) {
+  detail::allow_shared(kernel, smem);
+  const detail::ClusterConfig c(cluster, static_cast<unsigned>(cluster), static_cast<unsigned>(threads), smem, nullptr);
+  int n = 0;
+  if (cudaOccupancyMaxActiveClusters(&n, reinterpret_cast<const void*>(kernel), &c.config) != cudaSuccess) {
+    (void)cudaGetLastError();
+    return 0;
+  }
+  return n;
+}
+
 inline int sm_count() {
   int device = 0, n = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");

@@ -10,16 +10,16 @@ void* dyn_shared() { return self()->blk->arena + kReserved; }
 
 void* static_shared(const void* key, size_t size, size_t align, Site s) {
   Block& b = *self()->blk;
-  for (const SharedVar& v : b.vars)
+  for (const SharedVar& v : layout.vars)
     if (v.key == key) return b.arena + v.offset;
-  const size_t offset = (b.top + align - 1) / align * align;
-  b.static_bytes += size;
-  if (b.static_bytes > kStaticLimit) fail("over 48 KiB of static shared memory at %s", name_site(s).c_str());
-  if (b.static_bytes + cfg.smem > kSharedLimit || offset + size + 128 > kArena)
+  const size_t offset = (layout.top + align - 1) / align * align;
+  layout.static_bytes += size;
+  if (layout.static_bytes > kStaticLimit) fail("over 48 KiB of static shared memory at %s", name_site(s).c_str());
+  if (layout.static_bytes + cfg.smem > kSharedLimit || offset + size + 128 > kArena)
     fail("static and dynamic shared memory exceed 227 KiB at %s", name_site(s).c_str());
-  b.vars.push_back({key, offset, size});
-  b.top = offset + size + kGap;  // overruns are seen, not absorbed by the next variable
-  memset(b.arena + offset, 0xff, size);
+  layout.vars.push_back({key, offset, size});
+  layout.top = offset + size + kGap;  // overruns are seen, not absorbed by the next variable
+  for (Block* each : live) memset(each->arena + offset, 0xff, size);
   return b.arena + offset;
 }
 
@@ -29,16 +29,16 @@ uint32_t smem_addr(const void* p) {
   return static_cast<uint32_t>(d);
 }
 
-bool in_shared(const Block& b, size_t offset, size_t bytes) {
-  if (offset >= kReserved && offset + bytes <= b.dynamic_end) return true;
-  for (const SharedVar& v : b.vars)
+bool in_shared(size_t offset, size_t bytes) {
+  if (offset >= kReserved && offset + bytes <= kReserved + cfg.smem) return true;
+  for (const SharedVar& v : layout.vars)
     if (offset >= v.offset && offset + bytes <= v.offset + v.size) return true;
   return false;
 }
 
 void* smem_ptr(uint32_t addr, size_t bytes) {
   Block& b = *self()->blk;
-  if (!in_shared(b, addr, bytes)) fail("shared memory address 0x%x (+%zu) is out of bounds", addr, bytes);
+  if (!in_shared(addr, bytes)) fail("shared memory address 0x%x (+%zu) is out of bounds", addr, bytes);
   return b.arena + addr;
 }
 
@@ -81,13 +81,13 @@ void named_barrier(int id, int n, bool block, Site site) {
   if (!covers(*t, r.last))
     fail("%s: named barrier %d is used again by a thread its last round is not ordered before", name_site(site).c_str(),
          id);
-  release(*t, r.ticks);
+  release(*t, r.gathered);
   if (block) r.members.push_back(t);
   if (++r.arrived == n) {
     r.arrived = 0;
-    for (Thread* m : r.members) acquire(*m, r.ticks);
-    r.last = r.ticks;
-    r.ticks.clear(), r.members.clear();
+    r.last = handed_on(r.gathered);
+    for (Thread* m : r.members) acquire(*m, r.last);
+    r.gathered = {}, r.members.clear();
     wake(r.waiters);
   } else if (block) {
     r.waiters.push_back(t);
@@ -140,8 +140,10 @@ void check_no_async_left(const Thread& t) {
     fail("exits with a wgmma never waited for (issued at %s)", name_site(t.wgmma.issued[0].site).c_str());
   if (!t.stores.issued.empty())
     fail("exits with a TMA store never waited for (issued at %s)", name_site(t.stores.issued[0].site).c_str());
-  if (t.blk->alive == 1 && !t.blk->hopper.loads.empty())
-    fail("block ends with a TMA copy in flight (issued at %s)", name_site(t.blk->hopper.loads[0].site).c_str());
+  if (t.blk->alive == 1 && !t.blk->hopper.arriving.empty())
+    fail("block ends with a TMA copy or st.async in flight (issued at %s)",
+         name_site(t.blk->hopper.arriving[0].site).c_str());
+  if (t.blk->alive == 1) check_visits(*t.blk);
 }
 
 }  // namespace emu

@@ -94,23 +94,34 @@ void for_cells(uintptr_t a, size_t n, F f) {
   }
 }
 
-std::string where_shared(const Block& b, size_t offset) {
+std::string where_shared(size_t offset) {
   char s[96];
-  for (const SharedVar& v : b.vars)
+  for (const SharedVar& v : layout.vars)
     if (offset >= v.offset && offset < v.offset + v.size + kGap) {
       snprintf(s, sizeof s, "static shared memory + %zu (of %zu bytes)", offset - v.offset, v.size);
       return s;
     }
   if (offset >= kReserved)
-    snprintf(s, sizeof s, "dynamic shared memory + %zu (of %zu bytes)", offset - kReserved, b.dynamic_end - kReserved);
+    snprintf(s, sizeof s, "dynamic shared memory + %zu (of %zu bytes)", offset - kReserved, cfg.smem);
   else
     snprintf(s, sizeof s, "shared memory address 0x%zx", offset);
   return s;
 }
 
+// The block in whose shared memory `a` is: the thread's own, or another one of its cluster; or null.
+Block* home_of(const Thread& t, uintptr_t a) {
+  const auto here = [a](const Block* b) { return a - reinterpret_cast<uintptr_t>(b->arena) < kArena; };
+  if (here(t.blk)) return t.blk;
+  if (cfg.cluster == 1) return nullptr;
+  const auto it = std::find_if(live.begin(), live.end(), here);
+  return it == live.end() ? nullptr : *it;
+}
+
 std::string where(const Thread& t, uintptr_t a) {
-  const uintptr_t arena = reinterpret_cast<uintptr_t>(t.blk->arena);
-  return a - arena < kArena ? where_shared(*t.blk, a - arena) : name_global(a);
+  const Block* home = home_of(t, a);
+  if (!home) return name_global(a);
+  const std::string s = where_shared(a - reinterpret_cast<uintptr_t>(home->arena));
+  return home == t.blk ? s : s + " of rank " + std::to_string(home->rank);
 }
 
 const char* verb(Access a) {
@@ -200,13 +211,14 @@ void checker_new_block(Block& b) {
 void checked_access(Thread& t, uintptr_t a, size_t n, Access kind, bool aligned, uint32_t origin) {
   if (a - reinterpret_cast<uintptr_t>(t.stack) < kStack) return;     // its own locals
   if (a - reinterpret_cast<uintptr_t>(&t) < sizeof(Thread)) return;  // threadIdx, blockIdx
-  const uintptr_t offset = a - reinterpret_cast<uintptr_t>(t.blk->arena);
-  const bool shared = offset < kArena;
+  Block* const home = home_of(t, a);
+  const bool shared = home != nullptr;
   if (!shared && (in_module(a) || a - reinterpret_cast<uintptr_t>(call_frame) < 4096)) return;
   if (aligned && (a & (n - 1)))
     fail("misaligned %zu-byte %s of %s at %s", n, verb(kind), where(t, a).c_str(), name_origin(origin).c_str());
-  if (shared ? !in_shared(*t.blk, offset, n) : !in_extents(a, n))
+  if (shared ? !in_shared(a - reinterpret_cast<uintptr_t>(home->arena), n) : !in_extents(a, n))
     fail("out of bounds: %zu-byte %s of %s at %s", n, verb(kind), where(t, a).c_str(), name_origin(origin).c_str());
+  if (shared && home != t.blk) visit(t, *home, origin);
   stats.checked_bytes += n;
   const Block& b = *t.blk;
   const Event now = {static_cast<uint32_t>(b.index) * static_cast<uint32_t>(b.threads) + static_cast<uint32_t>(t.lin),
@@ -237,10 +249,11 @@ void async_write(Thread& t, void* p, size_t n, Site s) {
 // The async proxy sees its own writes; a thread's own writes only after that thread's fence_proxy_async.
 void async_read(int lane, const void* p, size_t n, Site s) {
   checked_as(lane, p, n, false, s);
-  const Block& b = *self()->blk;
+  const uint32_t threads = static_cast<uint32_t>(self()->blk->threads);
   for_cells(reinterpret_cast<uintptr_t>(p), n, [&](Cell& c, uintptr_t a) {
     if ((c.flags & kAsync) || !(c.flags & kWritten)) return;
-    if (b.hopper.proxy_tick[c.write.thread % static_cast<uint32_t>(b.threads)] > c.write.tick) return;
+    const Block& writer = *live[c.write.thread / threads % live.size()];
+    if (writer.hopper.proxy_tick[c.write.thread % threads] > c.write.tick) return;
     fail("no fence_proxy_async between the write of %s at %s and its use at %s", where(*self(), a).c_str(),
          name_origin(c.write.origin).c_str(), name_site(s).c_str());
   });

@@ -26,6 +26,8 @@ void async_write(Thread&, void* p, size_t n, Site);                    // by the
 void async_read(int lane, const void* p, size_t n, Site);              // by TMA stores and wgmma
 void mark_in_flight(const void* p, size_t n, bool on);                 // target of an async copy: hands off
 void proxy_fence(Thread&);
+void visit(const Thread&, Block&, uint32_t origin);  // a thread reaches into another block's shared memory
+void check_visits(const Block&);                     // at the end of the block
 
 // Where kernels may go in global memory: a tensor as runs of `run` bytes at base + sum of index * stride.
 struct Extent {

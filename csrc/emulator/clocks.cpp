@@ -57,6 +57,13 @@ Ticks knowledge(const Thread& t) {
   return k;
 }
 
+bool covers(const Thread& t, const Ticks& past) {
+  const Ticks& own = t.clock.seen->own;
+  for (size_t i = 0; i < past.size(); ++i)
+    if ((i == place(t) ? t.clock.tick : own[i]) < past[i]) return false;
+  return true;
+}
+
 }  // namespace
 
 void clocks_start(Block& b) {
@@ -108,29 +115,63 @@ void join_warp(Block& b, int first, uint32_t lanes) {
   }
 }
 
-void release(Thread& t, Ticks& to) {
-  raise(to, t.clock.seen->own);
-  to[place(t)] = std::max(to[place(t)], t.clock.tick);
+void release(Thread& t, Gathered& to) {
+  Ticks& mine = to.of[t.blk->index];
+  raise(mine, t.clock.seen->own);
+  mine[place(t)] = std::max(mine[place(t)], t.clock.tick);
+  const auto& rest = t.clock.seen->rest;
+  if (rest && rest != to.added) {
+    for (const auto& [block, ticks] : *rest) raise(to.of[block], *ticks);
+    to.added = rest;
+  }
   ++t.clock.tick;
 }
 
-void acquire(Thread& t, const Ticks& from) {
-  if (covers(t, from)) return;
+std::shared_ptr<const Message> handed_on(const Gathered& g) {
+  auto m = std::make_shared<Message>();
+  for (const auto& [block, ticks] : g.of) (*m)[block] = std::make_shared<const Ticks>(ticks);
+  return m;
+}
+
+void acquire(Thread& t, const std::shared_ptr<const Message>& from) {
+  // threads that come from one barrier hold the same view, and take the same: the result is made once
+  static struct {
+    std::shared_ptr<const View> before, after;
+    std::shared_ptr<const Message> from;
+  } last;
+  if (!from || from->empty()) return;
+  if (last.before == t.clock.seen && last.from == from) {
+    t.clock.seen = last.after;
+    return;
+  }
   auto v = std::make_shared<View>(*t.clock.seen);
-  raise(v->own, from);
+  std::shared_ptr<Message> rest;
+  for (const auto& [block, ticks] : *from) {
+    if (block == t.blk->index) {
+      raise(v->own, *ticks);
+      continue;
+    }
+    if (!rest) rest = std::make_shared<Message>(v->rest ? *v->rest : Message{});
+    raise(*rest, block, ticks);
+  }
+  if (rest) v->rest = rest;
+  last = {t.clock.seen, v, from};
   t.clock.seen = v;
 }
 
-bool covers(const Thread& t, const Ticks& past) {
-  const Ticks& own = t.clock.seen->own;
-  for (size_t i = 0; i < past.size(); ++i)
-    if ((i == place(t) ? t.clock.tick : own[i]) < past[i]) return false;
-  return true;
+bool covers(const Thread& t, const std::shared_ptr<const Message>& past) {
+  if (!past) return true;
+  const auto it = past->find(t.blk->index);
+  return it == past->end() || covers(t, *it->second);
 }
 
 void acquire_fence(Thread& t, bool gpu) {
   FenceState& f = t.fences;
-  if (!f.taken_block.empty()) acquire(t, f.taken_block);
+  if (!f.taken_block.empty() && !covers(t, f.taken_block)) {
+    auto v = std::make_shared<View>(*t.clock.seen);
+    raise(v->own, f.taken_block);
+    t.clock.seen = v;
+  }
   f.taken_block.clear();
   if (!gpu || f.taken_gpu.empty()) return;
   auto v = std::make_shared<View>(*t.clock.seen);

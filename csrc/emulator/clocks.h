@@ -32,10 +32,16 @@ bool has_seen(const Thread&, int block, int lin, uint32_t tick);
 void join_block(Block&);
 void join_warp(Block&, int first, uint32_t lanes);
 
-// One-sided: release adds what t has seen to `to`, acquire takes it.  For barriers inside a block.
-void release(Thread& t, Ticks& to);
-void acquire(Thread& t, const Ticks& from);
-bool covers(const Thread& t, const Ticks& past);
+// What threads hand on through one place: a named barrier, an mbarrier, a cluster's barrier.  One-sided: release adds
+// all that t has seen, acquire takes what handed_on() gave of it.
+struct Gathered {
+  std::map<int, Ticks> of;               // by block
+  std::shared_ptr<const Message> added;  // the last view of other blocks that came in: often the same for many threads
+};
+void release(Thread& t, Gathered& to);
+std::shared_ptr<const Message> handed_on(const Gathered&);
+void acquire(Thread& t, const std::shared_ptr<const Message>& from);
+bool covers(const Thread& t, const std::shared_ptr<const Message>& past);  // as far as t's own block goes
 
 // Atomics.  A fence keeps what its thread has seen; an atomic after it hands that to the location, and takes what the
 // location was handed; the next fence makes the taken part seen.  Relaxed atomics alone order nothing.

@@ -23,6 +23,7 @@ struct Config {
   dim3 grid, block;
   size_t smem;
   bool cooperative;
+  int cluster = 1;  // blocks along x of a cluster
 };
 extern Position* cur;  // the running CUDA thread
 extern Config cfg;     // the launch

@@ -55,7 +55,7 @@ void set_buffers(const std::vector<Buffer>& buffers) {
 
 std::vector<Case> cases() {
   std::vector<Case> all;
-  for (auto group : {block_cases, async_cases, grid_cases, hopper_cases})
+  for (auto group : {block_cases, async_cases, grid_cases, hopper_cases, cluster_cases})
     for (const Case& c : group()) all.push_back(c);
   return all;
 }

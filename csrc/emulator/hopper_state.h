@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "clocks.h"
@@ -49,24 +50,27 @@ struct StoreState {
   std::vector<TmaStore> issued;
   int group = 0;
 };
-struct TmaLoad {
+struct Arriving {  // on its way to a block's shared memory, and then to that block's mbarrier
   uint32_t dst, mbar;
   int bytes;
+  bool box;  // of TMA: part of a tensor; otherwise the value of an st.async
   TensorMap map;
   int at[4];
+  uint32_t value[4];
   Site site;
 };
 struct Mbarrier {
   uint32_t addr;
   int count, pending, tx, phase;
   std::vector<Thread*> waiters;
-  Ticks ticks, done;
+  Gathered near, far;  // from its own block, and from others: those are seen after a wait of cluster scope only
+  std::shared_ptr<const Message> near_done, far_done;
   int initialised_by;
   bool fenced;
 };
 
 struct HopperState {
-  std::vector<TmaLoad> loads;
+  std::vector<Arriving> arriving;
   std::vector<Mbarrier> mbarriers;
   std::vector<WgmmaSeen> seen[8];  // each warpgroup's wgmmas: its four warps must issue the same ones
   std::vector<Thread*> register_waiters;

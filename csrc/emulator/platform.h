@@ -223,11 +223,19 @@ template <class... P, class... A>
 void launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, void*, A... args) {
   emu::launch(kernel, {grid, block, smem, true}, args...);
 }
+template <class... P, class... A>
+void launch_cluster(void (*kernel)(P...), int cluster, dim3 grid, dim3 block, size_t smem, void*, A... args) {
+  emu::launch(kernel, {grid, block, smem, false, cluster}, args...);
+}
 inline int sm_count() { return emu::max_resident_blocks(); }
 inline size_t shared_limit() { return 227 * 1024; }  // sm_90's
 template <class... P>
 int resident_blocks(void (*)(P...), int, size_t) {
   return emu::max_resident_blocks();
+}
+template <class... P>
+int resident_clusters(void (*)(P...), int cluster, int, size_t) {
+  return emu::max_resident_blocks() / cluster;
 }
 
 }  // namespace pk

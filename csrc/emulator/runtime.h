@@ -1,6 +1,8 @@
 // The emulator's own state: threads, warps, blocks, barriers, and the scheduler's interface.
 #pragma once
 #include <cstdint>
+#include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -42,6 +44,7 @@ struct Thread : Position {
   int copy_group;
   WgmmaState wgmma;
   StoreState stores;
+  uint32_t cluster_arrivals, cluster_waits;  // at the cluster's barrier
 };
 
 struct Slot {  // a warp collective some lanes have come to
@@ -64,7 +67,8 @@ struct Barrier {
   int result[3] = {};
   Site site{};
   std::vector<Thread*> waiters, members;
-  Ticks ticks, last;  // of this round's arrivals so far; of the whole last round
+  Gathered gathered;                    // of this round's arrivals so far
+  std::shared_ptr<const Message> last;  // of the whole last round
 };
 
 struct SharedVar {
@@ -72,12 +76,21 @@ struct SharedVar {
   size_t offset, size;
 };
 
+// Static shared memory, the same in all blocks of a launch: an address in one block is its variable's in every other.
+struct SharedLayout {
+  std::vector<SharedVar> vars;
+  size_t top = 0, static_bytes = 0;
+};
+
+struct Visit {  // by a thread of another block of the cluster, to this block's shared memory
+  uint32_t tick, origin;
+};
+
 struct Block {
   uint3 id;
-  int index, threads, alive;
+  int index, rank, threads, alive;  // rank: in its cluster
   uint8_t* arena;
-  size_t dynamic_end, top, static_bytes;
-  std::vector<SharedVar> vars;
+  std::map<std::pair<int, int>, Visit> visits;  // the last one of each (block, thread)
   Barrier barriers[16];
   std::vector<Warp> warps;
   std::vector<Thread> thread;
@@ -98,8 +111,10 @@ struct Options {
 
 extern Stats stats;
 extern Options options;
-extern uint32_t grid_epoch;     // grid_sync rounds of this launch
-extern uint32_t idle_reads;     // since any thread wrote or got further
+extern uint32_t grid_epoch;       // grid_sync rounds of this launch
+extern uint32_t idle_reads;       // since any thread wrote or got further
+extern std::vector<Block*> live;  // the blocks that run now; those of a cluster by rank
+extern SharedLayout layout;
 extern const void* call_frame;  // the kernel's arguments, which threads may read
 inline Thread* self() { return static_cast<Thread*>(cur); }
 
@@ -107,7 +122,15 @@ void wait(const char* what, Site);
 void wake(std::vector<Thread*>&);
 void finish_slot(Block&, Warp&, size_t);
 void check_no_async_left(const Thread&);
-bool in_shared(const Block&, size_t offset, size_t bytes);
+void cluster_start(int threads);
+void cluster_exit(const Thread&);
+struct Place {
+  Block* block;
+  size_t offset;
+  void* pointer() const { return block->arena + offset; }
+};
+Place place_of(uint32_t addr, size_t bytes, Site);  // of a shared::cluster address
+bool in_shared(size_t offset, size_t bytes);
 float half_bits(uint16_t u, bool bf16);
 std::string name_site(Site);
 

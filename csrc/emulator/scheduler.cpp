@@ -21,6 +21,8 @@ Options options;
 uint32_t grid_epoch = 0;
 uint32_t idle_reads = 0;
 const void* call_frame = nullptr;
+std::vector<Block*> live;
+SharedLayout layout;
 
 namespace {
 
@@ -34,7 +36,6 @@ uint64_t idle_yields = 0;
 char* stacks = nullptr;
 size_t stack_count = 0;
 std::vector<uint8_t*> arenas;
-std::vector<Block*> live;
 Barrier grid_barrier;
 void (*kernel_thunk)(void*);
 
@@ -76,6 +77,7 @@ void fiber_main(void* p) {
   Block& b = *t->blk;
   t->state = State::done;
   --b.alive;
+  cluster_exit(*t);
   made_progress();
   Warp& w = b.warps[static_cast<size_t>(t->warp)];
   w.alive &= ~(1u << t->lane);
@@ -141,24 +143,23 @@ void start_thread(Block& b, int lin, size_t stack) {
   t.fences = {};
   t.copies.clear(), t.copy_group = 0;
   t.wgmma = {}, t.stores = {};
+  t.cluster_arrivals = t.cluster_waits = 0;
   b.warps[static_cast<size_t>(t.warp)].alive |= 1u << t.lane;
   // tops of stacks are spread over cache sets: at one power-of-two distance they would evict each other
   make_context(t.ctx, t.stack, kStack - stack % 32 * 128, fiber_main, &t);
 }
 
-void start_block(Block& b, uint3 id, int index, uint8_t* arena) {
+void start_block(Block& b, uint3 id, int index, size_t slot, uint8_t* arena) {
   const int n = static_cast<int>(cfg.block.x * cfg.block.y * cfg.block.z);
-  b.id = id, b.index = index, b.threads = b.alive = n, b.arena = arena;
-  b.vars.clear(), b.static_bytes = 0;
+  b.id = id, b.index = index, b.rank = index % cfg.cluster, b.threads = b.alive = n, b.arena = arena;
+  b.visits.clear();
   for (Barrier& r : b.barriers) r = {};
   b.warps.assign(static_cast<size_t>(n + 31) / 32, {});
   for (Warp& w : b.warps) w.registers = std::min(255, 65536 / n) / 8 * 8;
   b.thread.resize(static_cast<size_t>(n));
   b.hopper = {};
-  b.dynamic_end = kReserved + cfg.smem;
-  b.top = (b.dynamic_end + 127) / 128 * 128 + 128;
-  memset(arena, 0xff, b.top);  // NaN in float, bf16 and half; -1 in the integers
-  const size_t first = cfg.cooperative ? static_cast<size_t>(index) * static_cast<size_t>(n) : 0;
+  memset(arena, 0xff, layout.top);  // NaN in float, bf16 and half; -1 in the integers
+  const size_t first = slot * static_cast<size_t>(n);
   for (int i = 0; i < n; ++i) start_thread(b, i, first + static_cast<size_t>(i));
   clocks_start(b);
   checker_new_block(b);
@@ -178,6 +179,8 @@ void validate(const Config& c, size_t threads, size_t blocks) {
   if (!blocks || c.grid.x > 0x7fffffffu || c.grid.y > 65535 || c.grid.z > 65535)
     bad("grid of " + std::to_string(c.grid.x) + " x " + std::to_string(c.grid.y) + " x " + std::to_string(c.grid.z));
   if (blocks * threads > 0xffffffffu) bad("more than 2^32 threads in one launch");
+  if (c.cluster < 1 || c.cluster > 8 || c.grid.x % static_cast<unsigned>(c.cluster))
+    bad("clusters of " + std::to_string(c.cluster) + " blocks in a grid of " + std::to_string(c.grid.x) + " along x");
   if (c.smem > kSharedLimit) bad("dynamic shared memory over the limit: " + std::to_string(c.smem));
   if (c.cooperative && blocks > static_cast<size_t>(options.max_resident_blocks))
     bad("cooperative grid of " + std::to_string(blocks) + " blocks cannot be resident at once");
@@ -227,22 +230,24 @@ void run(const Config& c, void (*thunk)(void*), void* ctx) {
   const size_t blocks = static_cast<size_t>(c.grid.x) * c.grid.y * c.grid.z;
   validate(c, threads, blocks);
   cfg = c, kernel_thunk = thunk, call_frame = ctx;
-  const size_t concurrent = c.cooperative ? blocks : 1;
+  const size_t concurrent = c.cooperative ? blocks : static_cast<size_t>(c.cluster);
   reserve(concurrent, threads);
   error.clear();
   idle_yields = 0, idle_reads = 0, grid_epoch = 0;
   random_state = options.order >= 2 ? static_cast<uint64_t>(options.order) * 0x9e3779b97f4a7c15ull | 1 : 1;
   grid_barrier = {};
+  layout = {{}, (kReserved + c.smem + 127) / 128 * 128 + 128, 0};
   checker_new_launch();
   pool.resize(concurrent);
   live.clear();
   for (Block& b : pool) live.push_back(&b);
   for (size_t i = 0; i < blocks && error.empty(); ++i) {
-    const size_t k = options.order == 1 ? blocks - 1 - i : i, slot = c.cooperative ? k : 0;
+    const size_t k = options.order == 1 ? blocks - 1 - i : i, slot = k % concurrent;
     const uint3 id = {static_cast<unsigned>(k % c.grid.x), static_cast<unsigned>(k / c.grid.x % c.grid.y),
                       static_cast<unsigned>(k / c.grid.x / c.grid.y)};
-    start_block(pool[slot], id, static_cast<int>(k), arenas[slot]);
-    if (!c.cooperative || i + 1 == blocks) run_all();
+    if (i % concurrent == 0) cluster_start(static_cast<int>(concurrent * threads));
+    start_block(pool[slot], id, static_cast<int>(k), slot, arenas[slot]);
+    if ((i + 1) % concurrent == 0) run_all();
   }
   if (!error.empty()) throw std::runtime_error(error);
 }

@@ -1,5 +1,6 @@
-// mbarriers and TMA.  A box lands when a thread first waits on its mbarrier, and not before the phase needs it: the
-// latest moment the hardware may choose.  Until then its target holds NaN and is marked in flight.
+// mbarriers, TMA and st.async.  What is written asynchronously lands when a thread first waits on its mbarrier, and not
+// before the phase needs it: the latest moment the hardware may choose.  Until then its target holds NaN and is marked
+// in flight.
 #include <algorithm>
 
 #include "checker.h"
@@ -20,7 +21,8 @@ Mbarrier& find(Block& b, uint32_t addr, Site s) {
 void complete_if_due(Mbarrier& m) {
   if (m.pending || m.tx) return;
   m.phase ^= 1, m.pending = m.count;
-  m.done = m.ticks;
+  m.near_done = handed_on(m.near);
+  m.far_done = m.far.of.empty() ? nullptr : handed_on(m.far);
   std::vector<Thread*> w;
   w.swap(m.waiters);
   wake(w);
@@ -58,18 +60,43 @@ void check_target(uint32_t a, Site s) {
     fail("%s: shared address 0x%x of a 128-byte swizzled TMA box is not 1024-byte aligned", name_site(s).c_str(), a);
 }
 
-void land(Block& b, const TmaLoad& o, Mbarrier& m) {
+void land(Block& b, const Arriving& o, Mbarrier& m) {
   const size_t element = static_cast<size_t>(o.map.element);
-  each_in_box(o.map, o.dst, o.at, [&](uint32_t d, const char* g) {
+  if (!o.box) memcpy(b.arena + o.dst, o.value, static_cast<size_t>(o.bytes));
+  const auto copy = [&](uint32_t d, const char* g) {
     if (g) {
       checked(g, element, false, o.site);
       memcpy(b.arena + d, g, element);
     } else {
       memset(b.arena + d, 0, element);
     }
-  });
+  };
+  if (o.box) each_in_box(o.map, o.dst, o.at, copy);
   mark_in_flight(b.arena + o.dst, static_cast<size_t>(o.bytes), false);
   m.tx -= o.bytes;
+}
+
+// Sends o to a block of the cluster; its mbarrier hands on what the issuing thread has seen.
+void send(Block& to, const Arriving& o, bool async_proxy) {
+  Thread* t = self();
+  const size_t bytes = static_cast<size_t>(o.bytes);
+  uint8_t* d = to.arena + o.dst;
+  checked(to.arena + o.mbar, 8, false, o.site);
+  Mbarrier& m = find(to, o.mbar, o.site);
+  if (!m.fenced)
+    fail("%s: no mbar_fence_init between the mbarrier's initialisation and its use by TMA or st.async",
+         name_site(o.site).c_str());
+  if (async_proxy)
+    async_write(*t, d, bytes, o.site);
+  else
+    checked(d, bytes, true, o.site);
+  mark_in_flight(d, bytes, true);
+  release(*t, async_proxy || &to == t->blk ? m.near : m.far);  // of TMA every wait sees all
+  memset(d, 0xff, bytes);
+  to.hopper.arriving.push_back(o);
+  std::vector<Thread*> w;
+  w.swap(m.waiters);
+  if (!w.empty()) wake(w);
 }
 
 }  // namespace
@@ -79,7 +106,7 @@ void mbar_init(uint32_t bar, int count, Site s) {
   if (bar % 8) fail("%s: mbarrier at 0x%x is not 8-byte aligned", name_site(s).c_str(), bar);
   checked(smem_ptr(bar, 8), 8, true, s);
   std::erase_if(b.hopper.mbarriers, [&](const Mbarrier& m) { return m.addr == bar; });
-  b.hopper.mbarriers.push_back({bar, count, count, 0, 0, {}, {}, {}, self()->lin, false});
+  b.hopper.mbarriers.push_back({bar, count, count, 0, 0, {}, {}, {}, {}, {}, self()->lin, false});
 }
 
 void mbar_fence_init() {
@@ -89,33 +116,34 @@ void mbar_fence_init() {
 
 void mbar_arrive(uint32_t bar, int tx, Site s) {
   Thread* t = self();
-  Block& b = *t->blk;
-  Mbarrier& m = find(b, bar, s);
-  checked(b.arena + bar, 8, false, s);  // its initialisation must be visible here
+  const Place at = place_of(bar, 8, s);
+  checked(at.pointer(), 8, false, s);  // its initialisation must be visible here
+  Mbarrier& m = find(*at.block, static_cast<uint32_t>(at.offset), s);
   if (!m.pending) fail("%s: too many arrivals at the mbarrier", name_site(s).c_str());
-  release(*t, m.ticks);
+  release(*t, at.block == t->blk ? m.near : m.far);
   m.tx += tx, --m.pending;
   complete_if_due(m);
 }
 
-void mbar_wait(uint32_t bar, int parity, Site s) {
+void mbar_wait(uint32_t bar, int parity, bool cluster, Site s) {
   Thread* t = self();
   Block& b = *t->blk;
   checked(b.arena + bar, 8, false, s);
   while (find(b, bar, s).phase == (parity & 1)) {  // copies land one by one, no more of them than the phase needs
-    auto& loads = b.hopper.loads;
-    const auto o = std::find_if(loads.begin(), loads.end(), [&](const TmaLoad& x) { return x.mbar == bar; });
-    if (o == loads.end()) {
+    auto& arriving = b.hopper.arriving;
+    const auto o = std::find_if(arriving.begin(), arriving.end(), [&](const Arriving& x) { return x.mbar == bar; });
+    if (o == arriving.end()) {
       find(b, bar, s).waiters.push_back(t);
       wait("mbar_wait", s);
       continue;
     }
-    const TmaLoad load = *o;
-    loads.erase(o);
-    land(b, load, find(b, bar, s));
+    const Arriving next = *o;
+    arriving.erase(o);
+    land(b, next, find(b, bar, s));
     complete_if_due(find(b, bar, s));
   }
-  acquire(*t, find(b, bar, s).done);
+  acquire(*t, find(b, bar, s).near_done);
+  if (cluster) acquire(*t, find(b, bar, s).far_done);
 }
 
 void fence_proxy_async() { proxy_fence(*self()); }
@@ -139,24 +167,27 @@ TensorMap make_tensor_map(const void* base, int element, int rank, const int* di
   return m;
 }
 
-void tma_load(uint32_t dst, const TensorMap& m, const int (&at)[4], uint32_t bar, Site s) {
-  Thread* t = self();
-  Block& b = *t->blk;
+void tma_load(uint32_t dst, const TensorMap& m, const int (&at)[4], uint32_t bar, int mask, Site s) {
   const size_t bytes = box_bytes(m);
   check_target(dst, s);
-  Mbarrier& mb = find(b, bar, s);
-  checked(b.arena + bar, 8, false, s);
-  if (!mb.fenced)
-    fail("%s: no mbar_fence_init between the mbarrier's initialisation and its use by TMA", name_site(s).c_str());
-  void* d = smem_ptr(dst, bytes);
-  async_write(*t, d, bytes, s);
-  mark_in_flight(d, bytes, true);
-  release(*t, mb.ticks);
-  memset(d, 0xff, bytes);
-  b.hopper.loads.push_back({dst, bar, static_cast<int>(bytes), m, {at[0], at[1], at[2], at[3]}, s});
-  std::vector<Thread*> w;
-  w.swap(mb.waiters);
-  if (!w.empty()) wake(w);
+  smem_ptr(dst, bytes), smem_ptr(bar, 8);
+  const int own = 1 << self()->blk->rank;
+  if (mask < 0) mask = own;
+  if (!mask || mask >> cfg.cluster)
+    fail("%s: multicast to the ranks 0x%x in a cluster of %d blocks", name_site(s).c_str(), mask, cfg.cluster);
+  for (Block* to : live)
+    if (cfg.cluster == 1 ? to == self()->blk : mask >> to->rank & 1)
+      send(*to, {dst, bar, static_cast<int>(bytes), true, m, {at[0], at[1], at[2], at[3]}, {}, s}, true);
+}
+
+void st_async(uint32_t dst, const uint32_t* value, int bytes, uint32_t bar, Site s) {
+  const Place to = place_of(dst, static_cast<size_t>(bytes), s), m = place_of(bar, 8, s);
+  if (to.block != m.block) fail("%s: st.async with an mbarrier of another block", name_site(s).c_str());
+  if (to.offset % static_cast<size_t>(bytes))
+    fail("%s: st.async of %d bytes to shared address 0x%zx", name_site(s).c_str(), bytes, to.offset);
+  Arriving o{static_cast<uint32_t>(to.offset), static_cast<uint32_t>(m.offset), bytes, false, {}, {}, {}, s};
+  memcpy(o.value, value, static_cast<size_t>(bytes));
+  send(*to.block, o, false);
 }
 
 // The box is read when the group is waited for (the latest moment); it must stay as it was at issue until then.
