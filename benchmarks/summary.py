@@ -12,6 +12,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from overview import overview  # noqa: E402
+
 from pykernels.cli._loglog import standalone_panels  # noqa: E402
 from pykernels.cli.bench.page import growth_curves  # noqa: E402
 from pykernels.testing.limits import Limits  # noqa: E402
@@ -99,6 +101,11 @@ def rooms_table() -> str:
             spread = f"{min(ratios):.1f}x | {median(ratios):.1f}x | {max(ratios):.1f}x"
             lines.append(f"| {title} | {len(ratios)} | {spread} | {met} of {len(own)} |")
     return "\n".join(lines)
+
+
+def readme() -> str:
+    """Every record in a few lines, and how many of the targets are met."""
+    return f"{overview()}\n\n**Targets**, meant to be hard: {targets_table().splitlines()[0]}"
 
 
 def limits_table() -> str:
@@ -204,6 +211,7 @@ def growth_plots() -> dict[str, str]:
 BLOCKS = {
     "targets": targets_table,
     "rooms": rooms_table,
+    "overview": readme,
     "limits": limits_table,
     "models": models_table,
     "growth": growth_table,

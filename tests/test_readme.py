@@ -7,19 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
 
+from pykernels.cli import main
 from pykernels.testing.support import replaced
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+def test_the_examples_run() -> None:
     names: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), names)
+    for code in re.findall(r"```python\n(.*?)```", README, re.S):
+        exec(compile(code, "README.md", "exec"), names)
     block = names["FeedForward"](6, 16)  # type: ignore[operator]
     x = torch.randn(3, 6, requires_grad=True)
     block(x).sum().backward()
@@ -36,6 +38,28 @@ def test_the_commands_and_files_it_names_exist() -> None:
     assert set(re.findall(r"`?make ([a-z]+)", README)) <= targets | {"a"}
     for link in re.findall(r"\]\(([^)]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_ci_runs_every_command_of_the_readme() -> None:
+    """Each line of a block of commands: what of CI runs it, and that the options it names exist."""
+    ran = (ROOT / ".ci" / "run").read_text()
+    packaged = (ROOT / "tests" / "packaging.sh").read_text()
+    blocks = re.findall(r"```\n(.*?)```", re.sub(r"```python\n.*?```", "", README, flags=re.S), re.S)
+    lines = [line.split("#")[0].split() for block in blocks for line in block.splitlines()]
+    assert len(lines) > 8
+    for program, *words in filter(None, lines):
+        if program == "make":
+            assert f"make {words[0]}\n" in ran + "\n", words
+        elif program == "pip":
+            assert words == ["install", "."] and "pip wheel wheel -q" in packaged, words
+        elif program == "python":
+            assert Path(words[0]).stem in {path.stem for path in (ROOT / "examples").glob("[!_]*.py")}, words
+        else:
+            command: click.Command = main
+            while words and isinstance(command, click.Group):
+                command = command.commands[words.pop(0)]
+            known = {option for parameter in command.params for option in parameter.opts}
+            assert program == "pykernels" and {word for word in words if word.startswith("--")} <= known, words
 
 
 @pytest.mark.parametrize("page", ["index", "backends", "drop_in"])
