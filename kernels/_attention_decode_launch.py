@@ -37,7 +37,7 @@ def decoding_tiles(rows: int, widest: int, half: bool) -> Decoding:
     """Rows beyond one tile are for other programs, which read the keys again (from the L2 cache, side by side)."""
     height = min(max(triton.next_power_of_2(rows), 16), 64)
     keys = {64: 128, 128: 64, 256: 32}[max(widest, 64)]
-    return Decoding(height, keys if half else keys // 2, 4 if half else 8, 3 if half else 2)
+    return Decoding(height, keys if half else max(keys // 4, 16), 4, 3 if half else 2)
 
 
 def chosen_splits(owners: int, limit: int, keys: int, multiprocessors: int) -> int:

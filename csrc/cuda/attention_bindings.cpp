@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "attention.h"
+#include "attention_decode.h"
 #include "bind.h"
 
 namespace pk {
@@ -47,6 +48,22 @@ void def_attention(pybind11::module_& m, const char* name, void (*launcher)(cons
   });
 }
 
+// In Python: the twelve tensors of Decode, its layout, its numbers, and a dtype.
+void def_decode(pybind11::module_& m, const char* name, void (*launcher)(const Decode&, DType, void*)) {
+  using U = uintptr_t;
+  using Sizes = std::array<int64_t, sizeof(DecodeLayout) / sizeof(int64_t)>;
+  static_assert(offsetof(Decode, n) == sizeof(Pointers), "as many pointers as the struct begins with");
+  m.def(name, [launcher](U q, U k, U v, U lengths, U table, U sinks, U slopes, U out, U lse, U part, U top, U total,
+                         const Sizes& layout, std::array<float, 2> numbers, int dtype, U stream) {
+    const Pointers pointers{q, k, v, lengths, table, sinks, slopes, out, lse, part, top, total};
+    Decode a{};
+    std::memcpy(&a, pointers.data(), sizeof pointers);
+    std::memcpy(&a.n, layout.data(), sizeof layout);
+    a.x = {numbers[0], numbers[1]};
+    launcher(a, static_cast<DType>(dtype), reinterpret_cast<void*>(stream));
+  });
+}
+
 }  // namespace
 
 void bind_attention(pybind11::module_& m) {
@@ -56,6 +73,8 @@ void bind_attention(pybind11::module_& m) {
   def_attention(m, "attention_dkdv", &attention_dkdv);
   def_attention(m, "attention_dbias", &attention_dbias);
   def_attention(m, "attention_dbias_rows", &attention_dbias_rows);
+  def_decode(m, "attention_decode", &attention_decode);
+  def_decode(m, "attention_decode_merge", &attention_decode_merge);
 }
 
 }  // namespace pk

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from . import _attention_arguments as launching
+from ._attention_decode import attention_decode
 from ._extension import DTYPE_CODES, Extension
 
-__all__ = ["attention_backward", "attention_forward", "unsupported"]
+__all__ = ["attention_backward", "attention_decode", "attention_forward", "unsupported"]
 
 #: The widest head: the sums of a wider one do not fit in registers.
 WIDEST = 256

@@ -33,7 +33,6 @@ attention_decode_forward = define(
     "Tensor? sinks, Tensor? alibi_slopes, SymInt window_left, float softcap, float scale, int num_splits, int what) "
     "-> (Tensor, Tensor)",
     _fake,
-    backends=("cpu", "triton"),
 )
 
 

@@ -27,6 +27,10 @@ RULES: dict[str, Rules] = {
     r"attention_fwd_kernel<\w+, (64|128),": Rules(warp_mma=True, blocks=2),
     r"attention_(fwd|bwd_dq|bwd_dkdv|bwd_dbias)_kernel<": Rules(warp_mma=True),
     r"attention_\w*rows_kernel<": Rules(occupancy=0.5),
+    # Two or three stages of keys and values in flight: 32 to 64 KiB of them a block.
+    r"attention_decode_kernel<\w+, (64|128)>": Rules(copies=True, warp_mma=True, blocks=3),
+    r"attention_decode_kernel<": Rules(copies=True, warp_mma=True, blocks=2),
+    r"attention_decode_merge_kernel<": Rules(occupancy=0.5),
     # Few warps, but each thread has three 128-bit loads in flight: 36 KiB a multiprocessor, where memory latency times
     # bandwidth asks for 15 on an H100.
     r"rows_kernel<(__half|__nv_bfloat16), .*GatedBackward": Rules(vector=True, occupancy=0.375),

@@ -306,7 +306,7 @@ SPECS = (
         "attention",
         decoding.cases(),
         peer=decoding.dense,
-        kernels=("cpu", "triton"),
+        kernels=KERNELS,
         bytes_moved=decoding.moved,
         flops=decoding.flops,
         differentiable=False,

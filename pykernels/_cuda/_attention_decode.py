@@ -1,0 +1,79 @@
+"""Decoding on csrc/cuda: the operator `attention_decode` of the attention room."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _attention_arguments as launching
+from ._extension import Extension
+
+WIDEST, ROWS, KEYS, MOST_SPLITS = 256, 16, 64, 256
+
+
+def chosen_splits(owners: int, limit: int, multiprocessors: int) -> int:
+    """Two blocks for each multiprocessor, and no part below four tiles of keys. By shapes alone: lengths are on the
+    device."""
+    return max(1, min(2 * multiprocessors // max(owners, 1), limit // (4 * KEYS), MOST_SPLITS))
+
+
+def attention_decode(
+    ext: Extension,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_lengths: Tensor,
+    block_table: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window_left: int,
+    softcap: float,
+    scale: float,
+    num_splits: int,
+    what: int,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse): the operator `attention_decode`."""
+    batch, heads, lq, _ = query.shape
+    widest = max(query.shape[-1], value_cache.shape[-1])
+    if widest > WIDEST:
+        raise NotImplementedError(
+            f"attention_decode: the CUDA kernels take head sizes up to {WIDEST}; this one is {widest}"
+        )
+    out = launching.rows_like(query, (batch, heads, lq, value_cache.shape[-1]))
+    lse = query.new_empty((batch, heads, lq), dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
+    query, key_cache, value_cache = (launching.in_rows(x) for x in (query, key_cache, value_cache))
+    _, kv_heads, block_size, _ = key_cache.shape
+    limit = block_size if block_table is None else block_size * block_table.shape[1]
+    if block_table is not None and block_table.stride(-1) != 1:
+        block_table = block_table.contiguous()
+    group = heads // kv_heads
+    owners = batch * kv_heads * -(-group * lq // ROWS)
+    splits = num_splits or chosen_splits(owners, limit, ext.multiprocessors(query.device))
+    written = launching.out_rows(out)
+    size = written.shape[-1]
+    part = top = total = None
+    if splits > 1:
+        part = lse.new_empty((lse.numel(), splits, size))
+        top, total = (lse.new_empty((lse.numel(), splits)) for _ in range(2))
+    cache_lengths = cache_lengths.contiguous()
+    slopes = None if alibi_slopes is None else alibi_slopes.contiguous()
+    layout = (
+        *launching.strides(query), *launching.strides(key_cache), *launching.strides(value_cache),
+        *launching.strides(written), 0 if block_table is None else block_table.stride(0),
+        heads if slopes is not None and slopes.dim() == 2 else 0,
+        batch, heads, group, lq, limit, key_cache.shape[0], block_size, query.shape[-1], size,
+        limit if window_left < 0 else min(window_left, limit), splits,
+        int(cache_lengths.dtype == torch.int64), int(torch.get_float32_matmul_precision() == "highest"),
+    )  # fmt: skip
+    numbers = scale / softcap if softcap else scale * launching.LOG2E, softcap * launching.LOG2E
+    tensors = (
+        query, key_cache, value_cache, cache_lengths, block_table, None if sinks is None else sinks.contiguous(),
+        slopes, written, lse, part, top, total,
+    )  # fmt: skip
+    ext.call("attention_decode", *tensors, layout, numbers, query.dtype)
+    if splits > 1:
+        ext.call("attention_decode_merge", *tensors, layout, numbers, query.dtype)
+    launching.copy_back(out, written)
+    return out, lse
