@@ -15,6 +15,7 @@ from . import _segment as segment
 from ._embedding_forward import Bags
 from ._embedding_interaction import dot_interaction_backward, dot_interaction_forward
 from ._embedding_multi import embedding_bag_multi_forward
+from ._embedding_quantized import embedding_bag_quantized_forward, quantize_rows_forward
 from ._embedding_segment import sort
 from ._embedding_update import WIDEST, Rule
 
@@ -28,17 +29,21 @@ __all__ = [
     "embedding_bag_backward_weights",
     "embedding_bag_forward",
     "embedding_bag_multi_forward",
+    "embedding_bag_quantized_forward",
     "embedding_forward",
     "embedding_update",
+    "quantize_rows_forward",
     "unsupported",
 ]  # fmt: skip
 
 
 def unsupported(x: Tensor, *features: str) -> str | None:
     """Why these kernels cannot serve tables of this device and dtype, or a call with these features, or None."""
+    quantised = features[:1] == ("quantised rows",) and x.dtype == torch.uint8
+    features = features[quantised:]
     if features:
         return f"the Triton kernels of embedding do not serve {' and '.join(features)}"
-    return _lib.unsupported_tensor(x)
+    return _lib.unsupported_tensor(x.new_empty(0, dtype=torch.float32) if quantised else x)
 
 
 def _lookup(ids: Tensor) -> Bags:

@@ -57,6 +57,16 @@ void embedding_bag_multi_forward(const int64_t* tables, void* out, int32_t* maxi
                                  int64_t count, int64_t bags, int64_t width, int64_t most_cols, bool narrow, bool last,
                                  bool vectors, const std::string& mode, DType dtype, void* stream);
 
+// packed: rows of codes of `bits` bits with their scale and bias, `packed_row` bytes apart; scale: one factor for each
+// id, or null.  A lookup: bags of one id, padding -1.  out (bags, cols), of dtype.
+void embedding_bag_quantized(const void* packed, const void* ids, const int64_t* offsets, const float* scale, void* out,
+                             int64_t* record, int64_t what, bool narrow, int64_t bags, int64_t length, int64_t n,
+                             bool last, int64_t rows, int64_t cols, int64_t padding, int64_t packed_row, int64_t bits,
+                             bool mean, DType dtype, void* stream);
+// weight, of dtype -> its rows packed: out (rows, cols * bits / 8 + bits) bytes.
+void quantize_rows(const void* weight, void* out, int64_t rows, int64_t cols, int64_t weight_row, int64_t weight_col,
+                   int64_t bits, DType dtype, void* stream);
+
 // rows: the dense features and the sparse ones.  ddense or dsparse may be null: not wanted.
 void dot_interaction_forward(const void* dense, const void* sparse, void* out, int64_t batch, int64_t rows,
                              int64_t cols, int64_t pairs, int64_t dense_b, int64_t dense_d, int64_t sparse_b,

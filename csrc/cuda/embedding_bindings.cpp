@@ -16,6 +16,8 @@ void bind_embedding(pybind11::module_& m) {
   def(m, "embedding_sum_rows", &embedding_sum_rows);
   def(m, "embedding_update", &embedding_update);
   def(m, "embedding_bag_multi_forward", &embedding_bag_multi_forward);
+  def(m, "embedding_bag_quantized", &embedding_bag_quantized);
+  def(m, "quantize_rows", &quantize_rows);
   def(m, "dot_interaction_forward", &dot_interaction_forward);
   def(m, "dot_interaction_backward", &dot_interaction_backward);
 }

@@ -1,6 +1,6 @@
 """The embedding room on native CPU code. Importing this loads `_cpu_ext`, which adds the `.cpu` implementations of
-csrc/cpu/embedding.cpp and embedding_backward.cpp to the operators that pykernels/ops/embedding defines (in either
-order)."""
+csrc/cpu/embedding.cpp, embedding_backward.cpp and others to the operators that pykernels/ops/embedding defines (in
+either order)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ def unsupported(x: torch.Tensor, *features: str) -> str | None:
     """Why these kernels cannot serve a table of this device and dtype, or one of the features; None: they can."""
     if x.device.type != "cpu":
         return f"the native CPU kernels take CPU tensors, not {x.device.type}"
-    if x.dtype not in _DTYPES:
+    quantised = features[:1] == ("quantised rows",) and x.dtype == torch.uint8
+    if x.dtype not in _DTYPES and not quantised:
         return f"the native CPU kernels take float32, float64, bfloat16 and float16, not {x.dtype}"
     if type(x).__name__ == "DTensor":
         return "the native CPU kernels have no sharding rule for DTensor"
+    features = features[quantised:]
     if features:
         return f"the native CPU kernels do not serve {' and '.join(features)}"
     return _REFUSAL or None

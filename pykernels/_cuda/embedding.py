@@ -11,15 +11,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _errors
+from ._embedding_bags import Bags, flat
+from ._embedding_quantized import embedding_bag_quantized_forward, quantize_rows_forward
 from ._extension import DTYPE_CODES, Extension
 from ._segment import Segments, adjacent, either, key_dtype, partial
 
 __all__ = [
     "dot_interaction_backward", "dot_interaction_forward",
     "embedding_backward", "embedding_backward_sparse", "embedding_bag_backward", "embedding_bag_backward_sparse",
-    "embedding_bag_backward_weights", "embedding_bag_forward", "embedding_bag_multi_forward", "embedding_forward",
-    "embedding_update", "unsupported",
+    "embedding_bag_backward_weights", "embedding_bag_forward", "embedding_bag_multi_forward",
+    "embedding_bag_quantized_forward", "embedding_forward", "embedding_update", "quantize_rows_forward", "unsupported",
 ]  # fmt: skip
 
 
@@ -27,7 +28,9 @@ def unsupported(ext: Extension, x: Tensor, *features: str) -> str | None:
     """Why `ext` cannot serve tables of the dtype and device of x, or a call with these features, or None."""
     if not ext.available:
         return ext.reason
-    if x.dtype not in DTYPE_CODES:
+    quantised = features[:1] == ("quantised rows",) and x.dtype == torch.uint8
+    features = features[quantised:]
+    if x.dtype not in DTYPE_CODES and not quantised:
         return f"the CUDA kernels take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
     device = "cpu" if ext.name == "_emulator_ext" else "cuda"
     if x.device.type != device:
@@ -35,42 +38,6 @@ def unsupported(ext: Extension, x: Tensor, *features: str) -> str | None:
     if features:
         return f"the CUDA kernels of embedding do not serve {' and '.join(features)}"
     return ext.device_reason(x.device)
-
-
-class Bags:
-    """The bags of one call: how many, and where they begin and end. A lookup is bags of one id."""
-
-    def __init__(self, ids: Tensor, offsets: Tensor | None, include_last_offset: bool) -> None:
-        self.ids = ids.reshape(-1).contiguous()
-        self.n, self.narrow = self.ids.numel(), ids.dtype == torch.int32
-        self.offsets = None if offsets is None else offsets.long().contiguous()
-        self.last = include_last_offset and offsets is not None
-        self.count = ids.shape[0] if offsets is None else offsets.shape[0] - int(include_last_offset)
-        self.length = ids.shape[1] if offsets is None else 0
-
-    def record(self, ext: Extension, what: int, table: int = 0) -> Tensor | None:
-        """Where kernels report invalid ids; offsets are looked at here. what: 0 for no reports; table: its number."""
-        if what == 0:
-            return None
-        record = _errors.record(self.ids.device)
-        if self.offsets is not None:
-            ext.call("embedding_check_offsets", self.offsets, record, what, self.offsets.numel(), self.n, table)
-        return record
-
-    def sizes(self, ext: Extension, mode: str, rows: int, padding: int) -> Tensor | None:
-        """What the sums of each bag are divided by, None for 1."""
-        if mode != "mean":
-            return None
-        sizes = torch.empty(self.count, dtype=torch.float32, device=self.ids.device)
-        ext.call(
-            "embedding_bag_sizes", self.ids, self.offsets, sizes, self.narrow, self.count, self.length, self.n,
-            self.last, rows, padding,
-        )  # fmt: skip
-        return sizes
-
-
-def _flat(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.reshape(-1).contiguous()
 
 
 def _lookup(ids: Tensor) -> Bags:
@@ -117,7 +84,7 @@ def embedding_bag_forward(
     out = weight.new_empty((bags.count, weight.shape[1]))
     wanted = mode == "max" and with_maxima
     maxima = weight.new_empty(out.shape if wanted else (0,), dtype=torch.int32)
-    scale = _flat(per_sample_weights)
+    scale = flat(per_sample_weights)
     _forward(ext, bags, weight, scale, out, maxima if wanted else None, mode, padding_idx, what)
     return out, maxima
 
@@ -162,7 +129,7 @@ def _sort(
     factor = torch.empty(n, device=device) if scale is not None or sizes is not None else None
     place = torch.empty(n, dtype=torch.int32, device=device) if mode == "max" else None
     ext.call(
-        "embedding_entries", order, bags.offsets, sizes, _flat(scale), source, factor, place, bags.count, bags.length,
+        "embedding_entries", order, bags.offsets, sizes, flat(scale), source, factor, place, bags.count, bags.length,
         n, dtype,
     )  # fmt: skip
     return Segments(rows, keys, source, factor, place)

@@ -8,9 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.embedding import dot_interaction, embedding, embedding_bag, embedding_bag_multi
+from ..ops.embedding import (
+    dequantize_rows,
+    dot_interaction,
+    embedding,
+    embedding_bag,
+    embedding_bag_multi,
+    embedding_bag_quantized,
+    quantize_rows,
+)
 
-__all__ = ["DotInteraction", "Embedding", "EmbeddingBag", "EmbeddingBagCollection"]
+__all__ = ["DotInteraction", "Embedding", "EmbeddingBag", "EmbeddingBagCollection", "QuantizedEmbeddingBag"]
 
 
 class Embedding(torch.nn.Embedding):
@@ -201,3 +209,85 @@ class DotInteraction(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return "self_interaction=True" if self.self_interaction else ""
+
+
+class QuantizedEmbeddingBag(torch.nn.Module):
+    """A packed table for inference: `pykernels.functional.embedding_bag_quantized`.
+
+    Args:
+        packed: uint8 Tensor of `pykernels.functional.quantize_rows`, or packed by torch. Held as the buffer "weight".
+        bits: 8 or 4.
+        mode: "sum", "mean", or None for plain lookup.
+        include_last_offset, padding_idx, dtype, bounds_check, backend: as the function's.
+
+    Shapes: ids Tensor[B, L], or Tensor[N] and offsets, -> Tensor[B, embedding_dim]; with mode None ids of any shape ->
+    Tensor[*, embedding_dim]. `dtype` is the result's; moving the module to another dtype changes nothing. Errors as
+    the function.
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self,
+        packed: Tensor,
+        *,
+        bits: int = 8,
+        mode: str | None = "sum",
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        bounds_check: str = "error",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", packed)
+        self.bits, self.mode, self.include_last_offset, self.padding_idx = bits, mode, include_last_offset, padding_idx
+        self.dtype, self.bounds_check, self.backend = dtype, bounds_check, backend
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        return embedding_bag_quantized(
+            self.weight,
+            input,
+            offsets,
+            bits=self.bits,
+            mode=self.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset,
+            padding_idx=self.padding_idx,
+            dtype=self.dtype,
+            bounds_check=self.bounds_check,
+            backend=self.backend,
+        )
+
+    def dequantize(self) -> Tensor:
+        """The table that the packed one stands for: Tensor[V, embedding_dim] of `dtype`."""
+        return dequantize_rows(self.weight, self.bits, dtype=self.dtype, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        rows, width = self.weight.shape
+        return f"{rows}, {(width - self.bits) * (8 // self.bits)}, bits={self.bits}, mode={self.mode!r}"
+
+    @classmethod
+    def from_float(
+        cls, module: torch.nn.Embedding | torch.nn.EmbeddingBag, bits: int = 8, *, backend: str | None = None
+    ) -> QuantizedEmbeddingBag:
+        """The packed table of an `EmbeddingBag` (mode "sum" or "mean") or an `Embedding`, torch's or ours.
+
+        Results have the table's dtype.
+
+        Raises:
+            ValueError: mode "max", or `max_norm` (which writes to the table); as `quantize_rows`.
+        """
+        mode = getattr(module, "mode", None)
+        if mode == "max" or module.max_norm is not None:
+            option = "mode 'max'" if mode == "max" else "max_norm"
+            raise ValueError(f"QuantizedEmbeddingBag.from_float(): a table with {option} cannot be packed")
+        return cls(
+            quantize_rows(module.weight, bits, backend=backend),
+            bits=bits,
+            mode=mode,
+            include_last_offset=getattr(module, "include_last_offset", False),
+            padding_idx=module.padding_idx,
+            dtype=module.weight.dtype,
+            backend=backend,
+        )

@@ -1,4 +1,4 @@
-"""The embedding room: lookup, bags over one table and many, pairwise interaction, fused row updates."""
+"""The embedding room: lookup, bags over one table and many, quantised tables, interaction, fused row updates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from .lookup import *  # noqa: F403
 from .lookup import __all__ as _lookup
 from .multi import *  # noqa: F403
 from .multi import __all__ as _multi
+from .quantized import *  # noqa: F403
+from .quantized import __all__ as _quantized
 from .update import *  # noqa: F403
 from .update import __all__ as _update
 
-__all__ = [*_interaction, *_lookup, *_multi, *_update]
+__all__ = [*_interaction, *_lookup, *_multi, *_quantized, *_update]

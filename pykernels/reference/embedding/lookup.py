@@ -55,21 +55,13 @@ def embedding_bag(
     float32 (float64 for float64) and rounded once. `max_norm` and `scale_grad_by_freq` as in `embedding`.
     """
     ids = input.reshape(-1)
-    bag, bags = _bag_of_each(input, offsets, include_last_offset)
+    bag, bags = bag_of_each(input, offsets, include_last_offset)
     padding = None if padding_idx is None else padding_idx % weight.shape[0]
     rows = _rows(weight, ids, padding, max_norm, norm_type, scale_grad_by_freq, sparse)
     counted = torch.ones_like(bag, dtype=torch.bool) if padding is None else ids != padding
     if mode == "max":
         return _segment_max(rows, counted, bag, bags).to(weight.dtype)
-    rows = torch.where(counted.unsqueeze(1), rows, 0)
-    if per_sample_weights is not None:
-        rows = rows * torch.where(counted, per_sample_weights.reshape(-1), 0).to(rows.dtype).unsqueeze(1)
-    # One bag more than there are: it takes the ids beyond the last offset.
-    out = rows.new_zeros(bags + 1, weight.shape[1]).index_add(0, bag, rows)[:bags]
-    if mode == "mean":
-        sizes = rows.new_zeros(bags + 1).index_add(0, bag, counted.to(rows.dtype))[:bags]
-        out = out / sizes.clamp(min=1).unsqueeze(1)
-    return out.to(weight.dtype)
+    return pool(rows, counted, bag, bags, mode, per_sample_weights).to(weight.dtype)
 
 
 def embedding_bag_multi(
@@ -129,7 +121,20 @@ def renormalise_(weight: Tensor, ids: Tensor, max_norm: float, norm_type: float)
     weight.index_copy_(0, ids, rows.to(weight.dtype))  # a repeated id writes the same values again
 
 
-def _bag_of_each(input: Tensor, offsets: Tensor | None, include_last_offset: bool) -> tuple[Tensor, int]:
+def pool(rows: Tensor, counted: Tensor, bag: Tensor, bags: int, mode: str, per_sample_weights: Tensor | None) -> Tensor:
+    """Sums or means of the rows of each bag that are counted."""
+    rows = torch.where(counted.unsqueeze(1), rows, 0)
+    if per_sample_weights is not None:
+        rows = rows * torch.where(counted, per_sample_weights.reshape(-1), 0).to(rows.dtype).unsqueeze(1)
+    # One bag more than there are: it takes the ids beyond the last offset.
+    out = rows.new_zeros(bags + 1, rows.shape[1]).index_add(0, bag, rows)[:bags]
+    if mode == "mean":
+        sizes = rows.new_zeros(bags + 1).index_add(0, bag, counted.to(rows.dtype))[:bags]
+        out = out / sizes.clamp(min=1).unsqueeze(1)
+    return out
+
+
+def bag_of_each(input: Tensor, offsets: Tensor | None, include_last_offset: bool) -> tuple[Tensor, int]:
     """The bag of each flat position (the number of bags where it lies beyond the last one), and the number of bags."""
     if offsets is None:
         bags = input.shape[0]

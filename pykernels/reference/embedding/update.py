@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._random import philox_words
-from .lookup import _bag_of_each, embedding, embedding_bag
+from .lookup import bag_of_each, embedding, embedding_bag
 
 __all__ = ["embedding_adagrad_", "embedding_adam_", "embedding_rowwise_adagrad_", "embedding_sgd_"]
 
@@ -39,7 +39,7 @@ def row_gradients(
     flat = indices.reshape(-1)
     touched = torch.ones_like(flat, dtype=torch.bool)
     if offsets is not None and include_last_offset:
-        bag, bags = _bag_of_each(flat, offsets, True)
+        bag, bags = bag_of_each(flat, offsets, True)
         touched = bag < bags
     padding = None
     if padding_idx is not None:

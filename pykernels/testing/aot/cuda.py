@@ -40,6 +40,8 @@ RULES: dict[str, Rules] = {
     # Four rows in flight in every thread, of 16 bytes: 12 warps are 24 KiB, and with "max" twice that of the maxima.
     # Narrow loads: the factor of each row, the same for all of its columns.
     r"bag_forward_kernel<\w+, [48],": Rules(vector=True, narrow=4, occupancy=0.375),
+    # Eight columns are 8 or 4 bytes, and a 128-bit store or two.
+    r"quantized_bag_kernel<\w+, 8,": Rules(occupancy=0.5),
     r"segment_kernel<\w+, [48], 1,": Rules(vector=True, occupancy=0.18, barriers=0),
     r"segment_kernel<\w+, [48], [24],": Rules(vector=True, occupancy=0.12, barriers=0),
     r"segment_kernel<": Rules(barriers=0),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec import Case, Input, OpSpec
+from ._embedding_quantized import SPECS as _QUANTIZED
 from ._embedding_steps import STEPS as STEPS
 
 
@@ -348,4 +349,5 @@ SPECS = (
     *(_tables_spec(mode) for mode in ("sum", "mean", "max")),
     *(_update_spec(rule) for rule in _RULES),
     _INTERACTION,
+    *_QUANTIZED,
 )

@@ -21,6 +21,9 @@ GATHER = Rules(vector=True, occupancy=0.375)
 #: A factor for each row, the same for all of its columns: one narrow load in half precision.
 WEIGHTED = dataclasses.replace(GATHER, narrow=5)
 
+#: Eight columns a thread, 8 or 4 bytes, of four rows in flight: no byte is read by itself.
+QUANTISED = Rules(occupancy=0.375)
+
 #: One warp to a block, nothing to wait for, four rows in flight: 16 warps are 32 KiB.
 SEGMENT = Rules(vector=True, occupancy=0.25, barriers=0)
 
@@ -80,4 +83,17 @@ def entries(name: str) -> Iterator[Entry]:
     yield entry("embedding bag weights backward", Rules(occupancy=0.5), weights)
 
 
-ENTRIES = [entry for name in DTYPES for entry in entries(name)]
+def quantised() -> Iterator[Entry]:
+    """Rows of 136 and 68 bytes, whose parts of 8 and 4 bytes begin where accesses of that width may."""
+    ids = torch.zeros(BAGS, 20, dtype=torch.int64)
+    for bits, width, mode, dtype in (
+        (8, 136, "sum", torch.float32), (4, 68, "mean", torch.float32), (4, 68, "none", torch.bfloat16)
+    ):  # fmt: skip
+        packed = torch.zeros(ROWS, width, dtype=torch.uint8)
+        launch = call("embedding_bag_quantized_forward", packed, ids, None, None, bits, mode, False, -1, dtype, 1)
+        yield Entry(f"embedding quantised {bits} bits {mode}", launch, QUANTISED, (90,))
+    pack = call("quantize_rows_forward", torch.empty(ROWS, 128), 4)
+    yield Entry("embedding quantise 4 bits", pack, Rules(occupancy=0.5), (90,))
+
+
+ENTRIES = [*(entry for name in DTYPES for entry in entries(name)), *quantised()]
