@@ -1,5 +1,6 @@
 # make demo   the main job: three language models on real text, stock PyTorch against pykernels
 # make test   the whole suite (every kernel executed; no GPU needed)
+# make bench BENCH_ARGS=--quick   every row with a target in three minutes, and bench.html
 # Both make .venv here on first use, or use the interpreter they find when it already has torch.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -27,7 +28,7 @@ test: $(STATE)/.built-all
 	$(PY) -m pytest -q -n $(WORKERS) --dist loadgroup tests
 
 bench: $(STATE)/.built-cpu
-	$(PY) -m pykernels bench
+	$(PY) -m pykernels bench --html bench.html $(BENCH_ARGS)
 
 lint: $(STATE)/.built-all
 	$(PY) -m ruff check .

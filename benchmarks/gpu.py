@@ -128,7 +128,7 @@ def step_bench(seconds: float) -> dict[str, Any]:
             found.setdefault("unreadable", []).append(f"{room} {backend} {dtype}: {outcome['output_tail'][-2000:]}")
             continue
         found["rows"] += report["rows"]
-        found["copy_bytes_per_second"] = report["copy_bytes_per_second"]
+        found["copy_bytes_per_second"], found["limits"] = report["copy_bytes_per_second"], report["limits"]
     return found
 
 

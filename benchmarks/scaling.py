@@ -201,8 +201,9 @@ def fit(sizes: Sequence[int], values: Sequence[float | None]) -> float | None:
 
 def cross(sizes: Sequence[int], ours: Sequence[float], theirs: Sequence[float | None]) -> Iterator[dict[str, Any]]:
     """Where the quicker of the two changes: {"size", "then": who is quicker from there on}; between two sizes as the
-    straight lines on logarithmic axes cross."""
+    straight lines on logarithmic axes cross. Sizes at which they are within 3% decide nothing."""
     ratios = [(size, math.log(b / a)) for size, a, b in zip(sizes, ours, theirs, strict=True) if b]
+    ratios = [(size, ratio) for size, ratio in ratios if abs(ratio) > 0.03]
     for (small, low), (large, high) in pairwise(ratios):
         if (low > 0) != (high > 0):
             share = low / (low - high)

@@ -63,13 +63,16 @@ def targets_table() -> str:
     lines = [
         f"{met} of {len(found)} targets are met, {close} within the spread of the rounds (the best fifth reaches it).",
         "",
-        "| work | dtype | timed | best peer | target | result (p20–p80) | |",
-        "|---|---|---|---|---|---|---|",
+        '<div class="targets" markdown>',
+        "",
+        "| work | best peer | target | result (p20–p80) | |",
+        "|---|---|---|---|---|",
     ]
     for target, got in found:
         unit = " µs" if target.of_call else ""
-        timed = "call" if target.of_call else SHORT.get(target.direction, target.direction)
-        cells = [target.work, "bf16" if target.dtype == "bfloat16" else "fp32", timed]
+        timed = SHORT.get(target.direction, target.direction)
+        kind = "bf16" if target.dtype == "bfloat16" else "fp32"
+        cells = [target.work if target.of_call else f"{target.work}, {kind}, {timed}"]
         cells += [got.peer if got else target.peer or "–", f"{target.ratio:g}{unit}"]
         if got is None:
             lines.append(f"| {' | '.join(cells)} | – | not in the record |")
@@ -80,7 +83,7 @@ def targets_table() -> str:
             said = f": {target.why}" if target.why and verdict == "missed" else ""
             verdict = f"[{verdict}]({target.page}){said}"
         lines.append(f"| {' | '.join(cells)} | **{got.median:.2f}**{unit}{spread} | {verdict} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "</div>"])
 
 
 def rooms_table() -> str:
@@ -165,32 +168,35 @@ def growth_table() -> str:
         return "No record yet: `python benchmarks/scaling.py > benchmarks/results/cpu-scaling.json` takes one."
     about = found["machine"]
     lines = [
-        f"{about['cpu']}, torch {about['torch']}; exponents are fitted over the larger half of the sizes. Against "
-        "threads the time is wall time.",
+        f"{about['cpu']}, torch {about['torch']}; exponents are fitted over the larger half of the sizes"
+        f"{'. Against threads: wall time' if any(study['threads'] for study in found['studies']) else ''}.",
         "",
-        "| work | against | sizes | time ~ | peak memory ~ | ratio, smallest → largest | crosses |",
-        "|---|---|---|---|---|---|---|",
+        '<div class="growth" markdown>',
+        "",
+        "| work | by | time ~ | peak memory ~ | its time / ours, smallest → largest size | ahead |",
+        "|---|---|---|---|---|---|",
     ]
     for study in found["studies"]:
-        kinds = {kind: _powers(study, kind) for kind in ("seconds", "peak_bytes")}
-        ratios, crossings = [], []
         ours = study["providers"]["pykernels"]["seconds"]
-        for name, peer in study["providers"].items():
-            if name == "pykernels":
-                continue
-            known = [b / a for a, b in zip(ours, peer["seconds"], strict=True) if b]
-            ratios.append(f"{name} {known[0]:.2f} → {known[-1]:.2f}")
-            crossings += [f"{c['then']} ahead from {c['size']:.3g} ({name})" for c in study["crossings"][name]]
-        sizes = f"{study['sizes'][0]:,} to {study['sizes'][-1]:,}; {study['fixed']}"
-        cells = (study["title"], study["axis"], sizes, *kinds.values(), "; ".join(ratios), "; ".join(crossings) or "–")
-        lines.append(f"| {' | '.join(cells)} |")
+        for name, provider in study["providers"].items():
+            work = (
+                f"{study['title']}: {study['axis']} {study['sizes'][0]:,} to {study['sizes'][-1]:,}; {study['fixed']}"
+            )
+            powers = (provider["exponents"][kind] for kind in ("seconds", "peak_bytes"))
+            cells = ["" if ours is not provider["seconds"] else work, name, *(_power(p) for p in powers)]
+            if name != "pykernels":
+                ratios = [b / a for a, b in zip(ours, provider["seconds"], strict=True) if b]
+                crossings = [f"{c['then']} from {c['size']:,.0f} on" for c in study["crossings"][name]]
+                always = "pykernels" if ratios[-1] > 1 else name
+                always += " throughout" if min(max(r, 1 / r) for r in ratios) > 1.03 else ", level at some sizes"
+                cells += [f"{ratios[0]:.2f} → {ratios[-1]:.2f}", "; ".join(crossings) or always]
+            lines.append(f"| {' | '.join(cells)} |" + ("" if name != "pykernels" else " | |"))
     images = [f"![{s['title']} against {s['axis']}](growth/{s['name']}.svg){{ width=350 }}" for s in found["studies"]]
-    return "\n".join([*lines, "", " ".join(images)])
+    return "\n".join([*lines, "", " ".join(images), "", "</div>"])
 
 
-def _powers(study: Record, kind: str) -> str:
-    powers = {name: provider["exponents"][kind] for name, provider in study["providers"].items()}
-    return "; ".join(f"{name} {power:.2f}" for name, power in powers.items() if power is not None) or "–"
+def _power(exponent: float | None) -> str:
+    return "–" if exponent is None else f"size^{exponent:.2f}"
 
 
 def growth_plots() -> dict[str, str]:
@@ -203,8 +209,7 @@ def growth_plots() -> dict[str, str]:
             for kind, unit, scale in (("seconds", "ms", 1e3), ("peak_bytes", "MiB", 2**-20))
             if (drawn := growth_curves(study, kind, scale))
         ]
-        title = f"{study['title']} ({study['fixed']})"
-        plots[f"{study['name']}.svg"] = standalone_panels(title, study["axis"], panels)
+        plots[f"{study['name']}.svg"] = standalone_panels(study["title"], study["fixed"], study["axis"], panels)
     return plots
 
 

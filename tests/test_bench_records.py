@@ -236,7 +236,7 @@ def test_loglog_plots_are_well_formed_whatever_the_values(points: list[tuple[flo
     assert len(root.findall("circle")) == 2 * sum(y > 0 for _, y in points) and "nan" not in ET.tostring(
         root, "unicode"
     )
-    ET.fromstring(_loglog.standalone_panels("a & b", "<x>", [("ms", curves), ("MiB", curves)]))
+    ET.fromstring(_loglog.standalone_panels("a & b", "<c>", "<x>", [("ms", curves), ("MiB", curves)]))
     assert _loglog.key([*curves, *curves]).count("<span>") == 2
 
 

@@ -81,23 +81,27 @@ def loglog(
     return "".join([*parts, "</svg>"])
 
 
-def standalone_panels(title: str, x_label: str, panels: Sequence[tuple[str, Sequence[Curve]]], width: int = 360) -> str:
+def standalone_panels(
+    title: str, about: str, x_label: str, panels: Sequence[tuple[str, Sequence[Curve]]], width: int = 360
+) -> str:
     """Plots one below the other as a file of its own. panels: (unit, curves); the keys are part of the picture."""
-    height, parts, y = 210, [], 24
+    height, parts, y = 210, [], 42
     for unit, curves in panels:
         plot = loglog(curves, unit, x_label, unit, width=width, height=height)
         parts.append(plot.replace("<svg ", f'<svg y="{y}" width="{width}" height="{height}" ', 1))
         y += height + 6
         for curve in curves:
             dash = ' stroke-dasharray="5 4"' if curve.dash else ""
-            parts.append(f'<line x1="46" x2="66" y1="{y + 8}" y2="{y + 8}" stroke="var(--{curve.color})" '
-                         f'stroke-width="2"{dash}/><text x="72" y="{y + 12}">{escape(curve.name)}</text>')  # fmt: skip
+            style = f'stroke="var(--{curve.color})" stroke-width="2"{dash}'
+            parts.append(f'<line x1="46" x2="66" y1="{y + 8}" y2="{y + 8}" {style}/>')
+            parts.append(f'<text x="72" y="{y + 12}">{escape(curve.name)}</text>')
             y += 17
         y += 14
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-8 0 {width + 16} {y}" role="img" '
     head += f'aria-label="{escape(title)}"><style>{STYLE}{PALETTE} svg {{ width: auto; }} '
     head += ":root { background: var(--paper); }</style>"
     heading = f'<text class="value" x="0" y="14" font-weight="600">{escape(title)}</text>'
+    heading += f'<text x="0" y="30">{escape(about)}</text>'
     return "".join([head, heading, *parts, "</svg>\n"])
 
 

@@ -19,7 +19,7 @@ from .timing import copy_function, measure, one_thread
 
 _PAGE = 4096
 _MEMORY, _CACHED = 1 << 29, 6 << 20  # bytes: past the share of a cache that one tenant gets; past L2, within L3
-_PRODUCTS = {"cpu": (512, 1024, 1536), "cuda": (4096, 8192)}
+_PRODUCTS = {"cpu": (512, 1024, 1536), "cuda": (8192,)}
 
 
 @dataclass(frozen=True)

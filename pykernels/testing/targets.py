@@ -175,7 +175,7 @@ def _word2vec() -> Iterable[Target]:
     ):
         yield Target(name, "word2vec", name, "", ratio, direction="epoch", peer="gensim", page=_WORD2VEC, why=why)
         hot = "both threads write the same rows; two idle cores: [the step](word2vec.md#the-step)"
-        yield Target(f"{name}, two threads", "word2vec", name, "", 1.8, "float32", "two threads", "one thread",
+        yield Target(name, "word2vec", name, "", 1.8, "float32", "two threads", "one thread",
                      _WORD2VEC, hot)  # fmt: skip
 
 

@@ -100,7 +100,9 @@ def command(
             raise BadInput("--quick measures the CPU's targets; there are none for cuda")
         device = device or ("cuda" if torch.cuda.is_available() and not quick else "cpu")
         plan = _plan(room, ops, dtypes, modes, quick, device)
-        record, rows = take.record(plan, _QUICK if quick else take.Effort(rounds, seconds), device, backend)
+        record, rows = take.record(
+            plan, _QUICK if quick else take.Effort(rounds, seconds, min(0.3, seconds)), device, backend
+        )
         records = [record]
     record = records[0] if len(records) == 1 else _joined(records)
     if folder:

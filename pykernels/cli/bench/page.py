@@ -36,7 +36,7 @@ _STYLE = f"""<style>{PALETTE}
 .track .goal {{ width: 3px; top: -3px; bottom: -3px; background: var(--good); }}
 summary {{ cursor: pointer; font-weight: 600; margin: .9em 0 .4em; }} .facts {{ display: flex; flex-wrap: wrap;
   gap: .2em 2em; }} .facts b {{ font-weight: 600; }} .wide td {{ white-space: normal; }}
-.wide table {{ max-width: 980px; }}
+.wide small {{ color: var(--quiet); }} .wide table {{ max-width: 980px; }}
 </style>"""
 
 
@@ -155,7 +155,7 @@ def _targets(records: Sequence[Record]) -> Iterator[str]:
         unit = " µs" if target.of_call else ""
         figures = f"{target.ratio:g}{unit}</td><td>{got.median:.2f} ({got.p20:.2f}–{got.p80:.2f})"
         about = f"{target.dtype}, {SHORT.get(target.direction, target.direction)}, against {got.peer}"
-        work = f'{escape(target.work)}<br><span class="quiet">{escape(about)}</span>'
+        work = f"{escape(target.work)}<br><small>{escape(about)}</small>"
         lines.append(f'<tr><td>{work}</td><td>{figures}</td><td class="{color}">{verdict}</td></tr>')
     yield "<h2>Targets</h2><p>Time of the peer / ours; of a call on next to nothing, microseconds above torch's.</p>"
     yield f'<div class="scroll wide"><table>{head}{"".join(lines)}</table></div>'

@@ -117,8 +117,8 @@ def _calls(calls: Record) -> Table:
 
 
 def _targets(record: Record) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("work", "dtype", "direction", "peer"):
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for name in ("work", "", "timed", "peer"):
         table.add_column(name)
     for name in ("target", "result", "p20-p80"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -126,8 +126,15 @@ def _targets(record: Record) -> Table:
     for target in TARGETS:
         found = result(target, record)
         if found:
-            short = SHORT.get(target.direction, target.direction)
+            short = "call" if target.of_call else SHORT.get(target.direction, target.direction)
             style = {"met": "green", "missed": "red"}.get(verdict := found.verdict(target), "yellow")
             columns = f"{target.ratio:g}", f"{found.median:.2f}", f"{found.p20:.2f}-{found.p80:.2f}"
-            table.add_row(target.work, target.dtype, short, found.peer, *columns, Text(verdict, style=style))
+            table.add_row(
+                target.work,
+                "bf16" if target.dtype == "bfloat16" else "fp32",
+                short,
+                found.peer,
+                *columns,
+                Text(verdict, style=style),
+            )
     return table
