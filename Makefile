@@ -44,6 +44,7 @@ gpu:
 docs: $(STATE)/.built-cpu
 	$(PY) -m pykernels.testing.support --write README.md
 	$(PY) benchmarks/report.py
+	$(PY) benchmarks/pictures.py
 	$(PY) -c "import mkdocstrings, material" 2>/dev/null || $(PY) -m pip install -q "mkdocs-material>=9.6" "mkdocstrings[python]>=0.29"
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q
 

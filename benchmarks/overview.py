@@ -97,7 +97,7 @@ def overview() -> str:
     machine = _record("activation")["machine"]
     lines = [
         f"{machine['cpu']} ({', '.join(machine['features'])}), torch {machine['torch']}, one thread, CPU time, medians "
-        "of interleaved rounds. Every ratio is the best peer's time over ours, both in the same process and every result "
+        "of interleaved rounds. A ratio is the best peer's time over ours, both in the same process and every result "
         "checked against float64 in the same run: above 1 ours is faster.",
         "",
         "Operators, forward and backward:",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import contract  # noqa: E402
 from overview import overview  # noqa: E402
 
 from pykernels.cli._loglog import standalone_panels  # noqa: E402
@@ -217,8 +219,9 @@ BLOCKS = {
     "targets": targets_table,
     "rooms": rooms_table,
     "overview": readme,
+    **{f"contract of {room}": functools.partial(contract.table, room) for room in list(ROOMS)[:5]},
     "limits": limits_table,
     "models": models_table,
     "growth": growth_table,
 }
-PAGES = ("README.md", "docs/performance.md", "docs/index.md")
+PAGES = ("README.md", "docs/performance.md", "docs/index.md", *(f"docs/{room}.md" for room in list(ROOMS)[:5]))

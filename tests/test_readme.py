@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -86,3 +87,11 @@ def test_the_tables_of_the_docs_are_the_records() -> None:
         [sys.executable, "benchmarks/report.py", "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert outcome.returncode == 0, outcome.stdout
+
+
+def test_the_pictures_are_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    for name, drawn in importlib.import_module("pictures").pictures().items():
+        assert (ROOT / "docs" / name).read_text() == drawn, f"{name}: run python benchmarks/pictures.py"
+        page = (ROOT / "docs" / f"{name.rpartition('_')[0]}.md").read_text()
+        assert f"]({name})" in page, f"no page shows {name}"
