@@ -71,10 +71,11 @@ def install() -> None:
             "triton was imported before pykernels.testing.interpreter.install(), without TRITON_INTERPRET=1; "
             "call install() first, or set that variable for the whole process"
         )
-    from . import language, launch, memory, numerics, state
+    from . import language, launch, memory, numerics, speed, state
 
     numerics.install()
     language.install()
     memory.install()
     launch.install()
+    speed.install()
     state.installed = True
