@@ -19,7 +19,7 @@ from pykernels.cli._plot import STYLE
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "activation_curves.svg"
 RANGE, POINTS = 4.0, 161
 LOW, HIGH = -1.6, 4.0  # of the vertical axis, the same for all, so that slopes compare
-WIDTH, HEIGHT, COLUMNS = 200, 150, 4
+WIDTH, HEIGHT, COLUMNS = 200, 150, 3
 
 CURVES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": F.sigmoid,
@@ -30,7 +30,7 @@ CURVES: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": F.elu,
     "gelu, geglu's gate": F.gelu,
     "gelu (tanh)": lambda x: F.gelu(x, "tanh"),
-    "silu = swish 1, swiglu's gate": F.silu,
+    "silu (swish 1), swiglu's gate": F.silu,
     "swish 0.25": lambda x: F.swish(x, 0.25),
     "swish 1.702": lambda x: F.swish(x, 1.702),
     "swish 4": lambda x: F.swish(x, 4.0),
@@ -73,7 +73,7 @@ def draw() -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
         'aria-label="Every activation and its derivative">',
-        f"<style>{STYLE} svg {{ background: var(--paper); }}</style>",
+        f"<style>{STYLE} svg {{ background: var(--paper); }} svg text.value {{ font-size: 13px; }}</style>",
     ]
     for i, (name, function) in enumerate(CURVES.items()):
         parts += panel(name, function, WIDTH * (i % COLUMNS), HEIGHT * (i // COLUMNS))
