@@ -35,12 +35,32 @@ def _beside(row: dict[str, Any]) -> str:
     return f" {timing['median'] * 1e3:.2f} | {timing['median'] / row['seconds']['pykernels']['median']:.2f} |"
 
 
+def _products(record: dict[str, Any]) -> str:
+    """The matrix products of the run's own limits."""
+    flops = (record.get("limits") or {}).get("flops", {})
+    rates = (f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in flops.items())
+    return f", matrix product {', '.join(rates)}; the limit is whichever of the two a row is nearer to" if flops else ""
+
+
+def _limited(row: dict[str, Any]) -> str:
+    """Two cells: the rate of what bounds the row, with its share of the limit; and peak memory."""
+    limit, peak = row.get("limit"), row.get("peak") or {}
+    name, unit = (
+        ("flops_per_second", "GFLOP/s") if limit and limit["bound"] == "products" else ("bytes_per_second", "GB/s")
+    )
+    rate = f"{row[name] / 1e9:.3g} {unit}, {limit['fraction']:.0%}" if limit else "–"
+    sides = (peak.get(side) for side in ("pykernels", "eager"))
+    peaks = " / ".join("–" if size is None else f"{size / 2**20:.1f}" for size in sides) if peak else "–"
+    return f" {rate} | {peaks} |"
+
+
 def table(record: dict[str, Any]) -> str:
     """Milliseconds by provider, and the best peer's time over ours with the spread of the rounds."""
     machine = record["machine"]
     lines = [
         f"{machine['cpu']} ({', '.join(machine['features'])}), torch {machine['torch']}, one thread, CPU time, medians "
-        f"of interleaved rounds; copy bandwidth in the same run {record['copy_bytes_per_second'] / 1e9:.1f} GB/s.",
+        f"of interleaved rounds; copy bandwidth in the same run {record['copy_bytes_per_second'] / 1e9:.1f} GB/s"
+        f"{_products(record)}.",
         "",
         "| op | shape | dtype | direction | ours, ms | eager | torch.compile | copy of as many bytes "
         "| best peer / ours (p20–p80); other peers, ms |",
@@ -50,6 +70,10 @@ def table(record: dict[str, Any]) -> str:
     if with_beside:
         lines[-2] = lines[-2].replace("copy of as many bytes", "copy of as many bytes (its time / ours)")
         lines[-2] += " eager, tuned malloc | tuned / ours |"
+        lines[-1] += "---|---|"
+    with_limits = any(row.get("limit") for row in record["rows"])
+    if with_limits:
+        lines[-2] += " rate, share of the limit | peak MiB, ours / eager |"
         lines[-1] += "---|---|"
     for row in record["rows"]:
         if not row["correct"]:
@@ -67,6 +91,8 @@ def table(record: dict[str, Any]) -> str:
         line = f"| {row['op']} | {row['shape']} | {row['dtype']} | {direction} | {providers} | {ratio} |"
         if with_beside:
             line += _beside(row)
+        if with_limits:
+            line += _limited(row)
         lines.append(line)
     if record.get("call_overhead"):
         lines += ["", "Cost of a call with next to nothing to compute, microseconds (ours / eager):", ""]

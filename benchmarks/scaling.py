@@ -42,6 +42,7 @@ class Study:
     Attributes:
         axis: its name; `fixed`: the other sizes.
         make: size -> {"pykernels" and every peer: call}. A peer that is absent at a size is not drawn there.
+        avoided: what must never lie in memory as a whole, and its bytes at a size.
         threads: the sizes are numbers of threads, and time is wall time.
     """
 
@@ -51,6 +52,7 @@ class Study:
     fixed: str
     sizes: tuple[int, ...]
     make: Callable[[int], dict[str, Call]]
+    avoided: tuple[str, Callable[[int], int]] | None = None
     threads: bool = False
 
 
@@ -129,24 +131,26 @@ def threads() -> tuple[int, ...]:
 
 POWERS = tuple(2**i for i in range(20))
 STUDIES = (
-    Study("attention-length", "attention, causal", "length", "one head of 64", POWERS[8:14], attention),
+    Study("attention-length", "attention, causal", "length", "one head of 64", POWERS[8:14], attention,
+          ("the scores", lambda n: 4 * n * n)),
     Study("lstm-length", "LSTM", "steps", "batch 8, hidden 128", POWERS[4:10], lambda n: _layer("LSTM", n, 8, 128)),
     Study("lstm-hidden", "LSTM", "hidden size", "32 steps, batch 16", POWERS[5:11],
           lambda n: _layer("LSTM", 32, 16, n)),
     Study("gru-batch", "GRU", "batch", "32 steps, hidden 128", POWERS[0:8], lambda n: _layer("GRU", 32, n, 128)),
     Study("cross-entropy-vocabulary", "linear cross entropy", "classes", "256 rows of 128", POWERS[11:18],
-          linear_cross_entropy),
+          linear_cross_entropy, ("the logits", lambda n: 4 * 256 * n)),
     Study("negatives-vocabulary", "negative sampling and SGD", "classes", "1024 rows of 128, 5 negatives",
           (10_000, 30_000, 100_000, 300_000, 1_000_000), lambda n: _step(n, 5)),
     Study("negatives-count", "negative sampling and SGD", "negatives a row", "1024 rows of 128, 100k classes",
-          (1, 4, 16, 64), lambda n: _step(100_000, n)),
+          (1, 4, 16, 64), lambda n: _step(100_000, n), ("the drawn rows", lambda n: 4 * 1024 * n * 128)),
     Study("swiglu-rows", "SwiGLU", "rows", "8192 columns", POWERS[0:12], swiglu),
     Study("bags-batch", "embedding bag, sum", "bags of 20", "20k rows of 64, dense gradient", POWERS[4:14:2], bags),
     Study("attention-threads", "attention, causal, 2048 x 64, 4 heads", "threads", "wall time", threads(),
-          lambda n: {"pykernels": _heads(pk.functional), "torch": _heads(F)}, True),
-    Study("swiglu-threads", "SwiGLU, 512 x 8192", "threads", "wall time", threads(), lambda n: swiglu(512), True),
+          lambda n: {"pykernels": _heads(pk.functional), "torch": _heads(F)}, threads=True),
+    Study("swiglu-threads", "SwiGLU, 512 x 8192", "threads", "wall time", threads(), lambda n: swiglu(512),
+          threads=True),
     Study("lstm-threads", "LSTM, 64 steps, batch 32, hidden 256", "threads", "wall time", threads(),
-          lambda n: _layer("LSTM", 64, 32, 256), True),
+          lambda n: _layer("LSTM", 64, 32, 256), threads=True),
 )  # fmt: skip
 
 
@@ -186,7 +190,10 @@ def take(study: Study, seconds: float) -> dict[str, Any]:
     }
     ours = providers["pykernels"]["seconds"]
     crossings = {n: list(cross(study.sizes, ours, p["seconds"])) for n, p in providers.items() if n != "pykernels"}
-    said = {"name": study.name, "title": study.title, "axis": study.axis, "fixed": study.fixed}
+    said: dict[str, Any] = {"name": study.name, "title": study.title, "axis": study.axis, "fixed": study.fixed}
+    if study.avoided:
+        what, count = study.avoided
+        said["avoided"] = {"what": what, "bytes": [count(size) for size in study.sizes]}
     return {**said, "sizes": study.sizes, "threads": study.threads, "providers": providers, "crossings": crossings}
 
 

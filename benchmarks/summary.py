@@ -197,6 +197,30 @@ def growth_table() -> str:
     return "\n".join([*lines, "", " ".join(images), "", "</div>"])
 
 
+def memory_table() -> str:
+    """What must not lie in memory as a whole, at the largest size of its study; what gated units keep."""
+    lines = ["| work | must not hold | ours, MiB | others | |", "|---|---|---|---|---|"]
+    for study in (record("scaling") or {}).get("studies", ()):
+        if "avoided" in study:
+            whole, what = study["avoided"]["bytes"][-1], study["avoided"]["what"]
+            peaks = {name: provider["peak_bytes"][-1] for name, provider in study["providers"].items()}
+            ours = peaks.pop("pykernels")
+            others = ", ".join(f"{name} {peak / 2**20:.1f}" for name, peak in peaks.items() if peak)
+            size = f"{study['title']}, {study['axis']} {study['sizes'][-1]:,}; {study['fixed']}"
+            verdict = "met" if ours < whole else "missed"
+            lines.append(f"| {size} | {what}, {whole / 2**20:.1f} MiB | {ours / 2**20:.1f} | {others} | {verdict} |")
+    for row in (record("activation") or {}).get("rows", ()):
+        if (row["op"], row["shape"], row["dtype"], row["direction"]) == ("swiglu", "2048x8192", "float32", "forward"):
+            ours, eager, inputs = row["saved"]["pykernels"], row["saved"]["eager"], 4 * 2048 * 8192
+            share = (ours + inputs) / (eager + inputs)
+            verdict = (
+                f"{'met' if 2 * ours <= eager else 'missed'}; with the input, which both keep, {share:.2f} of eager's"
+            )
+            cells = (f"{ours / 2**20:.1f}", f"eager {eager / 2**20:.1f}", verdict)
+            lines.append(f"| swiglu 2048 x 8192, fp32, kept beyond its input | half of eager's | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _power(exponent: float | None) -> str:
     return "–" if exponent is None else f"size^{exponent:.2f}"
 
@@ -221,6 +245,7 @@ BLOCKS = {
     "overview": readme,
     **{f"contract of {room}": functools.partial(contract.table, room) for room in list(ROOMS)[:5]},
     "limits": limits_table,
+    "memory": memory_table,
     "models": models_table,
     "growth": growth_table,
 }

@@ -86,6 +86,13 @@ def test_every_target_names_a_row_that_is_measured() -> None:
     assert len(plan.jobs) < 45 and all(set(job.modes) <= {"default"} for job in plan.jobs)
 
 
+def test_calls_of_one_name_are_timed_once() -> None:
+    specs = [spec for spec in load("recurrent") if spec.bench]
+    plan = take.everything(specs, [torch.float32], [], None)
+    names = [take.label(spec) for spec in plan.calls]
+    assert len(names) == len(set(names)) < len(specs) and all(spec.peer for spec in plan.calls)
+
+
 def test_every_page_that_explains_a_target_has_the_place() -> None:
     places = {target.page for target in TARGETS}
     for place in places | set(re.findall(r"\]\((\w+\.md#[\w-]+)\)", " ".join(t.why for t in TARGETS))):

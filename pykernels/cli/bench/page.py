@@ -18,6 +18,7 @@ from .tables import SHORT
 
 Record = dict[str, Any]
 _ROOMS = {"activation": "c0", "attention": "c1", "recurrent": "c2", "embedding": "c3", "sampled_softmax": "c4"}
+_BOUNDS = {"memory": "a copy's speed", "products": "the best matrix product"}
 _ROOM_OF = {target.op: target.record for target in TARGETS}
 _STYLE = f"""<style>{PALETTE}
 .plots {{ display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); }}
@@ -94,7 +95,9 @@ def _dots(rows: Sequence[Record], x: str, y: str, scale: float) -> list[Curve]:
             if _room(row) == room and row["correct"] and row.get(y):
                 across = row["flops"] / row["moved"] if x == "intensity" else row[x]
                 points.append((across, row[y] / scale))
-                share = f", {row['limit']['fraction']:.0%} of {row['limit']['bound']}" if row.get("limit") else ""
+                share = (
+                    f", {row['limit']['fraction']:.0%} of {_BOUNDS[row['limit']['bound']]}" if row.get("limit") else ""
+                )
                 titles.append(
                     f"{row['op']} {row['shape']} {row['dtype']} {row['direction']}: {row[y] / scale:.3g}{share}"
                 )
@@ -163,7 +166,7 @@ def _targets(records: Sequence[Record]) -> Iterator[str]:
 
 def _ratios(rows: Sequence[Record]) -> Iterator[str]:
     yield "<h2>Ratios</h2><p>The best peer's time / ours on a logarithmic scale: to the right of the line ours is "
-    yield "faster. Dark: from the 20th to the 80th percentile of the rounds. Green: the target.</p>"
+    yield "faster. Thin: from the 20th to the 80th percentile of the rounds. Green: the target.</p>"
     goals = {target.key: target.ratio for target in TARGETS if target.peer is None}
     first = True
     for room in (*_ROOMS, ""):
@@ -215,7 +218,7 @@ def _details(row: Record, goal: float | None) -> Iterator[str]:
     if goal:
         yield f"target {goal:g}"
     if row.get("limit"):
-        yield f"{row['limit']['fraction']:.0%} of the limit by {row['limit']['bound']}"
+        yield f"{row['limit']['fraction']:.0%} of {_BOUNDS[row['limit']['bound']]}"
     peak = row.get("peak") or {}
     if peak.get(OURS) and peak.get("eager"):
         yield f"peak {peak[OURS] / 2**20:.1f} MiB, eager {peak['eager'] / 2**20:.1f}"
@@ -234,7 +237,7 @@ def curves(growth: Record) -> Iterator[str]:
 
 def growth_card(study: Record) -> str:
     """One study: time of every provider, and below it the memory where it was taken."""
-    parts = [f'<div class="plot"><h3>{escape(study["title"])}</h3>']
+    parts = [f'<div class="plot"><h3>{escape(study["title"])}</h3><p class="quiet">{escape(study["fixed"])}</p>']
     for kind, unit, scale in (("seconds", "ms", 1e3), ("peak_bytes", "MiB", 2**-20)):
         drawn = growth_curves(study, kind, scale)
         if drawn:

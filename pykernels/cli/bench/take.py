@@ -78,7 +78,8 @@ def everything(
                 own = _modes(spec, case, dtype)
                 if own is not None:
                     jobs.append(Job(spec, case, dtype, own if modes is None else modes))
-    return Plan(jobs, steps, specs)
+    first = {label(spec): spec for spec in reversed(specs)}  # of a name: the projected LSTM's calls are the LSTM's
+    return Plan(jobs, steps, [spec for spec in specs if first[label(spec)] is spec])
 
 
 def quick(specs: Sequence[OpSpec], steps: Sequence[Step], room: str | None) -> Plan:
