@@ -54,15 +54,19 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend would run a call, and why the others would not. Printable."""
+    """Which backend would run a call, and why the others would not. Printable.
+
+    kernels: which of the backend's kernels, where it has several for one operator.
+    """
 
     function: str
     room: str
     backend: str
     refused: dict[str, str] = field(default_factory=dict)
+    kernels: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{self.function} ({self.room}): {self.backend}"]
+        lines = [f"{self.function} ({self.room}): {self.backend}{f', {self.kernels}' if self.kernels else ''}"]
         return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.refused.items()])
 
 
@@ -105,6 +109,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
             return found.explanation
         finally:
             _explaining = None
+            for made in _rooms.values():
+                made.explained = ()
     raise TypeError(
         f"explain(): {getattr(function, '__name__', function)!r} did not choose a backend; give a function of pykernels"
     )
@@ -207,6 +213,7 @@ class Room:
                 self.modules[backend] = module
             else:
                 self.absent[backend] = reason
+        self.explained: tuple[Any, ...] = ()  # by explain(): what describe() of a backend's module takes of the call
         self._resolved: dict[tuple[Any, ...], str] = {}
         _rooms[name] = self
 
@@ -251,7 +258,9 @@ class Room:
             for name in BACKENDS:
                 if name != chosen and name not in refused:
                     refused[name] = self._reason(name, tensor, features) or self._unpreferred(name, chosen)
-        return Explanation(function, self.name, chosen, refused)
+        describe = getattr(self.modules.get(chosen), "describe", None) if self.explained else None
+        kernels = describe(*self.explained) if describe is not None else ""
+        return Explanation(function, self.name, chosen, refused, kernels)
 
     @staticmethod
     def _unpreferred(name: str, chosen: str) -> str:
@@ -329,6 +338,20 @@ def default_backend(name: str | None, origin: str) -> Iterator[None]:
         yield
     finally:
         DEFAULT, _origin = before
+        _forget()
+
+
+@contextmanager
+def sm90_kernels(mode: str) -> Iterator[None]:
+    """`mode` in place of PYKERNELS_SM90 (see `_cuda/_sm90.py`), for all threads."""
+    from ._cuda import _sm90
+
+    before, _sm90.mode = _sm90.mode, mode
+    try:
+        _forget()
+        yield
+    finally:
+        _sm90.mode = before
         _forget()
 
 

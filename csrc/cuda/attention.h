@@ -52,6 +52,10 @@ struct RowStrides {
 void attention_forward(const Attention& a, void* out, float* lse, float* lse_low, const float* sinks, RowStrides out_n,
                        RowStrides lse_n, DType dtype, void* stream);
 
+// The same by the kernels for sm_90a alone: float16 and bfloat16, no dropout, at least one key.
+void attention_forward_sm90(const Attention& a, void* out, float* lse, float* lse_low, const float* sinks,
+                            RowStrides out_n, RowStrides lse_n, DType dtype, void* stream);
+
 // For each query delta = <dout, out> - dlse, and base: its lse in powers of two, +inf where it sees no key.  Both are
 // (batch, heads, length), packed (heads, total).
 void attention_rows(const Attention& a, const void* dout, const void* out, const float* lse, const float* lse_low,

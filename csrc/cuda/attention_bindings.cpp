@@ -68,6 +68,7 @@ void def_decode(pybind11::module_& m, const char* name, void (*launcher)(const D
 
 void bind_attention(pybind11::module_& m) {
   def_attention(m, "attention_forward", &attention_forward);
+  def_attention(m, "attention_forward_sm90", &attention_forward_sm90);
   def_attention(m, "attention_rows", &attention_rows);
   def_attention(m, "attention_dq", &attention_dq);
   def_attention(m, "attention_dkdv", &attention_dkdv);

@@ -47,16 +47,17 @@ __device__ __forceinline__ Lengths packed_lengths(const Attention& a, int n) {
           static_cast<int>(min(max(k1 - k0, zero), a.n.max_k))};
 }
 
-// The block's tile of `rows` queries (OF_KEYS: keys) of one of `heads` heads; false: it has none.  Packed, the grid has
-// a tile more for each sequence, and each warp finds its sequence from the ends, 32 at a time: no length need be known
-// on the host.  REVERSED starts with the last tiles, which under a causal mask take longest.
+// Tile number `index` (a block's: its own) of `rows` queries (OF_KEYS: keys) of one of `heads` heads; false: there is
+// none.  Packed, the grid has a tile more for each sequence, and each warp finds its sequence from the ends, 32 at a
+// time: no length need be known on the host.  REVERSED starts with the last tiles, which under a causal mask take
+// longest.
 template <bool OF_KEYS>
-__device__ __forceinline__ bool locate(const Attention& a, int rows, int heads, bool reversed, Head& x) {
+__device__ __forceinline__ bool locate(const Attention& a, int rows, int heads, bool reversed, Head& x, int index) {
   const int batch = static_cast<int>(a.n.batch);
   const int length = static_cast<int>(OF_KEYS ? a.n.lk : a.n.lq);
   const int tiles = ceil_div(length, rows) + (a.cu_q ? batch : 0);
-  const int rest = static_cast<int>(blockIdx.x) / tiles;
-  int own = static_cast<int>(blockIdx.x) % tiles;
+  const int rest = index / tiles;
+  int own = index % tiles;
   if (reversed) own = tiles - 1 - own;
   if (!a.cu_q) {
     x.b = rest / heads, x.h = rest % heads, x.tile = own;
@@ -94,6 +95,11 @@ __device__ __forceinline__ bool locate(const Attention& a, int rows, int heads, 
     pairs_before += __shfl_sync(kAllLanes, pairs_to, kWarp - 1);
   }
   return false;
+}
+
+template <bool OF_KEYS>
+__device__ __forceinline__ bool locate(const Attention& a, int rows, int heads, bool reversed, Head& x) {
+  return locate<OF_KEYS>(a, rows, heads, reversed, x, static_cast<int>(blockIdx.x));
 }
 
 // What the positions say in the query head x.h.

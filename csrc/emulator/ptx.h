@@ -10,6 +10,7 @@ uint32_t pack2(float lo, float hi) {
   return static_cast<uint32_t>(emu::bits(from_float<T>(lo)) | emu::bits(from_float<T>(hi)) << 16);
 }
 inline float ex2(float x) { return exp2f(x); }
+inline float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
 
 inline uint32_t smem_addr(const void* p) { return emu::smem_addr(p); }
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t a, EMU_SITE) { emu::ldmatrix(r, a, 4, false, site); }

@@ -53,6 +53,12 @@ def in_rows(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def unexpanded(x: Tensor) -> Tensor:
+    """x, copied where rows share memory, which no TMA descriptor is promised to describe."""
+    shared = any(n > 1 and s == 0 for n, s in zip(x.shape, x.stride(), strict=True))
+    return x.clone(memory_format=torch.contiguous_format) if shared else x
+
+
 def rows_like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Dense, with x's order of heads and positions (what the operators promise)."""
     if len(shape) == 4 and x.stride(1) < x.stride(2):

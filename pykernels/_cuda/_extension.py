@@ -60,13 +60,18 @@ class Extension:
     def available(self) -> bool:
         return self.module is not None
 
+    @property
+    def architectures(self) -> list[str]:
+        """What the module was built for: "80", "90a", "90+PTX"."""
+        return [] if self.module is None else self.module.build_info()["architectures"]
+
     def device_reason(self, device: torch.device) -> str | None:
         """Why the built kernels cannot run on this GPU, or None: machine code serves its own major version from its
         minor version on ("90a" exactly 9.0), PTX everything later."""
         if self._emulated or self.module is None or device.type != "cuda":
             return None
         major, minor = torch.cuda.get_device_capability(device)
-        built = self.module.build_info()["architectures"]
+        built = self.architectures
         if any(_runs(architecture, 10 * major + minor) for architecture in built):
             return None
         return f"{self.name} was built for {', '.join(built)}, this GPU is sm_{major}{minor}; {_REBUILD[self.name]}"

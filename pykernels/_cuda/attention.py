@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from . import _attention_arguments as launching
+from . import _sm90
 from ._attention_decode import attention_decode
 from ._extension import DTYPE_CODES, Extension
 
-__all__ = ["attention_backward", "attention_decode", "attention_forward", "unsupported"]
+__all__ = ["attention_backward", "attention_decode", "attention_forward", "describe", "unsupported"]
 
 #: The widest head: the sums of a wider one do not fit in registers.
 WIDEST = 256
@@ -31,7 +32,47 @@ def unsupported(ext: Extension, x: Tensor, *features: str) -> str | None:
     device = "cpu" if ext.name == "_emulator_ext" else "cuda"
     if x.device.type != device:
         return f"{ext.name} serves {device} tensors, not {x.device.type} ones"
-    return ext.device_reason(x.device)
+    return ext.device_reason(x.device) or _sm90.refusal(ext, x.device)
+
+
+def describe(
+    ext: Extension,
+    query: Tensor,
+    value: Tensor,
+    keys: int,
+    given: bool,
+    softcap: float,
+    dropout_p: float,
+    scale: float,
+) -> str:
+    """Which kernels would serve a call with `keys` keys, for `explain`. given: bias, masks or slopes as tensors."""
+    reason = _not_for_sm90(ext, "attention_forward", query, value, keys, given, softcap, dropout_p, scale)
+    return "kernels for sm_90a" if reason is None else f"kernels for every GPU; not those for sm_90a: {reason}"
+
+
+def _not_for_sm90(
+    ext: Extension,
+    kernel: str,
+    query: Tensor,
+    value: Tensor,
+    keys: int,
+    given: bool,
+    softcap: float,
+    dropout_p: float,
+    scale: float,
+) -> str | None:
+    """Why the kernels for sm_90a do not serve a call, or None."""
+    widest = max(query.shape[-1], value.shape[-1])
+    general = given or softcap > 0 or not scale > 0
+    if query.dtype == torch.float32:
+        return "they have no float32"
+    if dropout_p > 0:
+        return "they have no dropout"
+    if keys == 0 or query.numel() == 0:
+        return "they need queries and keys"
+    if general and widest > 128:
+        return "head sizes above 128 with bias, masks, slopes, softcap or a scale that is not positive"
+    return _sm90.declined(ext, query.device, kernel, query.dtype, 64 if widest <= 64 else 128 if widest <= 128 else 256)
 
 
 def _check_head_size(query: Tensor, value: Tensor) -> None:
@@ -74,12 +115,17 @@ def attention_forward(
     masks = mask, key_padding_mask, prefix_length, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed
     if size.lk == 0:
         masks, bias = (None, None, *masks[2:]), None
+    launcher = "attention_forward"
+    given = any(x is not None for x in (bias, mask, key_padding_mask, alibi_slopes))
+    if _not_for_sm90(ext, launcher, query, value, size.lk, given, softcap, dropout_p, scale) is None:
+        launcher = "attention_forward_sm90"
+        query, key, value = (launching.unexpanded(x) for x in (query, key, value))
     query, key, value = (launching.in_rows(x) for x in (query, key, value))
     options = causal, window_left, window_right, softcap, dropout_p, scale
     shared = launching.shared_arguments(query, key, value, bias, masks, options, size)
     written = launching.out_rows(out)
     ext.call(
-        "attention_forward", *shared, written, lse, lse_low, sinks if sinks is None else sinks.contiguous(),
+        launcher, *shared, written, lse, lse_low, sinks if sinks is None else sinks.contiguous(),
         launching.strides(written), launching.row_strides(lse), query.dtype,
     )  # fmt: skip
     launching.copy_back(out, written)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import reference
+from ..._backends import explaining
 from .. import _check, _ids
 from .._library import as_seed
 from . import _arguments as arguments
@@ -151,6 +152,10 @@ def attention(
         default_scale(query) if scale is None else _check.number(name, "scale", scale),
     )
     prefix = arguments.prefix_lengths(name, prefix_length, batch, query)
+    if explaining():
+        given = any(x is not None for x in (bias, mask, key_padding_mask, alibi_slopes))
+        keys = key.shape[0 if packed else 2]
+        ROOM.explained = (query, value, keys, given, options.softcap, options.dropout_p, options.scale)
     chosen = ROOM.resolve(name, backend, query, *features)
     drawn = as_seed(seed, query, name) if options.dropout_p > 0 else None
     if chosen != "reference":

@@ -1,0 +1,205 @@
+"""Attention's kernels for sm_90a: contract, rings that wrap, blocks that take several tiles, hidden keys, refusals.
+On the emulator, which checks every barrier, copy and product; on a GPU of capability 9.0 the same tests run there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICE
+from test_attention_cuda import ATTENTION, BACKEND, assert_close, extension, tensors
+from torch import Tensor
+
+import pykernels.functional as pk
+from pykernels import _backends, explain, reference
+from pykernels._cuda import _sm90
+from pykernels.testing.run import check_case
+from pykernels.testing.spec import Case
+
+if DEVICE == "cuda":
+    MISSING = _sm90.unavailable(extension, torch.device("cuda"))
+else:
+    MISSING = extension.reason
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+EMULATED = pytest.mark.skipif(DEVICE == "cuda", reason="the emulator's to choose")
+
+
+def resident(blocks: int) -> None:
+    if DEVICE == "cpu":
+        assert extension.module is not None
+        extension.module.set_resident_blocks(blocks)
+
+
+@pytest.fixture(autouse=True)
+def _always() -> Iterator[None]:
+    """These kernels, on a machine of three multiprocessors: a block takes several tiles."""
+    resident(3)
+    with _backends.sm90_kernels("always"):
+        yield
+    resident(132)
+
+
+@pytest.mark.parametrize("case", ATTENTION.cases, ids=lambda case: case.label)
+def test_contract(case: Case, poisoned: None) -> None:
+    failed = [str(c) for c in check_case(ATTENTION, case, BACKEND, torch.float16, DEVICE) if not c.passed]
+    assert not failed, failed
+
+
+def assert_forward(inputs: list[Tensor], **options: Any) -> None:
+    assert_close([x.detach() for x in inputs], **options)
+
+
+POSITIONS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window": (170, 30)},
+    "prefix": {"causal": "top_left", "prefix_length": 300},
+}
+
+
+@pytest.mark.parametrize("options", POSITIONS.values(), ids=POSITIONS)
+@pytest.mark.parametrize("size", (64, 128, 256))
+def test_masks_by_position(size: int, options: dict[str, Any]) -> None:
+    """Several tiles of queries a block, several turns of each ring, ragged ends."""
+    assert_forward(tensors((330, 530) if size < 256 else (140, 340), size=size), **options)
+
+
+def test_queries_that_see_nothing() -> None:
+    """Whole tiles of them, between tiles that see keys."""
+    for size in (64, 128):
+        assert_forward(tensors((450, 70), size, torch.float16), causal=True)
+        assert_forward(tensors((130, 333), size, torch.float16), window=(0, 0), causal="top_left")
+
+
+def test_sizes_that_are_not_the_instantiations() -> None:
+    assert_forward(tensors((70, 150), 40, torch.float16, value_size=24), causal=True)
+    assert_forward(tensors((70, 150), 80, torch.bfloat16, value_size=136))
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "softcap-alibi": {"softcap": 2.0, "alibi_slopes": torch.tensor([0.1, 0.5], device=DEVICE), "causal": True},
+    "negative-scale": {"scale": -0.2, "window": (70, 30)},
+    "mask": {"mask": torch.arange(150 * 190, device=DEVICE).view(150, 190) % 3 > 0},
+}
+
+
+@pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES)
+@pytest.mark.parametrize("size", (64, 128))
+def test_features_over_tiles(size: int, options: dict[str, Any]) -> None:
+    assert_forward(tensors((150, 190), size), **options)
+
+
+@pytest.mark.parametrize("shape", ((1, 2, 150, 190), (1, 190), (2, 150, 1)), ids=str)
+def test_bias_over_tiles(shape: tuple[int, ...]) -> None:
+    bias = torch.randn(shape, device=DEVICE)
+    bias[..., :1, :1] = -torch.inf
+    keys = torch.rand(1, 190, device=DEVICE) > 0.3
+    assert_forward(tensors((150, 190)), bias=bias, key_padding_mask=keys)
+
+
+@pytest.mark.parametrize("size", (64, 128))
+def test_packed_sequences_do_not_see_each_other(size: int) -> None:
+    """Not even NaN: tiles at the end of one hold keys of the next."""
+    ends = [torch.tensor([0, a, a, a + 20, n], device=DEVICE) for a, n in ((150, 230), (40, 400))]
+    q, k, v = (x[0].detach().transpose(0, 1).contiguous() for x in tensors((230, 400), size))
+    sinks = torch.randn(2, device=DEVICE)
+    packed = {"cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1], "causal": True, "sinks": sinks}
+    assert_forward([q, k, v], **packed)
+    clean = pk.attention(q, k, v, backend=BACKEND, **packed)
+    other = [x.detach().clone() for x in (q, k, v)]
+    other[0][170:] = other[1][60:] = other[2][60:] = torch.nan
+    assert torch.equal(pk.attention(*other, backend=BACKEND, **packed)[:170], clean[:170])
+
+
+def test_many_packed_sequences() -> None:
+    ends = torch.arange(0, 3 * 41, 3, device=DEVICE)
+    q, k, v = (torch.randn(120, 1, 64, device=DEVICE).half() for _ in range(3))
+    assert_forward([q, k, v], cu_seqlens_q=ends, cu_seqlens_k=ends)
+
+
+@pytest.mark.parametrize("hidden", ("padding", "window", "top_left", "bias"))
+def test_hidden_keys_may_hold_anything(hidden: str) -> None:
+    q, k, v = (x.detach() for x in tensors((20, 170), 64))
+    seen = torch.arange(170, device=DEVICE) < (20 if hidden in ("top_left", "window") else 133)
+    bias = torch.zeros(170, device=DEVICE).masked_fill(~seen, -torch.inf)
+    options: dict[str, Any] = {
+        "padding": {"key_padding_mask": seen[None]},
+        "window": {"causal": "top_left", "window": (30, -1)},
+        "top_left": {"causal": "top_left"},
+        "bias": {"bias": bias},
+    }[hidden]
+    results = []
+    for filling in (0.0, torch.nan, torch.inf):
+        leaves = [x.masked_fill(~seen[:, None], filling) if n else x for n, x in enumerate((q, k, v))]
+        results.append(pk.attention(*leaves, backend=BACKEND, **options))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_nan_in_a_key_that_is_seen_shows() -> None:
+    """Wherever it is: exponentials made by the polynomial hand it on too."""
+    q, k, v = (x.detach() for x in tensors((20, 128), 64))
+    for j in range(120, 128):
+        k[:, :, j - 1], k[:, :, j] = 0, torch.nan
+        assert pk.attention(q, k, v, backend=BACKEND).isnan().all()
+
+
+def test_lse_to_the_rounding_of_float32() -> None:
+    q, k, v = (x.detach() for x in tensors((100, 300)))
+    lse = pk.attention(q, k, v, return_lse=True, backend=BACKEND)[1]
+    truth = reference.attention(*(x.double() for x in (q, k, v)), return_lse=True)[1]
+    assert float((lse.double() - truth).abs().max()) < 1.5e-6
+
+
+def test_expanded_inputs() -> None:
+    q, k, v = (x.detach() for x in tensors((70, 90)))
+    whole = pk.attention(q, k.expand(1, 2, 90, 64).contiguous(), v.expand(1, 2, 90, 64).contiguous(), backend=BACKEND)
+    assert torch.equal(pk.attention(q, k.expand(1, 2, 90, 64), v.expand(1, 2, 90, 64), backend=BACKEND), whole)
+
+
+@EMULATED
+@pytest.mark.parametrize("size", (64, 128))
+def test_any_order_of_threads_and_any_number_of_blocks(size: int) -> None:
+    inputs = [x.detach() for x in tensors((290, 270), size)]
+    assert extension.module is not None
+    first = pk.attention(*inputs, causal=True, backend=BACKEND)
+    for order, blocks in ((1, 3), (7, 1), (0, 132)):
+        extension.module.set_order(order)
+        resident(blocks)
+        try:
+            assert torch.equal(first, pk.attention(*inputs, causal=True, backend=BACKEND))
+        finally:
+            extension.module.set_order(0)
+
+
+def test_explain_says_which_kernels() -> None:
+    q = torch.randn(1, 2, 30, 64, device=DEVICE).half()
+
+    def kernels(**options: Any) -> str:
+        return explain(pk.attention, q, q, q, backend=BACKEND, **options).kernels
+
+    assert kernels(softcap=2.0) == "kernels for sm_90a"
+    assert "dropout" in kernels(dropout_p=0.5)
+    wide = torch.randn(1, 2, 30, 160, device=DEVICE).half()
+    assert "above 128" in explain(pk.attention, wide, wide, wide, softcap=2.0, backend=BACKEND).kernels
+    assert "float32" in explain(pk.attention, *(q.float(),) * 3, backend=BACKEND).kernels
+    with _backends.sm90_kernels("auto"):
+        assert "no GPU record" in kernels()
+    with _backends.sm90_kernels("never"):
+        assert "never" in kernels()
+    with _backends.sm90_kernels("sometimes"), pytest.raises(ValueError, match="auto, always, never"):
+        kernels()
+
+
+def test_a_gpu_without_the_instructions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = SimpleNamespace(name="_cuda_ext", architectures=["80", "90a"])
+    other = SimpleNamespace(name="_cuda_ext", architectures=["80", "90+PTX"])
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "this GPU has 8.0" in str(_sm90.refusal(built, gpu))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert "without sm_90a" in str(_sm90.refusal(other, gpu)) and _sm90.refusal(built, gpu) is None
+    with _backends.sm90_kernels("auto"):
+        assert _sm90.refusal(other, gpu) is None  # the other kernels serve
