@@ -30,6 +30,7 @@ SHARE = {"build": 150, "tests": 170, "sanitizer": 50, "bench": 150}
 GPU_TESTS = (
     "tests/test_contract.py",
     "tests/test_activation.py",
+    "tests/test_attention_sm90.py",
     "tests/test_recurrent_kernels.py",
     "tests/test_backends.py",
     "tests/test_emulator_collectives.py",  # on a GPU these compare our definitions with the hardware
@@ -63,11 +64,15 @@ def run(command: list[str], seconds: float, **environment: str) -> dict[str, Any
     }
 
 
-def step_build(seconds: float) -> dict[str, Any]:
-    """The CUDA module for this GPU alone, and the CPU module; no pip, no network."""
+def capability() -> tuple[int, int]:
     import torch
 
-    major, minor = torch.cuda.get_device_capability()
+    return torch.cuda.get_device_capability()
+
+
+def step_build(seconds: float) -> dict[str, Any]:
+    """The CUDA module for this GPU alone, and the CPU module; no pip, no network."""
+    major, minor = capability()
     number = f"{major}.{minor}" + ("a" if (major, minor) == (9, 0) else "")
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     return run(command, seconds, TORCH_CUDA_ARCH_LIST=number, PYKERNELS_BUILD="auto")
@@ -113,13 +118,18 @@ def served(backend: str) -> list[str]:
 
 
 def step_bench(seconds: float) -> dict[str, Any]:
-    """Each backend over each room's benchmark shapes; the tables are in the record as `rows`."""
+    """Each backend over each room's benchmark shapes; the tables are in the record as `rows`.
+
+    "cuda-sm90" is `cuda` with `--sm90 always`; its rows say where `auto` may take those kernels.
+    """
     found: dict[str, Any] = {"exit_code": 0, "rows": []}
     deadline = time.monotonic() + seconds
     jobs = [(room, b, d) for d in ("bfloat16", "float32") for b in ("triton", "cuda") for room in served(b)]
+    jobs[:0] = [("attention", "cuda-sm90", "bfloat16")] if capability() == (9, 0) else []
     for room, backend, dtype in jobs:
         command = [sys.executable, "-m", "pykernels", "bench", room, "--json", "--device", "cuda"]
-        command += ["--dtype", dtype, "--backend", backend, "--seconds", "0.15"]
+        command += ["--dtype", dtype, "--backend", backend.removesuffix("-sm90"), "--seconds", "0.15"]
+        command += ["--sm90", "always" if backend.endswith("-sm90") else "never"]
         outcome = run(command, max(deadline - time.monotonic(), 1))
         found["exit_code"] = found["exit_code"] or outcome["exit_code"]
         try:
@@ -127,7 +137,7 @@ def step_bench(seconds: float) -> dict[str, Any]:
         except ValueError:
             found.setdefault("unreadable", []).append(f"{room} {backend} {dtype}: {outcome['output_tail'][-2000:]}")
             continue
-        found["rows"] += report["rows"]
+        found["rows"] += [{**row, "backend": backend} for row in report["rows"]]
         found["copy_bytes_per_second"], found["limits"] = report["copy_bytes_per_second"], report["limits"]
     return found
 
@@ -165,11 +175,11 @@ def summary(record: dict[str, Any]) -> str:
     rows = record["steps"].get("bench", {}).get("rows", [])
     if rows:
         lines.append(
-            f"{'op':16} {'shape':12} {'dtype':9} {'backend':8} {'direction':17} {'ms':>8} {'GB/s':>7} {'x peer':>7}"
+            f"{'op':16} {'shape':12} {'dtype':9} {'backend':9} {'direction':17} {'ms':>8} {'GB/s':>7} {'x peer':>7}"
         )
     for row in rows:
         ours = row["seconds"].get("pykernels")
-        what = f"{row['op']:16} {row['shape']:12} {row['dtype']:9} {row['backend']:8} {row['direction']:17}"
+        what = f"{row['op']:16} {row['shape']:12} {row['dtype']:9} {row['backend']:9} {row['direction']:17}"
         if ours is None:
             lines.append(f"{what} check FAILED")
             continue

@@ -17,7 +17,7 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
     raise ImportError(f"pykernels needs torch 2.11 or later, this is {torch.__version__}: pip install --upgrade torch")
 
 from . import functional, integrations, nn, optim, reference
-from ._backends import BackendError, Explanation, explain
+from ._backends import BackendError, Explanation, explain, sm90_kernels
 from ._errors import check_errors
 from ._pool import OutputPool, empty_cache, output_pool, set_output_pool
 from .patching import PatchReport, patch, unpatch
@@ -39,6 +39,7 @@ __all__ = [
     "patch",
     "reference",
     "set_output_pool",
+    "sm90_kernels",
     "unpatch",
 ]
 

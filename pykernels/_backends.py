@@ -343,9 +343,20 @@ def default_backend(name: str | None, origin: str) -> Iterator[None]:
 
 @contextmanager
 def sm90_kernels(mode: str) -> Iterator[None]:
-    """`mode` in place of PYKERNELS_SM90 (see `_cuda/_sm90.py`), for all threads."""
+    """Whether the `cuda` backend takes kernels that only GPUs of compute capability 9.0 run, for all threads.
+
+    Args:
+        mode: "auto" (as outside): where a committed GPU record shows them faster, which is nowhere yet. "always": for
+            every call they can serve; on another GPU, calls that name the backend are refused. "never".
+            `explain(...).kernels` says which would serve a call, and why not those. The emulator has them too.
+
+    Raises:
+        ValueError: another mode.
+    """
     from ._cuda import _sm90
 
+    if mode not in _sm90.MODES:
+        raise ValueError(f"sm90_kernels(): mode must be one of {', '.join(_sm90.MODES)}, not {mode!r}")
     before, _sm90.mode = _sm90.mode, mode
     try:
         _forget()

@@ -26,6 +26,9 @@ LOOPS = [*RECURRENT, "emulator and lstm and (ragged or sixteen) or terms"]
 ATTENTION = ["tests/test_attention_cuda.py", "-p", "tests.conftest", "-k"]
 TILES = [*ATTENTION, "differ or (masks_by_position and 64) or wide_heads or any_order"]
 
+WARPGROUPS = ["tests/test_attention_sm90.py", "-p", "tests.conftest", "-k"]
+FORWARD = [*WARPGROUPS, "masks_by_position and 64 or padding or any_order and 64"]
+
 SAMPLED = ["tests/test_sampled_kernels.py", "-p", "tests.conftest", "-k"]
 SHARED = [*SAMPLED, "emulator and (chunks or wide)"]
 DRAWS = ["tests/test_samplers.py", "-p", "tests.conftest", "-k", "emulator and (bitwise or any_size)"]
@@ -38,6 +41,8 @@ SUBJECTS = {
     "csrc/cuda/attention_dkdv.cu": ("attention_dkdv.cu", TILES),
     "csrc/cuda/attention_dq.cu": ("attention_dq.cu", TILES),
     "csrc/cuda/attention_forward.cu": ("attention_forward.cu", TILES),
+    "csrc/cuda/attention_forward_sm90.cu": ("attention_forward_sm90.cu", FORWARD),
+    "csrc/cuda/attention_sm90.h": ("attention_forward_sm90.cu", FORWARD),
     "csrc/cuda/attention_head.h": ("attention_forward.cu", TILES),
     "csrc/cuda/products.h": ("attention_dq.cu", TILES),
     "csrc/cuda/collectives.cu": ("collectives.cu", [COLLECTIVES, "-k", "ldmatrix or cp_async or grid_sync"]),

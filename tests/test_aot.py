@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pykernels.testing.aot import measure, rules, sass
+from pykernels.testing.aot import measure, roofline, rules, sass
 from pykernels.testing.aot.rules import Row
 
 ROOT = Path(__file__).parents[1]
@@ -188,3 +188,35 @@ def test_occupancy_is_limited_by_what_runs_out_first():
     assert sass.occupancy(90, 128, 0, 8) == (2, 0.25, "registers")
     assert sass.occupancy(90, 16, 100 << 10, 4) == (2, 0.125, "shared memory")
     assert sass.occupancy(80, 16, 0, 1) == (32, 0.5, "blocks")
+
+
+LOOP = """
+\t.section\t.text.kernel,"ax"
+        /*0000*/ MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/ HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0020*/ MUFU.EX2 R2, R3 ;
+        /*0030*/ WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0040*/ @P0 BRA `(.L_x_2) ;
+        /*0050*/ FSEL R3, R3, -INF , P1 ;
+        /*0060*/ FSEL R4, R4, -INF , P1 ;
+.L_x_2:
+        /*0070*/ MUFU.EX2 R5, R6 ;
+        /*0080*/ MUFU.EX2 R5, R6 ;
+        /*0090*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*00a0*/ MUFU.EX2 R5, R6 ;
+        /*00b0*/ @P2 BRA `(.L_x_1) ;
+        /*00c0*/ EXIT ;
+"""
+
+
+def test_exponentials_beside_a_product_are_counted_along_the_quick_path():
+    (function,) = sass.parse(LOOP)
+    assert len(function.hot_loop()) == 11 and len(function.hot_path()) == 9
+    assert not any(i.base == "FSEL" for i in function.hot_path())
+    assert roofline.beside(function.hot_path()) == 0.5
+    row = dataclasses.replace(ROW, beside=0.5, overlapped=0.9)
+    assert not rules.check(row, rules.Rules(beside=0.5, tensor_share=0.9))
+    assert [f.split(" 0.")[0] for f in rules.check(row, rules.Rules(beside=0.6, tensor_share=0.95))] == [
+        "tensor-core share where all overlaps", "exponentials beside a product"
+    ]  # fmt: skip

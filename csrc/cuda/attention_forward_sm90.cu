@@ -1,9 +1,9 @@
 // Attention forward for sm_90a.  A block owns 64 queries for each of its consumer warpgroups and runs over the tiles of
 // keys they see; of the last warpgroup one warp keeps tiles of K coming through a ring of slots, and one those of V.
 //
-// A consumer issues S = Q K^T of the next tile, then O += P V of this one (P from registers, V as it lies), and makes the
-// next P while O is still being added up; warpgroups take turns in issuing products, so that one's softmax also runs
-// beside the other's products.  Tiles go from the last to the first.
+// A consumer issues S = Q K^T of the next tile, then O += P V of this one (P from registers, V as it lies), and makes
+// the next P while O is still being added up; warpgroups take turns in issuing products, so that one's softmax also
+// runs beside the other's products.  Tiles go from the last to the first.
 #include "attention.h"
 #include "attention_sm90.h"
 
@@ -11,8 +11,8 @@ namespace pk {
 
 namespace {
 
-// GENERAL: with scores that are not the products times a positive scale, masked by position alone.  Those take registers
-// and code for each element: fewer elements.
+// GENERAL: with scores that are not the products times a positive scale, masked by position alone.  Those take
+// registers and code for each element: fewer elements.
 template <int D_, bool GENERAL>
 struct ForwardShape {
   static constexpr int D = D_, kGroups = D == 64 && !GENERAL ? 3 : 2, BM = 64 * kGroups;
@@ -23,7 +23,8 @@ struct ForwardShape {
   static constexpr int kOwnBytes = tile_bytes(64, D), kStepBytes = tile_bytes(BN, D);
   static constexpr size_t kShared = kGroups * kOwnBytes + 2 * kStages * kStepBytes;
   static constexpr int kPart = D < 128 ? D : 128, kParts = D / kPart;  // columns of O that one product makes
-  static constexpr bool kPolynomial = D == 64 && !GENERAL;  // products are short: the special-function unit would bind
+  // Products are short: without a sixteenth of the exponentials made elsewhere, the special-function unit would bind.
+  static constexpr bool kPolynomial = D == 64 && !GENERAL;
 };
 
 struct ForwardMaps {
@@ -63,8 +64,8 @@ __device__ __forceinline__ void load_values(const Attention& a, const Head& x, u
   const uint32_t arrival = some ? landed : full;
   if (lane == 0) {
     mbar_arrive_expect_tx(arrival, C::kStepBytes);
-    load_panels<C::BN, C::D>(smem_addr(tile), map, x.k_first + j0, x.h / static_cast<int>(a.n.group),
-                             a.cu_q ? 0 : x.b, arrival);
+    load_panels<C::BN, C::D>(smem_addr(tile), map, x.k_first + j0, x.h / static_cast<int>(a.n.group), a.cu_q ? 0 : x.b,
+                             arrival);
   }
   if (!some) return;
   mbar_wait(landed, landings++ & 1);
@@ -113,7 +114,7 @@ __global__ void __launch_bounds__(ForwardShape<D, GENERAL>::kThreads, 1)
   Head& x = heads[min(warp, 4 * kGroups + 1)];
   const int group = static_cast<int>(a.n.group);
   Slot<kStages> slot;  // of keys and of values alike
-  int visits = 0;  // tiles of queries so far that see any key
+  int visits = 0;      // tiles of queries so far that see any key
 
   if (wg == kGroups) {
     setmaxnreg_dec<C::kProducerRegisters>();
@@ -206,7 +207,7 @@ __global__ void __launch_bounds__(ForwardShape<D, GENERAL>::kThreads, 1)
     // be multiplied by.
     const auto softmax = [&](int j0) {
       float factor = a.x.scale;
-      auto& tile = reinterpret_cast<float(&)[1][BN / 8][4]>(s);
+      auto& tile = reinterpret_cast<float (&)[1][BN / 8][4]>(s);
       if constexpr (GENERAL) {
         const Features<T, true> features(a, x);
         factor = features.factor;
@@ -233,7 +234,7 @@ __global__ void __launch_bounds__(ForwardShape<D, GENERAL>::kThreads, 1)
 #pragma unroll
           for (int i = 4 * j + 2 * e; i < 4 * j + 2 * e + 2; ++i) {
             const float t = fmaf(s[i], factor, -base);
-            s[i] = C::kPolynomial && i % 8 == 1 + 2 * e ? ex2_polynomial(t) : ex2(t);
+            s[i] = C::kPolynomial && i % 32 == 1 + 2 * e ? ex2_polynomial(t) : ex2(t);
             total += s[i];
           }
         sum[e] = sum[e] * alpha[e] + total;
@@ -330,8 +331,8 @@ void run(const Attention& a, const ForwardOutputs& o, void* stream) {
   const int64_t streamed = a.n.lk * (a.n.d + a.n.dv) * 2 / a.n.group;
   const Schedule order = schedule(a, a.n.lq, C::BM, a.n.heads, streamed);
   const int blocks = min(order.total, sm_count());
-  launch(attention_fwd_sm90_kernel<T, D, GENERAL>, static_cast<unsigned>(blocks), C::kThreads, C::kShared, stream, a, o, maps,
-         order);
+  launch(attention_fwd_sm90_kernel<T, D, GENERAL>, static_cast<unsigned>(blocks), C::kThreads, C::kShared, stream, a, o,
+         maps, order);
 }
 
 }  // namespace
@@ -342,7 +343,8 @@ void attention_forward_sm90(const Attention& a, void* out, float* lse, float* ls
   const ForwardOutputs o{out, lse, lse_low, sinks, out_n, lse_n};
   const int64_t widest = max(a.n.d, a.n.dv);
   const bool general = a.bias || a.mask || a.seen || a.slopes || a.x.softcap != 0.f || !(a.x.scale > 0.f);
-  if (a.seed || widest > (general ? 128 : 256) || a.n.lk < 1) throw std::invalid_argument("attention: not for the kernels of sm_90a");
+  if (a.seed || widest > (general ? 128 : 256) || a.n.lk < 1)
+    throw std::invalid_argument("attention: not for the kernels of sm_90a");
   dispatch(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if constexpr (std::is_same_v<T, float>)

@@ -1,8 +1,8 @@
 // What attention's kernels for sm_90a share: which tile comes next, TMA's view of the tensors, and the way out of the
 // registers of a warpgroup's accumulator.
 //
-// Blocks stay: there is one for each multiprocessor, and it takes every gridDim.x-th tile.  One warp of a block asks TMA
-// for tiles and runs ahead of the products through a ring of slots, also from one tile of the output to the next.
+// Blocks stay: there is one for each multiprocessor, and it takes every gridDim.x-th tile.  One warp of a block asks
+// TMA for tiles and runs ahead of the products through a ring of slots, also from one tile of the output to the next.
 #pragma once
 #include "attention_scores.h"
 #include "hopper.h"
@@ -10,8 +10,8 @@
 namespace pk {
 
 constexpr int kWarpgroup = 128;
-constexpr int kPanel = 64;                 // columns: TMA's box rows, and a row of shared memory, are 128 bytes
-constexpr int kL2 = 16 << 20;              // bytes of keys and values that are meant to stay in L2 together
+constexpr int kPanel = 64;     // columns: TMA's box rows, and a row of shared memory, are 128 bytes
+constexpr int kL2 = 16 << 20;  // bytes of keys and values that are meant to stay in L2 together
 constexpr double kLn2 = 0.6931471805599453;
 
 __host__ __device__ constexpr int tile_bytes(int rows, int columns) { return rows * columns * 2; }
@@ -66,9 +66,9 @@ TensorMap rows_map(const void* base, int64_t size, int64_t length, int64_t heads
                    int64_t head, int64_t sequence, int rows) {
   auto narrow = [](int64_t x) { return static_cast<int>(x); };
   auto stride = [&](int64_t n, int64_t x) { return n > 1 ? x : position; };  // of one there may be any
-  return make_tensor_map<T, 4>(static_cast<const T*>(base), {narrow(size), narrow(length), narrow(heads), narrow(batch)},
-                               {length > 1 ? position : size, stride(heads, head), stride(batch, sequence)},
-                               {kPanel, rows, 1, 1});
+  return make_tensor_map<T, 4>(
+      static_cast<const T*>(base), {narrow(size), narrow(length), narrow(heads), narrow(batch)},
+      {length > 1 ? position : size, stride(heads, head), stride(batch, sequence)}, {kPanel, rows, 1, 1});
 }
 
 // One thread: ROWS x COLUMNS from row `row` on, panel by panel.

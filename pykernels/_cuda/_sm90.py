@@ -1,15 +1,13 @@
 """When the kernels for compute capability 9.0 alone (csrc/cuda/*_sm90.cu) serve in place of those for every GPU.
 
-PYKERNELS_SM90, read at import, says it for all rooms that have such kernels:
+`pykernels.sm90_kernels` sets the mode:
 
-    auto (default)  where a GPU record in benchmarks/results shows them faster: FASTER, which is empty as yet
-    always          every call they can serve; a call on a GPU they do not run on is refused
+    auto    where a GPU record in benchmarks/results shows them faster: FASTER, which is empty as yet
+    always  every call they can serve; a call on a GPU they do not run on is refused
     never
 """
 
 from __future__ import annotations
-
-import os
 
 import torch
 
@@ -20,13 +18,11 @@ MODES = ("auto", "always", "never")
 #: (kernel, dtype, head size) measured ahead of the kernels for every GPU.
 FASTER: frozenset[tuple[str, torch.dtype, int]] = frozenset()
 
-mode = os.environ.get("PYKERNELS_SM90") or "auto"
+mode = "auto"
 
 
 def refusal(ext: Extension, device: torch.device) -> str | None:
     """Why these kernels, where they are demanded, cannot run on this device, or None."""
-    if mode not in MODES:
-        raise ValueError(f"PYKERNELS_SM90 must be one of {', '.join(MODES)}, not {mode!r}")
     return unavailable(ext, device) if mode == "always" else None
 
 
@@ -47,7 +43,7 @@ def declined(ext: Extension, device: torch.device, kernel: str, dtype: torch.dty
     if mode == "always":
         return None
     if mode == "never":
-        return "PYKERNELS_SM90=never"
+        return 'sm90_kernels("never")'
     if (kernel, dtype, size) not in FASTER:
-        return "no GPU record shows the kernels for sm_90a faster; PYKERNELS_SM90=always takes them"
+        return 'no GPU record shows the kernels for sm_90a faster; sm90_kernels("always") takes them'
     return unavailable(ext, device)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import torch
 
-from ..._backends import BACKENDS
+from ..._backends import BACKENDS, sm90_kernels
 from ...testing import bench
 from ...testing.spec import ROOMS, load
 from ...testing.step import load_steps
@@ -29,6 +29,9 @@ _READ = click.Path(path_type=Path, dir_okay=False, exists=True)
 @click.option("--op", "ops", multiple=True, metavar="NAME", help="Operator; repeatable. Default: all of the room.")
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="Repeatable.")
 @click.option("--backend", type=click.Choice([*BACKENDS, "reference"]), help="Default: the one that `auto` takes.")
+@click.option(
+    "--sm90", type=click.Choice(["auto", "always", "never"]), default="auto", help="See `pykernels.sm90_kernels`."
+)
 @click.option(
     "--compile",
     "modes",
@@ -62,6 +65,7 @@ def command(
     ops: tuple[str, ...],
     dtypes: tuple[str, ...],
     backend: str | None,
+    sm90: str,
     modes: tuple[str, ...],
     device: str | None,
     rounds: int,
@@ -100,9 +104,9 @@ def command(
             raise BadInput("--quick measures the CPU's targets; there are none for cuda")
         device = device or ("cuda" if torch.cuda.is_available() and not quick else "cpu")
         plan = _plan(room, ops, dtypes, modes, quick, device)
-        record, rows = take.record(
-            plan, _QUICK if quick else take.Effort(rounds, seconds, min(0.3, seconds)), device, backend
-        )
+        effort = _QUICK if quick else take.Effort(rounds, seconds, min(0.3, seconds))
+        with sm90_kernels(sm90):
+            record, rows = take.record(plan, effort, device, backend)
         records = [record]
     record = records[0] if len(records) == 1 else _joined(records)
     if folder:

@@ -153,9 +153,9 @@ def attention(
     )
     prefix = arguments.prefix_lengths(name, prefix_length, batch, query)
     if explaining():
-        given = any(x is not None for x in (bias, mask, key_padding_mask, alibi_slopes))
+        tensors = any(x is not None for x in (bias, mask, key_padding_mask, alibi_slopes))
         keys = key.shape[0 if packed else 2]
-        ROOM.explained = (query, value, keys, given, options.softcap, options.dropout_p, options.scale)
+        ROOM.explained = (query, value, keys, tensors, options.softcap, options.dropout_p, options.scale)
     chosen = ROOM.resolve(name, backend, query, *features)
     drawn = as_seed(seed, query, name) if options.dropout_p > 0 else None
     if chosen != "reference":

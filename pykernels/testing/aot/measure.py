@@ -76,8 +76,10 @@ def from_function(row: Row, function: sass.Function, warps: int, shared: int, lo
     if not spills and _number(function.instructions, ("LDL", "STL")):
         row.spill_bytes = row.stack
     if row.target == 90 and row.mma:
-        estimate = roofline.hopper(loop, warps)
+        quick = function.hot_path()
+        estimate = roofline.hopper(quick, warps)
         row.roofline, row.bound = estimate.tensor_share, estimate.bound
+        row.overlapped, row.beside = estimate.overlapped_share, roofline.beside(quick)
 
 
 def _number(instructions: Sequence[sass.Instruction], bases: tuple[str, ...]) -> int:

@@ -25,9 +25,11 @@ _SHARED = ("LDS", "STS", "LDSM", "STSM", "LDGSTS", "SHFL", "LDG", "STG")
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """tensor_share: the tensor cores' part of the loop's time if nothing overlaps; bound: the busiest other unit."""
+    """tensor_share: the tensor cores' part of the loop's time if nothing overlaps; overlapped_share: if everything
+    does; bound: the busiest other unit."""
 
     tensor_share: float
+    overlapped_share: float
     bound: str
 
 
@@ -55,4 +57,18 @@ def hopper(loop: Sequence[sass.Instruction], warps: int) -> Estimate:
     }
     bound = max(other, key=other.__getitem__)
     busiest = other[bound] * groups
-    return Estimate(tensor / (tensor + busiest) if tensor else 0.0, bound)
+    if not tensor:
+        return Estimate(0.0, 0.0, bound)
+    return Estimate(tensor / (tensor + busiest), tensor / max(tensor, busiest), bound)
+
+
+def beside(loop: Sequence[sass.Instruction]) -> float | None:
+    """Share of the exponentials between the wait that leaves one group of products running and the wait for it; None
+    without such waits. ptxas may move work below a wait without saying so, and then nothing overlaps."""
+    waits = {
+        n: [i for i, x in enumerate(loop) if "DEPBAR" in x.opcode and f"gsb0, 0x{n}" in x.operands] for n in (0, 1)
+    }
+    exponentials = [i for i, x in enumerate(loop) if x.opcode.startswith("MUFU.EX2")]
+    if not waits[0] or not waits[1] or not exponentials:
+        return None
+    return sum(waits[1][0] < i < waits[0][-1] for i in exponentials) / len(exponentials)

@@ -26,6 +26,8 @@ class Rules:
     tensor_cores: bool = False  #: the target's own matrix instruction is used
     warp_mma: bool = False  #: mma.sync is used, which is one instruction on every target
     mma_efficiency: float = 0.0  #: useful over issued flops of the hot loop (`Entry.loop_flops`), sm_90
+    tensor_share: float = 0.0  #: least tensor-core share of the hot loop where everything overlaps, sm_90
+    beside: float = 0.0  #: share of the loop's exponentials that run beside its last product, sm_90
     occupancy: float = 0.0  #: share of a multiprocessor's warps
     blocks: int = 1  #: blocks on one multiprocessor
     barriers: int | None = None  #: most barriers of a block
@@ -89,6 +91,8 @@ class Row:
     instructions_per_byte: float | None = None
     issue_share: float | None = None  #: of the instructions the chip can issue while these bytes move
     roofline: float | None = None  #: tensor-core share of the hot loop without any overlap, sm_90
+    overlapped: float | None = None  #: the same where everything overlaps
+    beside: float | None = None  #: exponentials between the waits for the loop's last two products
     bound: str = ""
     mma_efficiency: float | None = None
     warnings: list[str] = dataclasses.field(default_factory=list)
@@ -131,6 +135,11 @@ def check(row: Row, rules: Rules) -> list[str]:
     if rules.tensor_cores:
         require(row.mma > 0, f"no {MMA_FOR_TARGET[row.target]} instructions: the tensor cores are not used")
     require(row.warp_mma > 0 or not rules.warp_mma, "no HMMA instructions: the tensor cores are not used")
+    for name in ("tensor_share", "beside"):
+        least, is_there = getattr(rules, name), row.overlapped if name == "tensor_share" else row.beside
+        if least and row.target == 90:
+            text = "tensor-core share where all overlaps" if name == "tensor_share" else "exponentials beside a product"
+            require((is_there or 0.0) >= least, f"{text} {is_there or 0.0:.2f}, needed {least}")
     limit, found = rules.instructions_per_byte, row.instructions_per_byte
     if limit is not None and found is not None:
         require(found <= limit, f"{found:.2f} instructions a byte, allowed {limit}")

@@ -108,6 +108,31 @@ class Function:
 
         return max((self.instructions[a : b + 1] for a, b in self.loops()), key=heat, default=[])
 
+    def hot_path(self) -> list[Instruction]:
+        """The shortest way through the hot loop: what a tile costs that takes none of the rare branches."""
+        loop = self.hot_loop()
+        if not loop:
+            return []
+        first = next(a for a, b in self.loops() if self.instructions[a : b + 1] == loop)
+        steps: list[float] = [1.0] * len(loop)
+        jumps: list[int | None] = [None] * len(loop)
+        for i in reversed(range(len(loop) - 1)):
+            x, target = loop[i], self.labels.get(loop[i].target or "", -1) - first
+            ways: list[tuple[float, int]] = []
+            if x.base not in _ENDS or x.conditional:
+                ways.append((steps[i + 1], i + 1))
+            if i < target < len(loop):
+                ways.append((steps[target], target))
+            best, jumps[i] = min(ways, default=(math.inf, None))
+            steps[i] = 1 + best
+        path, i = [], 0
+        while True:
+            path.append(loop[i])
+            following = jumps[i]
+            if following is None:
+                return path if i == len(loop) - 1 else loop
+            i = following
+
     def full_path(self) -> list[Instruction]:
         """From entry to exit along the branches a full tile takes, each loop's body counted once.
 
