@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import _errors
 from . import _lib
+from .checks import report, report_values
 
 
 @triton.jit
@@ -24,35 +25,11 @@ def id_at(ids_ptr, position, mask, rows, padding):
 
 
 @triton.jit
-def report(record_ptr, what, position, value, bound, table):
-    """Tells the host of an invalid value, unless another one was told before; see pykernels/_errors.py."""
-    taken = tl.atomic_cas(record_ptr, tl.full((), 0, tl.int64), tl.full((), 1, tl.int64), scope="sys")
-    if taken == 0:
-        tl.store(record_ptr + 1, what)
-        tl.store(record_ptr + 2, position)
-        tl.store(record_ptr + 3, value)
-        tl.store(record_ptr + 4, bound)
-        tl.store(record_ptr + 5, table)
-
-
-@triton.jit
 def report_id(record_ptr, what, ids_ptr, first_bad, n, rows, table):
     """Reports the id at the lowest of these positions; n where there is nothing to report."""
     position = tl.min(first_bad, 0)
     if position < n:
         report(record_ptr, what, position, tl.load(ids_ptr + position).to(tl.int64), rows, table)
-
-
-@triton.jit
-def check_offsets_kernel(offsets_ptr, record_ptr, what, count, n, table, BLOCK: tl.constexpr):
-    """Offsets begin with 0, do not decrease, and do not exceed n; what: the code of the ids."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(offsets_ptr + index, mask=index < count, other=0).to(tl.int64)
-    before = tl.load(offsets_ptr + index - 1, mask=(index > 0) & (index < count), other=0).to(tl.int64)
-    wrong = (index < count) & ((value < before) | (value > n) | ((index == 0) & (value != 0)))
-    position = tl.min(tl.where(wrong, index, count), 0)
-    if position < count:
-        report(record_ptr, what + 1, position, tl.load(offsets_ptr + position).to(tl.int64), n, table)
 
 
 @triton.jit
@@ -226,17 +203,15 @@ class Bags:
         return 0 if self.offsets is None else max(self.count - 1, 0).bit_length()
 
     def record(self, what: int, table: int = 0) -> Tensor | None:
-        """Where kernels report invalid ids; offsets are looked at here. what: 0 for no reports; table: its number."""
+        """Where kernels report invalid ids; offsets are looked at here.
+
+        what: the code of the ids, that of the offsets is one more; 0 for no reports. table: its number.
+        """
         if what == 0:
             return None
-        record = _errors.record(self.ids.device)
-        if self.offsets is not None and self.offsets.numel():
-            count, block = self.offsets.numel(), 256
-            _lib.launch(
-                check_offsets_kernel, (triton.cdiv(count, block),), self.ids, self.offsets, record, what, count,
-                self.n, table, BLOCK=block,
-            )  # fmt: skip
-        return record
+        if self.offsets is not None:
+            report_values(self.offsets, None, what + 1, "offsets", self.n, table=table)
+        return _errors.record(self.ids.device)
 
     def sizes(self, mode: str, rows: int, padding: int) -> Tensor | None:
         """What the sums of each bag are divided by, None for 1."""

@@ -223,7 +223,8 @@ def _kept(target: Tensor, class_weight: Tensor | None, ignore_index: int) -> tup
     kept = target != ignore_index
     if class_weight is None:
         return kept, kept.float()
-    return kept, torch.where(kept, class_weight.float()[torch.where(kept, target, 0).long()], 0)
+    inside = kept & (target >= 0) & (target < class_weight.shape[0])
+    return kept, torch.where(inside, class_weight.float()[torch.where(inside, target, 0).long()], 0)
 
 
 def linear_rows_forward(

@@ -211,7 +211,7 @@ def test_what_kernels_report_is_raised_once() -> None:
     codes = {names[:2]: code for code, names in _errors._codes.items()}
 
     def report(function: str, argument: str, *words: int) -> None:
-        record[: 2 + len(words)] = torch.tensor([1, codes[function, argument], *words])
+        record[: 2 + len(words)] = torch.tensor([_errors.WRITTEN, codes[function, argument], *words])
 
     report("embedding", "input", 7, V, V, 0)
     with pytest.raises(IndexError, match=rf"embedding\(\).*input\[7\].* is {V}, which is not in \[0, {V}\)"):

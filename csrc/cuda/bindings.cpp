@@ -14,6 +14,7 @@ namespace pk {
 const char* kernel_compiler();  // collectives.cu: the compiler that built the kernels
 void bind_activation(py::module_&);
 void bind_attention(py::module_&);
+void bind_checks(py::module_&);
 void bind_collectives(py::module_&);
 void bind_embedding(py::module_&);
 void bind_recurrent(py::module_&);
@@ -51,6 +52,7 @@ PYBIND11_MODULE(PK_MODULE, m) {
   m.def("build_info", &pk::build_info, "Which compiler built the kernels, for which architectures.");
   pk::bind_activation(m);
   pk::bind_attention(m);
+  pk::bind_checks(m);
   pk::bind_collectives(m);
   pk::bind_embedding(m);
   pk::bind_recurrent(m);

@@ -14,9 +14,6 @@ void embedding_bag_forward(const void* ids, const void* weight, const int64_t* o
                            int32_t* maxima, int64_t* record, int64_t what, bool narrow, int64_t bags, int64_t length,
                            int64_t n, bool last, int64_t rows, int64_t cols, int64_t padding, int64_t weight_row,
                            int64_t weight_col, const std::string& mode, DType dtype, void* stream);
-// Offsets begin with 0, do not decrease and do not exceed n; what: the code of the ids.
-void embedding_check_offsets(const int64_t* offsets, int64_t* record, int64_t what, int64_t count, int64_t n,
-                             int64_t table, void* stream);
 // How many ids of each bag take part, at least 1.
 void embedding_bag_sizes(const void* ids, const int64_t* offsets, float* sizes, bool narrow, int64_t bags,
                          int64_t length, int64_t n, bool last, int64_t rows, int64_t padding, void* stream);

@@ -1,17 +1,9 @@
-// Ids, bags and rows as the kernels of the embedding room see them.
+// Bags and rows as the kernels of the embedding room see them.
 #pragma once
-#include "platform.h"
+#include "record.h"
 #include "vec.h"
 
 namespace pk {
-
-struct Ids {
-  const void* data;
-  bool narrow;
-  __device__ __forceinline__ int64_t operator[](int64_t i) const {
-    return narrow ? static_cast<const int32_t*>(data)[i] : static_cast<const int64_t*>(data)[i];
-  }
-};
 
 struct Bags {
   const int64_t* offsets;  // null: all bags have `length` ids
@@ -42,20 +34,6 @@ struct Bags {
         high = middle - 1;
     }
     return low;
-  }
-};
-
-// Where invalid values are told of; see pykernels/_errors.py for the words.
-struct Record {
-  int64_t* words;
-  int64_t what;
-  __device__ __forceinline__ void report(int64_t position, int64_t value, int64_t bound, int64_t table) const {
-    if (!words || atomicCAS(reinterpret_cast<unsigned long long*>(words), 0ull, 1ull) != 0ull) return;
-    words[1] = what;
-    words[2] = position;
-    words[3] = value;
-    words[4] = bound;
-    words[5] = table;
   }
 };
 

@@ -8,7 +8,6 @@ namespace pk {
 
 void bind_embedding(pybind11::module_& m) {
   def(m, "embedding_bag_forward", &embedding_bag_forward);
-  def(m, "embedding_check_offsets", &embedding_check_offsets);
   def(m, "embedding_bag_sizes", &embedding_bag_sizes);
   def(m, "embedding_bag_backward_weights", &embedding_bag_backward_weights);
   def(m, "embedding_keys", &embedding_keys);

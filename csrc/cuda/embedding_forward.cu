@@ -150,14 +150,6 @@ __global__ void __launch_bounds__(kThreads)
   reduce_bag<T, W, MODE>(a, bag, col);
 }
 
-__global__ void check_offsets_kernel(const int64_t* offsets, const Record record, int64_t count, int64_t n,
-                                     int64_t table) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= count) return;
-  const int64_t value = offsets[i], before = i ? offsets[i - 1] : 0;
-  if (value < before || value > n || (i == 0 && value != 0)) record.report(i, value, n, table);
-}
-
 // A warp for each bag.
 __global__ void bag_sizes_kernel(const Ids ids, const Bags bags, float* sizes, int64_t rows, int64_t padding) {
   const int64_t bag = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
@@ -263,13 +255,6 @@ void embedding_bag_multi_forward(const int64_t* tables, void* out, int32_t* maxi
              narrow, last, mode == "mean", lanes);
     });
   });
-}
-
-void embedding_check_offsets(const int64_t* offsets, int64_t* record, int64_t what, int64_t count, int64_t n,
-                             int64_t table, void* stream) {
-  if (count <= 0) return;
-  launch(check_offsets_kernel, static_cast<unsigned>(ceil_div(count, kThreads)), kThreads, 0, stream, offsets,
-         Record{record, what + 1}, count, n, table);
 }
 
 void embedding_bag_sizes(const void* ids, const int64_t* offsets, float* sizes, bool narrow, int64_t bags,

@@ -79,6 +79,7 @@ uint32_t __match_any_sync(uint32_t m, T v, EMU_SITE) {
 }
 
 inline void __threadfence() { emu::fence(emu::Scope::gpu); }
+inline void __threadfence_system() { emu::fence(emu::Scope::gpu); }
 inline void __threadfence_block() { emu::fence(emu::Scope::block); }
 inline void __nanosleep(unsigned) { emu::yield(); }
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _errors
 from ._extension import Extension
+from .checks import report_values
 
 
 class Bags:
@@ -21,13 +22,15 @@ class Bags:
         self.length = ids.shape[1] if offsets is None else 0
 
     def record(self, ext: Extension, what: int, table: int = 0) -> Tensor | None:
-        """Where kernels report invalid ids; offsets are looked at here. what: 0 for no reports; table: its number."""
+        """Where kernels report invalid ids; offsets are looked at here.
+
+        what: the code of the ids, that of the offsets is one more; 0 for no reports. table: its number.
+        """
         if what == 0:
             return None
-        record = _errors.record(self.ids.device)
         if self.offsets is not None:
-            ext.call("embedding_check_offsets", self.offsets, record, what, self.offsets.numel(), self.n, table)
-        return record
+            report_values(ext, self.offsets, None, what + 1, "offsets", self.n, table=table)
+        return _errors.record(self.ids.device)
 
     def sizes(self, ext: Extension, mode: str, rows: int, padding: int) -> Tensor | None:
         """What the sums of each bag are divided by, None for 1."""

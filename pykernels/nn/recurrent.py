@@ -159,10 +159,12 @@ class _Sequence(nn.RNNBase):
     gates = 1
     twin: type[nn.RNNBase] = nn.RNN
 
-    def __init__(self, mode: str, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, mode: str, *args: Any, bounds_check: str = "error", backend: str | None = None, **kwargs: Any
+    ) -> None:
         chosen = {name: kwargs.pop(name, off) for name, off in _OPTIONS.items()}
         super().__init__(mode, *args, **kwargs)
-        self.backend = backend
+        self.bounds_check, self.backend = bounds_check, backend
         for name, value in chosen.items():
             setattr(self, name, value)
         if self.peephole and mode != "LSTM":
@@ -221,6 +223,7 @@ class _Sequence(nn.RNNBase):
             "zoneout": self.zoneout,
             "recurrent_dropout": self.recurrent_dropout,
             "recompute": self.recompute,
+            "bounds_check": self.bounds_check,
             "backend": self.backend,
         }
 
@@ -323,7 +326,7 @@ class _Sequence(nn.RNNBase):
 class RNN(_Sequence):
     """Vanilla RNN; `torch.nn.RNN` with its constructor. See `forward` for shapes.
 
-    Keyword-only beside it: `layer_norm`, `zoneout`, `recurrent_dropout`, `recompute` and `backend`, as
+    Keyword-only beside it: `layer_norm`, `zoneout`, `recurrent_dropout`, `recompute`, `bounds_check` and `backend`, as
     `pykernels.functional.rnn` has them; parameters of layer normalisation are `weight_norm_ih_l0`, `weight_norm_hh_l0`.
 
     Errors as `pykernels.functional.rnn`; ValueError for an unknown `nonlinearity`, a wrong input dtype, and, when made,
@@ -353,9 +356,9 @@ class RNN(_Sequence):
 class LSTM(_Sequence):
     """LSTM; `torch.nn.LSTM` with its constructor. See `forward` for shapes.
 
-    Keyword-only beside it: `layer_norm`, `zoneout`, `recurrent_dropout`, `peephole`, `recompute` and `backend`, as
-    `pykernels.functional.lstm` has them. They add the parameters `weight_peephole_l0`, and `weight_norm_ih_l0`,
-    `weight_norm_hh_l0`, `weight_norm_c_l0`, `bias_norm_c_l0`.
+    Keyword-only beside it: `layer_norm`, `zoneout`, `recurrent_dropout`, `peephole`, `recompute`, `bounds_check` and
+    `backend`, as `pykernels.functional.lstm` has them. They add the parameters `weight_peephole_l0`, and
+    `weight_norm_ih_l0`, `weight_norm_hh_l0`, `weight_norm_c_l0`, `bias_norm_c_l0`.
 
     Errors as `pykernels.functional.lstm`; ValueError for a wrong input dtype and, when made, for a probability outside
     [0, 1].

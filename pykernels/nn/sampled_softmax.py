@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.adaptive import _ASMoutput
 
+from ..ops import _ids
 from ..ops import sampled_softmax as ops
 from ..ops.sampled_softmax import AliasTable, HuffmanTree, linear_cross_entropy
+from ..ops.sampled_softmax.linear import checked_target
 
 __all__ = [
     "AdaptiveLogSoftmaxWithLoss",
@@ -31,7 +33,7 @@ class NegativeSamplingLoss(nn.Module):
     Args:
         reduction: "none", "mean" or "sum".
         sparse: give `weight` a row-sparse gradient.
-        backend: see `pykernels.explain`.
+        bounds_check, backend: as the function's.
 
     Shapes: input Tensor[B, D], weight Tensor[V, D], target Tensor[B], negatives Tensor[B, K] or Tensor[K] -> a scalar,
     or Tensor[B] with reduction "none".
@@ -39,14 +41,21 @@ class NegativeSamplingLoss(nn.Module):
 
     __constants__ = ["reduction"]
 
-    def __init__(self, reduction: str = "mean", *, sparse: bool = False, backend: str | None = None) -> None:
+    def __init__(
+        self,
+        reduction: str = "mean",
+        *,
+        sparse: bool = False,
+        bounds_check: str = "error",
+        backend: str | None = None,
+    ) -> None:
         super().__init__()
         self.reduction = reduction
         self.sparse = sparse
-        self.backend = backend
+        self.bounds_check, self.backend = bounds_check, backend
 
     def forward(self, input: Tensor, weight: Tensor, target: Tensor, negatives: Tensor) -> Tensor:
-        options: dict[str, Any] = {"sparse": self.sparse, "backend": self.backend}
+        options: dict[str, Any] = {"sparse": self.sparse, "bounds_check": self.bounds_check, "backend": self.backend}
         return ops.negative_sampling_loss(input, weight, target, negatives, self.reduction, **options)
 
     def extra_repr(self) -> str:
@@ -76,6 +85,7 @@ class _SampledLoss(nn.Module):
         sparse: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        bounds_check: str = "error",
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -92,7 +102,7 @@ class _SampledLoss(nn.Module):
             )
         self.in_features, self.n_classes, self.n_sampled, self.num_true = in_features, n_classes, n_sampled, num_true
         self.sampler, self.unique, self.reduction, self.sparse = sampler, unique, reduction, sparse
-        self.backend = backend
+        self.bounds_check, self.backend = bounds_check, backend
         if remove_accidental_hits is not None:
             self.remove_accidental_hits = remove_accidental_hits
         self.weight = nn.Parameter(torch.empty(n_classes, in_features, device=device, dtype=dtype))
@@ -112,13 +122,17 @@ class _SampledLoss(nn.Module):
 
     def sample(self, target: Tensor, seed: int | Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(sampled, true_expected_count, sampled_expected_count) for these targets."""
+        return self._sample(target, seed, self.bounds_check)
+
+    def _sample(self, target: Tensor, seed: int | Tensor | None, bounds_check: str) -> tuple[Tensor, Tensor, Tensor]:
         given = (target.reshape(-1, self.num_true), self.num_true, self.n_sampled, self.unique, self.n_classes)
+        options: dict[str, Any] = {"seed": seed, "bounds_check": bounds_check}
         if self._table is not None:
             self._table = self._table.to(target.device)
-            return ops.fixed_unigram_candidate_sampler(*given, self._table, seed=seed)
+            return ops.fixed_unigram_candidate_sampler(*given, self._table, **options)
         if self.sampler == "uniform":
-            return ops.uniform_candidate_sampler(*given, seed=seed)
-        return ops.log_uniform_candidate_sampler(*given, seed=seed)
+            return ops.uniform_candidate_sampler(*given, **options)
+        return ops.log_uniform_candidate_sampler(*given, **options)
 
     def forward(self, input: Tensor, target: Tensor, *, seed: int | Tensor | None = None) -> Tensor:
         if not self.training:
@@ -131,10 +145,11 @@ class _SampledLoss(nn.Module):
             self.n_sampled,
             self.n_classes,
             self.num_true,
-            self.sample(target, seed),
+            self._sample(target, seed, "none"),  # the loss looks at the targets
             self.remove_accidental_hits,
             self.reduction,
             sparse=self.sparse,
+            bounds_check=self.bounds_check,
             backend=self.backend,
         )
         return loss
@@ -148,6 +163,7 @@ class _SampledLoss(nn.Module):
                 label,
                 linear_bias=self.bias,
                 reduction=self.reduction,
+                bounds_check=self.bounds_check,
                 backend=self.backend,
             )
             for label in target.reshape(-1, self.num_true).unbind(1)
@@ -178,7 +194,7 @@ class SampledSoftmaxLoss(_SampledLoss):
         reduction: "none", "mean" or "sum".
         sparse: give the weight a row-sparse gradient in training.
         device, dtype: of the parameters `weight` (V, D) and `bias` (V).
-        backend: see `pykernels.explain`.
+        bounds_check, backend: as the function's.
 
     Shapes: input Tensor[B, D], target Tensor[B] or Tensor[B, num_true] -> a scalar, or Tensor[B] with reduction "none".
 
@@ -204,7 +220,7 @@ class HierarchicalSoftmaxLoss(nn.Module):
         reduction: "none", "mean" or "sum".
         sparse: give the weight a row-sparse gradient.
         device, dtype: of the parameter `weight` (V - 1, D), which begins as zeros, as word2vec's.
-        backend: see `pykernels.explain`.
+        bounds_check, backend: as the function's.
 
     Shapes: input Tensor[B, D], target Tensor[B] -> a scalar, or Tensor[B] with reduction "none". The tree is part of
     the state_dict.
@@ -223,13 +239,14 @@ class HierarchicalSoftmaxLoss(nn.Module):
         sparse: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        bounds_check: str = "error",
         backend: str | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(tree, HuffmanTree):
             tree = HuffmanTree.from_counts(tree)
         self.in_features, self.n_classes, self.depth = in_features, tree.classes, tree.depth
-        self.reduction, self.sparse, self.backend = reduction, sparse, backend
+        self.reduction, self.sparse, self.bounds_check, self.backend = reduction, sparse, bounds_check, backend
         self.weight = nn.Parameter(torch.zeros(tree.classes - 1, in_features, device=device, dtype=dtype))
         for name in ("starts", "points", "codes"):
             self.register_buffer(name, getattr(tree, name).to(self.weight.device))
@@ -239,7 +256,7 @@ class HierarchicalSoftmaxLoss(nn.Module):
         return HuffmanTree(self.starts, self.points, self.codes, self.depth)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        options: dict[str, Any] = {"sparse": self.sparse, "backend": self.backend}
+        options: dict[str, Any] = {"sparse": self.sparse, "bounds_check": self.bounds_check, "backend": self.backend}
         return ops.hierarchical_softmax_loss(input, self.weight, target, self.tree, self.reduction, **options)
 
     def log_prob(self, input: Tensor) -> Tensor:
@@ -262,7 +279,7 @@ class LinearCrossEntropyLoss(nn.Module):
         in_features, num_classes, out_features, bias, device, dtype, reduction, weight, ignore_index, label_smoothing,
             options: as torch's.
         z_loss: see the function.
-        backend: see `pykernels.explain`.
+        bounds_check, backend: as the function's.
 
     Raises:
         RuntimeError: `weight` is not of the shape (num_classes,); `label_smoothing` outside [0, 1].
@@ -285,6 +302,7 @@ class LinearCrossEntropyLoss(nn.Module):
         label_smoothing: float = 0.0,
         options: Any = None,
         z_loss: float = 0.0,
+        bounds_check: str = "error",
         backend: str | None = None,
     ) -> None:
         if weight is not None and weight.shape != (num_classes,):
@@ -300,7 +318,7 @@ class LinearCrossEntropyLoss(nn.Module):
         self.register_buffer("weight", weight)
         self.num_classes, self.out_features = num_classes, tuple(out_features)
         self.reduction, self.ignore_index, self.label_smoothing = reduction, ignore_index, label_smoothing
-        self.options, self.z_loss, self.backend = options, z_loss, backend
+        self.options, self.z_loss, self.bounds_check, self.backend = options, z_loss, bounds_check, backend
         rows = math.prod(self.out_features, start=num_classes)
         self.linear = nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
 
@@ -320,6 +338,7 @@ class LinearCrossEntropyLoss(nn.Module):
             label_smoothing=self.label_smoothing,
             options=self.options,
             z_loss=self.z_loss,
+            bounds_check=self.bounds_check,
             backend=self.backend,
         )
 
@@ -337,14 +356,14 @@ class AdaptiveLogSoftmaxWithLoss(nn.AdaptiveLogSoftmaxWithLoss):
 
     Args:
         in_features, n_classes, cutoffs, div_value, head_bias, device, dtype: as torch's.
-        backend: see `pykernels.explain`.
+        bounds_check, backend: as those of `pykernels.functional.linear_cross_entropy`.
 
     Shapes: input Tensor[N, D] or Tensor[D], target Tensor[N] or a scalar tensor -> (output Tensor[N] of the targets'
     log-probabilities, loss: minus their mean).
 
     Raises:
-        RuntimeError: sizes of input and target that do not fit; a target outside [0, n_classes) (as torch; read on the
-            CPU in eager mode).
+        RuntimeError: sizes of input and target that do not fit; a target outside [0, n_classes) (as torch).
+        IndexError: the same in graphs and, as `bounds_check` says, on a GPU.
     """
 
     def __init__(
@@ -357,10 +376,11 @@ class AdaptiveLogSoftmaxWithLoss(nn.AdaptiveLogSoftmaxWithLoss):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
+        bounds_check: str = "error",
         backend: str | None = None,
     ) -> None:
         super().__init__(in_features, n_classes, cutoffs, div_value, head_bias, device, dtype)
-        self.backend = backend
+        self.bounds_check, self.backend = bounds_check, backend
 
     def forward(self, input_: Tensor, target_: Tensor) -> Any:
         batched = target_.dim() > 0
@@ -376,6 +396,8 @@ class AdaptiveLogSoftmaxWithLoss(nn.AdaptiveLogSoftmaxWithLoss):
                 f"{target.shape[0]}"
             )
         self._check(target)
+        chosen: dict[str, Any] = {"bounds_check": self.bounds_check, "backend": self.backend}
+        target = checked_target("AdaptiveLogSoftmaxWithLoss", "target", input, target, self.n_classes, **chosen)
         bounds = [self.shortlist_size, *self.cutoffs[1:]]
         cluster = torch.bucketize(target, torch.tensor(bounds[:-1], device=target.device), right=True)
         head = torch.where(cluster == 0, target, self.shortlist_size + cluster - 1)
@@ -384,14 +406,15 @@ class AdaptiveLogSoftmaxWithLoss(nn.AdaptiveLogSoftmaxWithLoss):
             own = torch.where(cluster == i + 1, target - bounds[i], -100)
             total = total + self._loss(tail[0](input), tail[1].weight, own, None)
         output = -total
+        _ids.after(self.bounds_check)
         return _ASMoutput(output if batched else output.squeeze(0), total.mean())
 
     def _loss(self, input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> Tensor:
-        options: dict[str, Any] = {"linear_bias": bias, "reduction": "none", "backend": self.backend}
-        return linear_cross_entropy(input, weight, target, **options)
+        options: dict[str, Any] = {"linear_bias": bias, "reduction": "none", "bounds_check": "none"}
+        return linear_cross_entropy(input, weight, target, backend=self.backend, **options)
 
     def _check(self, target: Tensor) -> None:
-        if torch.compiler.is_compiling() or target.device.type != "cpu" or target.numel() == 0:
+        if target.numel() == 0 or not _ids.readable(target):
             return
         low, high = (int(t) for t in torch.aminmax(target))
         if low < 0 or high >= self.n_classes:

@@ -14,27 +14,28 @@ def _no_backend(module: nn.Module) -> dict[str, Any]:
     return {"backend": None}
 
 
-def _table(module: nn.Module) -> dict[str, Any]:
+def _ids(module: nn.Module) -> dict[str, Any]:
     return {"backend": None, "bounds_check": "error"}
 
 
 def _sequence(module: Any) -> dict[str, Any]:
     off = {"layer_norm": False, "zoneout": 0.0, "recurrent_dropout": 0.0, "peephole": False, "recompute": False}
-    return {"backend": None, "_names": list(module._flat_weights_names), **off}
+    return {"backend": None, "bounds_check": "error", "_names": list(module._flat_weights_names), **off}
 
 
 def _linear_cross_entropy(module: nn.Module) -> dict[str, Any]:
-    return {"backend": None, "z_loss": 0.0}
+    return {"backend": None, "bounds_check": "error", "z_loss": 0.0}
 
 
 _ACTIVATIONS = ("Sigmoid", "Tanh", "ReLU", "LeakyReLU", "PReLU", "RReLU", "ELU", "GELU", "SiLU", "GLU", "Dropout")
 _STACKS = ("TransformerEncoderLayer", "TransformerDecoderLayer", "TransformerEncoder", "TransformerDecoder")
-_WITH_BACKEND = ("MultiheadAttention", "RNNCell", "LSTMCell", "GRUCell", "AdaptiveLogSoftmaxWithLoss")
+_WITH_BACKEND = ("MultiheadAttention", "RNNCell", "LSTMCell", "GRUCell")
+_WITH_IDS = ("Embedding", "EmbeddingBag", "AdaptiveLogSoftmaxWithLoss")
 
 register(
     *(Rule(getattr(nn, name), getattr(ours, name)) for name in (*_ACTIVATIONS, *_STACKS)),
     *(Rule(getattr(nn, name), getattr(ours, name), attributes=_no_backend) for name in _WITH_BACKEND),
-    *(Rule(getattr(nn, name), getattr(ours, name), attributes=_table) for name in ("Embedding", "EmbeddingBag")),
+    *(Rule(getattr(nn, name), getattr(ours, name), attributes=_ids) for name in _WITH_IDS),
     *(Rule(getattr(nn, name), getattr(ours, name), attributes=_sequence) for name in ("RNN", "LSTM", "GRU")),
 )
 if hasattr(nn, "LinearCrossEntropyLoss"):  # torch 2.13

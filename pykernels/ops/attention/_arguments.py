@@ -143,8 +143,8 @@ def probability(name: str, label: str, x: Any) -> float:
 
 
 def sequences(name: str, label: str, ends: Any, packed: Tensor, packed_name: str) -> Tensor:
-    """cu_seqlens_*: (B + 1,), from 0 up to the packed length, never decreasing. Values are read on the CPU only: on
-    other devices that would wait for them, and the kernels keep to the packed length whatever they hold."""
+    """cu_seqlens_*: (B + 1,), from 0 up to the packed length, never decreasing. Values are read on the CPU only;
+    elsewhere `_ids.checked` looks, and the kernels keep to the packed length whatever they hold."""
     _check.tensor(name, label, ends)
     _ids.integers(name, label, ends)
     _ids.same_device(name, label, ends, packed_name, packed)

@@ -41,6 +41,7 @@ def attention(
     max_seqlen_k: int | None = None,
     return_lse: bool = False,
     seed: int | Tensor | None = None,
+    bounds_check: str = "error",
     backend: str | None = None,
 ) -> Any:
     """`softmax(mask(cap(scale * Q K^T) + bias)) V` with every kind of mask, in any combination.
@@ -79,6 +80,10 @@ def attention(
         max_seqlen_q, max_seqlen_k: lengths of the longest; needed for a bias or mask, otherwise found.
         return_lse: return (out, lse), both differentiable.
         seed: an int or one-element int64 tensor that fixes the dropout mask; None draws one from torch's generator.
+        bounds_check: what happens to wrong numbers in `cu_seqlens_*` and to negative ones in `prefix_length`. "error":
+            on the CPU a ValueError before anything is computed; on a GPU the kernels keep to the packed length (and
+            take a negative prefix for 0), and the next checked call or `pykernels.check_errors()` raises, with no
+            synchronisation here. "sync": on a GPU this call waits and raises. "none": on a GPU nobody looks.
         backend: see `pykernels.explain`.
 
     Returns:
@@ -94,13 +99,14 @@ def attention(
         RuntimeError: different dtypes or devices; dimensions, shapes or numbers of heads that do not fit; a bias, mask
             or key_padding_mask of another dtype; one of cu_seqlens_q and cu_seqlens_k alone; max_seqlen_* without them.
         ValueError: `causal`, `window`, `softcap`, `dropout_p`, `prefix_length`, `max_seqlen_*` or the numbers in
-            `cu_seqlens_*` outside what is allowed above (the latter are read on the CPU only).
+            `cu_seqlens_*` outside what is allowed above (on a GPU as `bounds_check` says); unknown `bounds_check`.
         BackendError: the named backend cannot serve the call.
 
     Source: Dao, "FlashAttention-2" (arXiv 2307.08691); Raffel et al. (arXiv 1910.10683) for the prefix LM; Press et al.
     (arXiv 2108.12409) for ALiBi; Gemma 2 (arXiv 2408.00118) for the cap; Xiao et al. (arXiv 2309.17453) for sinks.
     """
     name = "attention"
+    _ids.before(name, bounds_check)
     query, key, value = arguments.query_key_value(name, query, key, value)
     packed = arguments.packed(name, cu_seqlens_q, cu_seqlens_k)
     arguments.shapes(name, query, key, value, packed)
@@ -157,6 +163,12 @@ def attention(
         keys = key.shape[0 if packed else 2]
         ROOM.explained = (query, value, keys, tensors, options.softcap, options.dropout_p, options.scale)
     chosen = ROOM.resolve(name, backend, query, *features)
+    if packed:
+        given = (chosen, bounds_check, name)
+        cu_seqlens_q = _ids.checked(*given, "cu_seqlens_q", cu_seqlens_q, query.shape[0], "ends")
+        cu_seqlens_k = _ids.checked(*given, "cu_seqlens_k", cu_seqlens_k, key.shape[0], "ends")
+    if prefix is not None and isinstance(prefix_length, Tensor):
+        prefix = _ids.checked(chosen, bounds_check, name, "prefix_length", prefix, 2**63 - 1, "counts", fill=0)
     drawn = as_seed(seed, query, name) if options.dropout_p > 0 else None
     if chosen != "reference":
         alibi_slopes = None if alibi_slopes is None else alibi_slopes.detach().float()
@@ -165,6 +177,7 @@ def attention(
     if chosen != "reference" and not return_lse and bias is None and sinks is None and all(x is None for x in masks):
         return run_plain(chosen, query, key, value, options)
     out, lse = run(chosen, query, key, value, bias, sinks, masks, options)
+    _ids.after(bounds_check)
     return (out, lse) if return_lse else out
 
 

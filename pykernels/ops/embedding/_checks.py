@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ... import _errors
-from ..._backends import is_compiling
 from .. import _check, _ids
 
 MODES = ("sum", "mean", "max")
@@ -18,18 +17,8 @@ report_code = _errors.code
 
 def before(function: str, bounds_check: str, code: int) -> int:
     """Raises what kernels have reported by now; returns the code that this call's kernels report with, 0 for none."""
-    if bounds_check not in _errors.CHECKS:
-        allowed = ", ".join(_errors.CHECKS)
-        raise ValueError(f"{function}(): argument 'bounds_check' must be one of {allowed}, not {bounds_check!r}")
-    if not is_compiling() and _errors.any_records():
-        _errors.raise_recorded()
+    _ids.before(function, bounds_check)
     return 0 if bounds_check == "none" else code
-
-
-def synchronise() -> None:
-    """For `bounds_check="sync"`: waits for this call's kernels and raises what they reported."""
-    if not is_compiling():
-        _errors.check_errors()
 
 
 def check_table(

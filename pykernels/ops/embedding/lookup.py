@@ -19,7 +19,6 @@ from ._checks import (
     check_per_sample_weights,
     check_table,
     report_code,
-    synchronise,
 )
 from ._functions import ROOM, Bag, Lookup, embedding_bag_forward, embedding_forward
 
@@ -90,8 +89,7 @@ def embedding(
         result: Tensor = Lookup.apply(weight, input, frozen, table_of(weight))
     else:
         result = embedding_forward[backend](input, weight, what)
-    if bounds_check == "sync":
-        synchronise()
+    _ids.after(bounds_check)
     return result
 
 
@@ -191,6 +189,5 @@ def embedding_bag(
         result = embedding_bag_forward[backend](
             input, weight, offsets, per_sample_weights, mode, include_last_offset, padding, False, what
         )[0]
-    if bounds_check == "sync":
-        synchronise()
+    _ids.after(bounds_check)
     return result

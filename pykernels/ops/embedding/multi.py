@@ -22,7 +22,6 @@ from ._checks import (
     check_per_sample_weights,
     check_table,
     report_code,
-    synchronise,
 )
 from ._functions import ROOM, BagGrad, bag_gradients, bag_positions, define
 
@@ -183,8 +182,7 @@ def embedding_bag_multi(
         result = embedding_bag_multi_forward[backend](
             indices, starts, weights, scales, mode, include_last_offset, False, what
         )[0]
-    if bounds_check == "sync":
-        synchronise()
+    _ids.after(bounds_check)
     return result
 
 

@@ -22,7 +22,6 @@ from ._checks import (
     check_per_sample_weights,
     check_table,
     report_code,
-    synchronise,
 )
 from ._functions import (
     ROOM,
@@ -85,8 +84,7 @@ def _update(
     with torch.no_grad():
         _check.writable(function, weight, "weight")
         _dispatch(backend, weight, tuple(state for _, state in states), at, rule, seed, what)
-    if bounds_check == "sync":
-        synchronise()
+    _ids.after(bounds_check)
     return weight
 
 

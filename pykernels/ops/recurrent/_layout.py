@@ -103,13 +103,7 @@ def _padded(
     lengths: Tensor | None, resets: Tensor | None, batch_sizes: Tensor | None, steps: int, batch: int, like: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """An order whose sizes are not data. Behind the tokens come those that no sequence has; further steps have no rows,
-    further rows no steps and a state of zeros.
-
-    Raises:
-        IndexError: a length is outside [0, T], if reading it takes no synchronisation.
-    """
-    if lengths is not None and not lengths.is_cuda and bool(((lengths < 0) | (lengths > steps)).any()):
-        raise IndexError(f"argument 'lengths': not all of {lengths.tolist()} are in [0, {steps}]")
+    further rows no steps and a state of zeros. Lengths are those that `_ids.checked` gives."""
     order = _order_of(lengths, resets, batch_sizes, steps, batch, like)
     room = _room(resets, batch_sizes, steps, batch)
     absent = torch.ones(room[0], dtype=torch.bool, device=like.device).index_fill_(0, order.tokens, False)

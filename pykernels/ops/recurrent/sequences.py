@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import reference
 from ...reference.recurrent import Weights, extra_names, unflatten
+from .. import _ids
 from ._arguments import call_seed, sequence_arguments
 from ._functions import ROOM, Mode, run_layer
 from ._layout import Order, order_of
@@ -39,6 +40,7 @@ def lstm(
     recurrent_dropout: float = 0.0,
     recompute: bool = False,
     seed: int | Tensor | None = None,
+    bounds_check: str = "error",
     backend: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """An LSTM over sequences: `lstm_cell` at every step, in layers and directions as `torch.nn.LSTM` has them.
@@ -71,6 +73,10 @@ def lstm(
         recompute: keep only the input, the output and the initial states for backward, which makes gates and c again.
             Same results; the reference, which autograd differentiates, ignores it.
         seed: an int or one-element int64 tensor that fixes the masks; None draws one from torch's generator.
+        bounds_check: what happens to a length outside [0, T]. "error": on the CPU an IndexError before anything is
+            computed; on a GPU its sequence is taken to have no step, and the next checked call or
+            `pykernels.check_errors()` raises, with no synchronisation for it here. "sync": on a GPU this call waits and
+            raises. "none": on a GPU nobody looks; the result for that sequence means nothing.
         backend: see `pykernels.explain`.
 
     Returns:
@@ -84,7 +90,7 @@ def lstm(
         RuntimeError: wrong shapes or number of weights, different dtypes or devices, a probability outside [0, 1],
             `hx` without two states, `resets` that are not bool.
         ValueError: `batch_sizes` together with `lengths` or `batch_first`; `num_layers` below 1, `proj_size` below 0.
-        IndexError: a length is outside [0, T] (read on the CPU).
+        IndexError: a length is outside [0, T], named with its position; see `bounds_check`.
         BackendError: the named backend cannot serve the call.
     """
     if hx is not None and len(hx) != 2:
@@ -97,11 +103,12 @@ def lstm(
     }  # fmt: skip
     state = None if hx is None else tuple(hx)
     input, state, weights = sequence_arguments("lstm", input, state, weights, options)
-    served = ROOM.resolve("lstm", backend, input, *_features(options))
+    served = _served("lstm", backend, bounds_check, input, options)
     drawn = call_seed("lstm", seed, input, options)
     if served == "reference":
         return reference.lstm(input, state, weights, **options, seed=drawn)
     output, (h_n, c_n) = _run("lstm", served, input, state, weights, options, drawn)
+    _ids.after(bounds_check)
     return output, (h_n, c_n)
 
 
@@ -123,6 +130,7 @@ def gru(
     recurrent_dropout: float = 0.0,
     recompute: bool = False,
     seed: int | Tensor | None = None,
+    bounds_check: str = "error",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A GRU over sequences: `gru_cell` at every step, in layers and directions as `torch.nn.GRU` has them.
@@ -141,11 +149,13 @@ def gru(
     }  # fmt: skip
     everything = {**options, "proj_size": 0, "peephole": False}
     input, state, weights = sequence_arguments("gru", input, None if hx is None else (hx,), weights, everything)
-    served = ROOM.resolve("gru", backend, input, *_features(everything))
+    served = _served("gru", backend, bounds_check, input, everything)
+    options["lengths"] = everything["lengths"]
     drawn = call_seed("gru", seed, input, options)
     if served == "reference":
         return reference.gru(input, None if state is None else state[0], weights, **options, seed=drawn)
     output, (h_n,) = _run("gru", served, input, state, weights, everything, drawn)
+    _ids.after(bounds_check)
     return output, h_n
 
 
@@ -168,6 +178,7 @@ def rnn(
     recurrent_dropout: float = 0.0,
     recompute: bool = False,
     seed: int | Tensor | None = None,
+    bounds_check: str = "error",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A vanilla RNN over sequences: `rnn_tanh_cell` or `rnn_relu_cell` at every step, as `torch.nn.RNN`.
@@ -187,13 +198,26 @@ def rnn(
     }  # fmt: skip
     everything = {**options, "proj_size": 0, "peephole": False}
     input, state, weights = sequence_arguments("rnn", input, None if hx is None else (hx,), weights, everything)
-    served = ROOM.resolve("rnn", backend, input, *_features(everything))
+    served = _served("rnn", backend, bounds_check, input, everything)
+    options["lengths"] = everything["lengths"]
     drawn = call_seed("rnn", seed, input, options)
     if served == "reference":
         state = None if state is None else state[0]
         return reference.rnn(input, state, weights, nonlinearity=nonlinearity, **options, seed=drawn)
     output, (h_n,) = _run(nonlinearity, served, input, state, weights, everything, drawn)
+    _ids.after(bounds_check)
     return output, h_n
+
+
+def _served(function: str, backend: str | None, bounds_check: str, input: Tensor, options: dict[str, Any]) -> str:
+    """The backend of the call. The lengths in `options` become what its kernels may trust."""
+    _ids.before(function, bounds_check)
+    served = ROOM.resolve(function, backend, input, *_features(options))
+    if options["lengths"] is not None:
+        steps = input.shape[1 if options["batch_first"] else 0]
+        rest = ("lengths", options["lengths"], steps + 1)
+        options["lengths"] = _ids.checked(served, bounds_check, function, *rest, fill=0)
+    return served
 
 
 def _features(options: dict[str, Any]) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     options: Any = None,
     z_loss: float = 0.0,
+    bounds_check: str = "error",
     backend: str | None = None,
 ) -> Tensor:
     """`cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`. As
@@ -49,6 +50,7 @@ def linear_cross_entropy(
         label_smoothing: in [0, 1].
         options: torch's `LinearCrossEntropyOptions`. Accepted and not needed: the logits never exist here.
         z_loss: factor of L^2, which keeps the logits from drifting (Chowdhery et al., "PaLM", 2022).
+        bounds_check: of `target`, as in `negative_sampling_loss`; on a GPU a wrong target counts as `ignore_index`.
         backend: see `pykernels.explain`.
 
     Returns:
@@ -62,11 +64,11 @@ def linear_cross_entropy(
             probabilities (as torch).
         ValueError: sizes of `target` or `weight` that do not fit; unknown `reduction`; `label_smoothing` outside
             [0, 1].
-        IndexError: a target is neither `ignore_index` nor in [0, C), named with its position. Read on the CPU in eager
-            mode.
+        IndexError: a target is neither `ignore_index` nor in [0, C), named with its position; see `bounds_check`.
         BackendError: the named backend cannot serve the call.
     """
     name = "linear_cross_entropy"
+    _ids.before(name, bounds_check)
     for key, value in (("input", input), ("linear_weight", linear_weight), ("target", target)):
         _check.tensor(name, key, value)
     for key, value in (("linear_bias", linear_bias), ("weight", weight)):
@@ -88,6 +90,9 @@ def linear_cross_entropy(
         _check_target(name, target, linear_weight.shape[0], ignored)
     features = () if plain else ("a target of probabilities, an unbatched input or a K-dimensional loss",)
     backend = ROOM.resolve(name, backend, input, *features)
+    if not target.is_floating_point():
+        classes = linear_weight.shape[0]
+        target = _ids.checked(backend, bounds_check, name, "target", target, classes, fill=ignored, ignored=True)
     if backend == "reference":
         return reference.linear_cross_entropy(
             input,
@@ -103,7 +108,17 @@ def linear_cross_entropy(
     factors = None if weight is None else weight.detach()
     arguments = (input, linear_weight, linear_bias, target, factors, ignored, label_smoothing, z_loss)
     loss = LinearRows.apply(backend, False, None, *arguments)
+    _ids.after(bounds_check)
     return reduce_weighted(loss, target, factors, ignored, reduction, input.dtype)
+
+
+def checked_target(
+    function: str, name: str, input: Tensor, target: Tensor, classes: int, bounds_check: str, backend: str | None
+) -> Tensor:
+    """For modules that make several targets of one: wrong ones are looked at here, and become -100."""
+    _ids.before(function, bounds_check)
+    chosen = ROOM.resolve("linear_cross_entropy", backend, input)
+    return _ids.checked(chosen, bounds_check, function, name, target, classes, fill=-100)
 
 
 def _check_sizes(

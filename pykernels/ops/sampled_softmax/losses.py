@@ -28,6 +28,7 @@ def negative_sampling_loss(
     reduction: str = "mean",
     *,
     sparse: bool = False,
+    bounds_check: str = "error",
     backend: str | None = None,
 ) -> Tensor:
     """word2vec's negative sampling: tell the true class from K sampled ones, each by a logistic regression.
@@ -44,6 +45,11 @@ def negative_sampling_loss(
         reduction: "none" (Tensor[B]), "mean" over B (of no rows: NaN, as torch's losses give) or "sum".
         sparse: give `weight` a row-sparse gradient (`torch.sparse_coo`). The native kernels make it coalesced: each
             class once, in ascending order.
+        bounds_check: what happens to an id outside [0, V). "error": on the CPU an IndexError before anything is
+            computed; on a GPU a row whose target is wrong adds nothing (loss 0, no gradient), a wrong negative is left
+            out, and the next checked call or `pykernels.check_errors()` raises, with no synchronisation here. "sync":
+            the same, but on a GPU this call waits and raises. "none": on a GPU nobody looks; wrong ids are not read,
+            the losses of their rows mean nothing.
         backend: see `pykernels.explain`.
 
     Returns:
@@ -55,15 +61,15 @@ def negative_sampling_loss(
         NotImplementedError: `input` or `weight` is not floating point.
         RuntimeError: `target` or `negatives` is not int32 or int64; `input` and `weight` differ in dtype; different
             devices.
-        ValueError: wrong shapes; unknown `reduction`.
-        IndexError: a target or negative is outside [0, V), named with its position. Read on the CPU in eager mode;
-            in compiled graphs the CPU's kernels raise. GPU kernels let such ids add nothing, and report nothing.
+        ValueError: wrong shapes; unknown `reduction` or `bounds_check`.
+        IndexError: a target or negative is outside [0, V), named with its position; see `bounds_check`.
         BackendError: the named backend cannot serve the call.
     """
     name = "negative_sampling_loss"
     if is_compiling() and is_held(weight):
-        arguments = (input, weight, target, negatives, reduction)
-        return outside_graphs(negative_sampling_loss, *arguments, sparse=sparse, backend=backend)
+        given: dict[str, Any] = {"sparse": sparse, "bounds_check": bounds_check, "backend": backend}
+        return outside_graphs(negative_sampling_loss, input, weight, target, negatives, reduction, **given)
+    _ids.before(name, bounds_check)
     for key, value in (("input", input), ("weight", weight), ("target", target), ("negatives", negatives)):
         _check.tensor(name, key, value)
     input, weight = _autocast.float32((input, weight), input.device)
@@ -76,9 +82,10 @@ def negative_sampling_loss(
     check_reduction(name, reduction)
     for key, ids in (("target", target), ("negatives", negatives)):
         check_ids(name, key, ids, weight.shape[0], "input", input)
-    if is_compiling():  # nobody has read them; -1 would be padding to the operators, and the last row to torch's
-        target, negatives = (torch.where(ids < 0, weight.shape[0], ids) for ids in (target, negatives))
     backend = ROOM.resolve(name, backend, input)
+    classes, given_target = weight.shape[0], target
+    target = _ids.checked(backend, bounds_check, name, "target", target, classes)
+    negatives = _ids.checked(backend, bounds_check, name, "negatives", negatives, classes)
     if backend == "reference":
         return reference.negative_sampling_loss(input, weight, target, negatives, reduction, sparse=sparse)
     if negatives.dim() == 1:
@@ -87,6 +94,9 @@ def negative_sampling_loss(
     else:
         ids = torch.cat([target.unsqueeze(1), negatives.to(target.dtype)], 1)
         loss = LogisticRows.apply(backend, sparse, table_of(weight), input, weight, ids, None)
+    if target is not given_target:
+        loss = torch.where(target < 0, 0, loss)
+    _ids.after(bounds_check)
     return reduce(loss, reduction, input.dtype)
 
 
@@ -98,6 +108,7 @@ def hierarchical_softmax_loss(
     reduction: str = "mean",
     *,
     sparse: bool = False,
+    bounds_check: str = "error",
     backend: str | None = None,
 ) -> Tensor:
     """Cross entropy of a softmax that is a walk down a binary tree: log V logistic regressions in place of V.
@@ -113,7 +124,7 @@ def hierarchical_softmax_loss(
         target: Tensor[B], int32 or int64.
         tree: of the V classes, `HuffmanTree.from_counts(counts)`; kept on `input`'s device by `tree.to(device)`.
         reduction: "none" (Tensor[B]), "mean" over B or "sum".
-        sparse: as in `negative_sampling_loss`.
+        sparse, bounds_check: as in `negative_sampling_loss`.
         backend: see `pykernels.explain`.
 
     Returns:
@@ -123,12 +134,13 @@ def hierarchical_softmax_loss(
     Raises:
         TypeError: an argument is not a Tensor, or `tree` not a HuffmanTree.
         NotImplementedError, RuntimeError, ValueError, BackendError: as in `negative_sampling_loss`.
-        IndexError: a target is outside [0, V), named with its position. Read on the CPU in eager mode.
+        IndexError: a target is outside [0, V), named with its position; see `bounds_check`.
     """
     name = "hierarchical_softmax_loss"
     if is_compiling() and is_held(weight):
-        arguments = (input, weight, target, tree, reduction)
-        return outside_graphs(hierarchical_softmax_loss, *arguments, sparse=sparse, backend=backend)
+        given: dict[str, Any] = {"sparse": sparse, "bounds_check": bounds_check, "backend": backend}
+        return outside_graphs(hierarchical_softmax_loss, input, weight, target, tree, reduction, **given)
+    _ids.before(name, bounds_check)
     for key, value in (("input", input), ("weight", weight), ("target", target)):
         _check.tensor(name, key, value)
     if not isinstance(tree, HuffmanTree):
@@ -141,10 +153,16 @@ def hierarchical_softmax_loss(
     check_reduction(name, reduction)
     check_ids(name, "target", target, classes, "input", input)
     backend = ROOM.resolve(name, backend, input)
+    looked_at = _ids.readable(target)
+    target = _ids.checked(backend, bounds_check, name, "target", target, classes)
     if backend == "reference":
         return reference.hierarchical_softmax_loss(input, weight, target, tree, reduction, sparse=sparse)
-    nodes, signs = tree.to(target.device).paths(target)
+    inside = None if looked_at else (target >= 0) & (target < classes)
+    nodes, signs = tree.to(target.device).paths(target if inside is None else torch.where(inside, target, 0))
+    if inside is not None:  # a path without nodes
+        nodes = torch.where(inside.unsqueeze(1), nodes, -1)
     loss = LogisticRows.apply(backend, sparse, table_of(weight), input, weight, nodes, signs)
+    _ids.after(bounds_check)
     return reduce(loss, reduction, input.dtype)
 
 
@@ -162,6 +180,7 @@ def sampled_softmax_loss(
     *,
     seed: int | Tensor | None = None,
     sparse: bool = False,
+    bounds_check: str = "error",
     backend: str | None = None,
 ) -> Tensor:
     """Softmax cross entropy over each row's labels and K sampled classes. As `tf.nn.sampled_softmax_loss`.
@@ -187,6 +206,8 @@ def sampled_softmax_loss(
         reduction: "none" (Tensor[B], as TensorFlow returns), "mean" over B or "sum".
         seed: of the default sampler.
         sparse: give `weights` a row-sparse gradient, as in `negative_sampling_loss`; that of `biases` is dense.
+        bounds_check: as in `negative_sampling_loss`: a row with a wrong label adds nothing, a wrong sampled class is
+            left out.
         backend: see `pykernels.explain`.
 
     Returns:
@@ -199,14 +220,15 @@ def sampled_softmax_loss(
         RuntimeError: wrong dtypes; different devices.
         ValueError: wrong shapes; `num_sampled > num_classes`; an expected count that is not above 0 (read on the CPU in
             eager mode); unknown `reduction`.
-        IndexError: a label or sampled class is outside [0, V), named with its position. Read on the CPU in eager mode.
+        IndexError: a label or sampled class is outside [0, V), named with its position; see `bounds_check`.
         BackendError: the named backend cannot serve the call.
     """
     fixed = (labels, inputs, num_sampled, num_classes, num_true, sampled_values, remove_accidental_hits)
     if is_compiling() and is_held(weights):
-        options: dict[str, Any] = {"seed": seed, "sparse": sparse, "backend": backend}
+        options: dict[str, Any] = {"seed": seed, "sparse": sparse, "bounds_check": bounds_check, "backend": backend}
         return outside_graphs(sampled_softmax_loss, weights, biases, *fixed, reduction, **options)
-    return _sampled_loss("sampled_softmax_loss", "softmax", weights, biases, *fixed, reduction, seed, sparse, backend)
+    rest = (reduction, seed, sparse, bounds_check, backend)
+    return _sampled_loss("sampled_softmax_loss", "softmax", weights, biases, *fixed, *rest)
 
 
 def nce_loss(
@@ -223,6 +245,7 @@ def nce_loss(
     *,
     seed: int | Tensor | None = None,
     sparse: bool = False,
+    bounds_check: str = "error",
     backend: str | None = None,
 ) -> Tensor:
     """Noise-contrastive estimation: tell a row's labels from K sampled classes by logistic regressions. As
@@ -237,9 +260,10 @@ def nce_loss(
     """
     fixed = (labels, inputs, num_sampled, num_classes, num_true, sampled_values, remove_accidental_hits)
     if is_compiling() and is_held(weights):
-        options: dict[str, Any] = {"seed": seed, "sparse": sparse, "backend": backend}
+        options: dict[str, Any] = {"seed": seed, "sparse": sparse, "bounds_check": bounds_check, "backend": backend}
         return outside_graphs(nce_loss, weights, biases, *fixed, reduction, **options)
-    return _sampled_loss("nce_loss", "logistic", weights, biases, *fixed, reduction, seed, sparse, backend)
+    rest = (reduction, seed, sparse, bounds_check, backend)
+    return _sampled_loss("nce_loss", "logistic", weights, biases, *fixed, *rest)
 
 
 def _sampled_loss(
@@ -257,8 +281,10 @@ def _sampled_loss(
     reduction: str,
     seed: int | Tensor | None,
     sparse: bool,
+    bounds_check: str,
     backend: str | None,
 ) -> Tensor:
+    _ids.before(name, bounds_check)
     for key, value in (("weights", weights), ("labels", labels), ("inputs", inputs)):
         _check.tensor(name, key, value)
     if biases is not None:
@@ -280,18 +306,30 @@ def _sampled_loss(
         if num_sampled > num_classes:
             most = f"num_classes = {num_classes}, since they are all different"
             raise ValueError(f"{name}(): argument 'num_sampled' must be at most {most}, not {num_sampled}")
-        sampled_values = log_uniform_candidate_sampler(labels, num_true, num_sampled, True, num_classes, seed=seed)
     else:
         _check_sampled(name, sampled_values, labels, inputs, num_classes)
     backend = ROOM.resolve(name, backend, inputs)
+    given = labels
+    labels = _ids.checked(backend, bounds_check, name, "labels", labels, num_classes)
+    wrong = None if labels is given else labels < 0
+    if sampled_values is None:
+        right = labels if _ids.readable(labels) else labels.clamp(0, num_classes - 1)
+        fixed = (num_true, num_sampled, True, num_classes)
+        sampled_values = log_uniform_candidate_sampler(right, *fixed, seed=seed, bounds_check="none")
     sampled, true_expected, sampled_expected = sampled_values
+    sampled = _ids.checked(backend, bounds_check, name, "sampled_values[0]", sampled, num_classes)
     true_log = true_expected.detach().float().log().reshape(labels.shape)
     sampled_log = sampled_expected.detach().float().log()
+    if wrong is not None:  # no more than a logit of 0, whatever was expected
+        true_log = torch.where(wrong, 0, true_log)
     arguments = (inputs, weights, biases, labels, sampled, true_log, sampled_log, kind, remove_hits)
     if backend == "reference":
         loss = reference.losses.sampled_rows(*arguments, sparse=sparse)
     else:
         loss = SampledRows.apply(backend, sparse, table_of(weights), *arguments)
+    if wrong is not None:
+        loss = torch.where(wrong.any(1), 0, loss)
+    _ids.after(bounds_check)
     return reduce(loss, reduction, inputs.dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..._backends import functorch_active
@@ -34,6 +35,7 @@ def log_uniform_candidate_sampler(
     *,
     seed: int | Tensor | None = None,
     tf_compat: bool = False,
+    bounds_check: str = "error",
     backend: str | None = None,
 ) -> Sampled:
     """Draws classes from a Zipf-like distribution: `P(v) = log(1 + 1 / (v + 1)) / log(range_max + 1)`.
@@ -51,6 +53,9 @@ def log_uniform_candidate_sampler(
         seed: int or one-element int64 tensor; None draws one from torch's generator of the device.
         tf_compat: where K unique classes happen to be found in K draws, TensorFlow gives K p(v) for the expected counts
             in place of `1 - (1 - p(v))**K`; this does the same.
+        bounds_check: what happens to a true class outside [0, V). "error": on the CPU an IndexError; on a GPU its
+            expected count is 0, and the next checked call or `pykernels.check_errors()` raises. "sync": on a GPU this
+            call waits and raises. "none": on a GPU nobody looks, and that count means nothing.
         backend: see `pykernels.explain`.
 
     Returns:
@@ -62,11 +67,11 @@ def log_uniform_candidate_sampler(
         TypeError: `true_classes` is not a Tensor, a count is not an int, a wrong seed.
         RuntimeError: `true_classes` is not int32 or int64.
         ValueError: wrong shape; counts too small; `num_sampled > range_max` with `unique`.
-        IndexError: a true class is outside [0, V). Read on the CPU in eager mode.
+        IndexError: a true class is outside [0, V); see `bounds_check`.
         BackendError: the named backend cannot serve the call.
     """
     given = ("log_uniform_candidate_sampler", true_classes, num_true, num_sampled, unique, range_max)
-    return _sampled(*given, "log_uniform", None, seed, tf_compat, backend)
+    return _sampled(*given, "log_uniform", None, seed, tf_compat, bounds_check, backend)
 
 
 def uniform_candidate_sampler(
@@ -78,12 +83,13 @@ def uniform_candidate_sampler(
     *,
     seed: int | Tensor | None = None,
     tf_compat: bool = False,
+    bounds_check: str = "error",
     backend: str | None = None,
 ) -> Sampled:
     """Draws classes with equal probability 1 / range_max. As `tf.random.uniform_candidate_sampler`; arguments, results
     and errors as in `log_uniform_candidate_sampler`."""
     given = ("uniform_candidate_sampler", true_classes, num_true, num_sampled, unique, range_max)
-    return _sampled(*given, "uniform", None, seed, tf_compat, backend)
+    return _sampled(*given, "uniform", None, seed, tf_compat, bounds_check, backend)
 
 
 def fixed_unigram_candidate_sampler(
@@ -97,6 +103,7 @@ def fixed_unigram_candidate_sampler(
     *,
     seed: int | Tensor | None = None,
     tf_compat: bool = False,
+    bounds_check: str = "error",
     backend: str | None = None,
 ) -> Sampled:
     """Draws classes with `P(v)` proportional to `unigrams[v]**distortion`, in constant time through an alias table.
@@ -110,13 +117,28 @@ def fixed_unigram_candidate_sampler(
         distortion: exponent, for counts.
 
     Raises:
+        TypeError: `unigrams` is not a Tensor, a sequence of numbers or an AliasTable.
         ValueError: `unigrams` is not of length range_max, not finite, negative or all zero; `unique` with more samples
-            than classes of probability above 0; a true class has probability 0 (read on the CPU in eager mode).
+            than classes of probability above 0; a true class has probability 0 (read on the CPU in eager mode;
+            elsewhere its expected count is 0).
     """
     name = "fixed_unigram_candidate_sampler"
+    if unigrams is None:
+        raise TypeError(f"{name}(): argument 'unigrams' must be counts of the classes or an AliasTable, not None")
     table = unigrams if isinstance(unigrams, tables.AliasTable) else AliasTable.from_counts(unigrams, distortion)
     return _sampled(
-        name, true_classes, num_true, num_sampled, unique, range_max, "alias", table, seed, tf_compat, backend
+        name,
+        true_classes,
+        num_true,
+        num_sampled,
+        unique,
+        range_max,
+        "alias",
+        table,
+        seed,
+        tf_compat,
+        bounds_check,
+        backend,
     )
 
 
@@ -131,8 +153,10 @@ def _sampled(
     table: tables.AliasTable | None,
     seed: int | Tensor | None,
     tf_compat: bool,
+    bounds_check: str,
     backend: str | None,
 ) -> Sampled:
+    _ids.before(name, bounds_check)
     _check.tensor(name, "true_classes", true_classes)
     check_count(name, "num_true", num_true, 1)
     check_count(name, "num_sampled", num_sampled, 0)
@@ -156,8 +180,15 @@ def _sampled(
     backend = ROOM.resolve(name, backend, true_classes)
     draw = reference.sample if functorch_active() else candidate_sample[backend]
     ids, tries = draw(seeded, threshold, alias, kind, num_sampled, range_max, unique)
-    rest = (true_classes, kind, num_sampled, range_max, unique, probability, tf_compat)
-    return reference.with_expected_counts(ids, tries, *rest)
+    given, looked_at = true_classes, _ids.readable(true_classes)
+    true_classes = _ids.checked(backend, bounds_check, name, "true_classes", true_classes, range_max)
+    right = true_classes if looked_at else true_classes.clamp(0, range_max - 1)
+    rest = (right, kind, num_sampled, range_max, unique, probability, tf_compat)
+    sampled, true_expected, sampled_expected = reference.with_expected_counts(ids, tries, *rest)
+    if true_classes is not given:
+        true_expected = torch.where(true_classes < 0, 0, true_expected)
+    _ids.after(bounds_check)
+    return sampled, true_expected, sampled_expected
 
 
 def _check_possible(name: str, true_classes: Tensor, table: tables.AliasTable) -> None:

@@ -52,7 +52,7 @@ def reduce_weighted(
         if class_weight is None:
             total = kept.sum()
         else:
-            label = torch.where(kept, target, 0).long()
+            label = torch.where(kept, target, 0).long().clamp(0, max(class_weight.shape[0] - 1, 0))  # unchecked ones
             total = torch.where(kept, class_weight.detach().to(loss.dtype)[label], 0).sum()
         loss = loss.sum() / total
     elif reduction == "sum":

@@ -18,7 +18,11 @@ __all__ = ["AliasTable", "HuffmanTree"]
 
 def _counts(name: str, counts: Tensor | Sequence[float]) -> Tensor:
     """Counts as a float64 CPU vector, checked."""
-    values = torch.as_tensor(counts).detach().to("cpu", torch.float64)
+    try:
+        values = torch.as_tensor(counts).detach().to("cpu", torch.float64)
+    except (RuntimeError, TypeError, ValueError) as error:
+        kind = type(counts).__name__
+        raise TypeError(f"{name}: counts must be a Tensor or a sequence of numbers, not {kind}") from error
     if values.dim() != 1:
         raise ValueError(f"{name}: counts must be 1-D, one for each class, not {values.dim()}-D")
     if values.shape[0] == 0:
@@ -54,6 +58,7 @@ class AliasTable:
         """P(v) proportional to counts[v]**distortion; a count of 0 has probability 0.
 
         Raises:
+            TypeError: `counts` is not a Tensor or a sequence of numbers.
             ValueError: `counts` is empty, not 1-D, not finite, negative, or all zero.
         """
         values = _counts("AliasTable.from_counts()", counts)
@@ -130,6 +135,7 @@ class HuffmanTree:
             counts: Tensor[V] or a sequence, not negative.
 
         Raises:
+            TypeError: `counts` is not a Tensor or a sequence of numbers.
             ValueError: `counts` is empty, not 1-D, not finite or negative.
         """
         values = _counts("HuffmanTree.from_counts()", counts)
