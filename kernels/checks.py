@@ -69,7 +69,7 @@ def check_kernel(
 @triton.jit(do_not_specialize=("what", "bound"))
 def check_ends_kernel(values_ptr, out_ptr, record_ptr, what, n, bound, BLOCK: tl.constexpr):
     """One program: there are as many ends as sequences."""
-    first = n
+    first = tl.full((), 0, tl.int64) + n
     for begin in range(0, n, BLOCK):
         index = begin + tl.arange(0, BLOCK).to(tl.int64)
         value, _, found = first_wrong(values_ptr, index, n, bound, 0, False, True)
@@ -77,7 +77,7 @@ def check_ends_kernel(values_ptr, out_ptr, record_ptr, what, n, bound, BLOCK: tl
         tl.store(out_ptr + index, value.to(out_ptr.dtype.element_ty), mask=index < n)
     last = tl.load(values_ptr + n - 1).to(tl.int64)
     if (first == n) & (last != bound):
-        first = n - 1
+        first = tl.full((), -1, tl.int64) + n
     if first < n:
         report(record_ptr, what, first, tl.load(values_ptr + first).to(tl.int64), bound, 0)
         end = last * 0  # rare: they are put right one by one, so that sequences neither overlap nor leave rows out
