@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import reference
 from .. import _check, _ids
-from ._checks import before, check_bags, check_offsets, check_padding, report_code, synchronise
+from ._checks import before, check_bags, check_offsets, check_padding, report_code
 from ._functions import ROOM, define
 
 __all__ = ["dequantize_rows", "embedding_bag_quantized", "quantize_rows"]
@@ -203,8 +203,7 @@ def embedding_bag_quantized(
     result: Tensor = embedding_bag_quantized_forward[backend](
         packed, indices, offsets, per_sample_weights, bits, mode or "none", include_last_offset, padding, dtype, what
     )
-    if bounds_check == "sync":
-        synchronise()
+    _ids.after(bounds_check)
     return result
 
 

@@ -9,12 +9,10 @@ from ..rules import Entry, Rules
 
 IDS, ENDS = torch.zeros(65536, dtype=torch.int64), torch.zeros(1025, dtype=torch.int64)
 
-ENTRIES = [
-    Entry(
-        f"checks {kind}",
-        lambda values=values, kind=kind: room("checks").check_values(values, "f", "x", kind, 100_000, -1, False),
-        Rules(),
-        (80, 90),
-    )
-    for kind, values in (("ids", IDS), ("ends", ENDS))
-]
+
+def entry(kind: str, values: torch.Tensor) -> Entry:
+    arguments = (values, "f", "x", kind, 100_000, -1, False)
+    return Entry(f"checks {kind}", lambda: room("checks").check_values(*arguments), Rules(), (80, 90))
+
+
+ENTRIES = [entry("ids", IDS), entry("ends", ENDS)]
