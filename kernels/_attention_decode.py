@@ -53,8 +53,10 @@ def attention_decode_kernel(
     exists = row < group * lq
     i = row % lq
     h = (kv * group + row // lq).to(tl.int64)
-    length = tl.load(lengths_ptr + b).to(tl.int64)
-    length = tl.where((length < 0) | (length > cache.limit), 0, length).to(tl.int32)
+    length = cache.limit
+    if lengths_ptr is not None:
+        given = tl.load(lengths_ptr + b).to(tl.int64)
+        length = tl.where((given < 0) | (given > cache.limit), 0, given).to(tl.int32)
     place = length - lq + i
     begin = 0
     if left is not None:

@@ -55,7 +55,7 @@ def attention_decode(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    cache_lengths: Tensor,
+    cache_lengths: Tensor | None,
     block_table: Tensor | None,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
@@ -102,7 +102,8 @@ def attention_decode(
     _lib.launch(
         attention_decode_kernel, (owners, splits), query,
         q=launching.rows(query), k=launching.rows(key_cache), v=launching.rows(value_cache), out=launching.rows(out),
-        lse_ptr=lse, part_ptr=part, top_ptr=top, total_ptr=total, lengths_ptr=cache_lengths.contiguous(), table=table,
+        lse_ptr=lse, part_ptr=part, top_ptr=top, total_ptr=total, table=table,
+        lengths_ptr=None if cache_lengths is None else cache_lengths.contiguous(),
         sinks_ptr=None if sinks is None else sinks.contiguous(), slopes=slopes,
         numbers=Numbers(
             scale / softcap if softcap else scale * launching.LOG2E, softcap * launching.LOG2E if softcap else None,

@@ -49,6 +49,8 @@ def test_is_attention_of_each_sequence(backend: str) -> None:
             torch.testing.assert_close(out[b : b + 1], expected[0])
             torch.testing.assert_close(lse[b : b + 1], expected[1])
     assert not attention_decode(q, k, v, LENGTHS, backend=backend)[1].any(), "an empty cache gives 0"
+    full = attention_decode(q, k, v, LENGTHS.clamp(64), backend=backend)
+    assert torch.equal(attention_decode(q, k, v, None, backend=backend), full)
 
 
 @over_backends

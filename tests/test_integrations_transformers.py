@@ -279,8 +279,30 @@ def test_masks_that_a_model_computes_with_stay_tensors(transformers: Any) -> Non
     assert make_mask(1, 5, 5, allow_is_causal_skip=False).shape == (1, 1, 5, 5)
     both = theirs.bidirectional_mask_function
     assert make_mask(1, 5, 5, mask_function=both, allow_is_bidirectional_skip=False).shape == (1, 1, 5, 5)
-    step = make_mask(2, 1, 8, q_offset=torch.tensor(3), attention_mask=torch.ones(2, 4, dtype=torch.bool))
-    assert step.shape == (2, 1, 1, 8) and step[0, 0, 0].tolist() == [True] * 4 + [False] * 4
+    padded = torch.tensor([[False, True, True, True], [True] * 4])
+    step = make_mask(2, 1, 8, q_offset=torch.tensor(3), attention_mask=padded)
+    assert step.shape == (2, 1, 1, 8) and step[0, 0, 0].tolist() == [False, *[True] * 3, *[False] * 4]
+
+
+def test_a_step_with_a_static_cache_is_told_by_its_length(transformers: Any) -> None:
+    """No dense mask, and results as with one; what the lengths alone do not say goes through `attention`."""
+    from pykernels.integrations.transformers.attention import attention_forward
+    from pykernels.integrations.transformers.masks import Pattern, make_mask
+
+    given = {"q_offset": torch.tensor(3), "attention_mask": torch.ones(2, 4, dtype=torch.bool)}
+    step = make_mask(2, 1, 8, **given)
+    assert isinstance(step, Pattern) and step.lengths.tolist() == [4, 4] and step.shape == (1, 1, 1, 8)
+    dense = make_mask(2, 1, 8, **given, allow_is_causal_skip=False)
+    assert isinstance(dense, Tensor)
+    q, (k, v), bias = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 2, 8, 8), torch.randn(1, 4, 1, 8)
+    k[:, :, 4:] = v[:, :, 4:] = torch.nan
+    module = torch.nn.Module()
+    for options in ({}, {"softcap": 2.0, "s_aux": torch.randn(4)}, {"position_bias": bias}):
+        found, expected = (attention_forward(module, q, k, v, mask, **options)[0] for mask in (step, dense))
+        torch.testing.assert_close(found, expected)
+    leaf = q.clone().requires_grad_()
+    attention_forward(module, leaf, k, v, step)[0].sum().backward()
+    assert leaf.grad.isfinite().all()
 
 
 def test_compiled_whole(transformers: Any) -> None:

@@ -26,17 +26,19 @@ struct Cache {
   std::vector<int64_t> lengths;
   Tensor table;
 
-  Cache(AttentionArgs& a, const Tensor& key, const Tensor& cache_lengths, const OptionalTensor& block_table);
+  Cache(AttentionArgs& a, const Tensor& key, const OptionalTensor& cache_lengths, const OptionalTensor& block_table);
 
  private:
   void check_blocks(const AttentionArgs& a, int64_t count, int64_t b) const;
 };
 
-Cache::Cache(AttentionArgs& a, const Tensor& key, const Tensor& cache_lengths, const OptionalTensor& block_table)
+Cache::Cache(AttentionArgs& a, const Tensor& key, const OptionalTensor& cache_lengths,
+             const OptionalTensor& block_table)
     : lengths(a.batch) {
-  TORCH_CHECK(cache_lengths.dim() == 1 && cache_lengths.size(0) == a.batch &&
-                  (cache_lengths.scalar_type() == at::kInt || cache_lengths.scalar_type() == at::kLong),
-              kName, "(): argument 'cache_lengths' must be int32 or int64 of shape (", a.batch, ",)");
+  TORCH_CHECK(
+      !cache_lengths || (cache_lengths->dim() == 1 && cache_lengths->size(0) == a.batch &&
+                         (cache_lengths->scalar_type() == at::kInt || cache_lengths->scalar_type() == at::kLong)),
+      kName, "(): argument 'cache_lengths' must be int32 or int64 of shape (", a.batch, ",)");
   a.block_size = key.size(2);
   a.k_length = key.size(2);
   if (block_table) {
@@ -48,7 +50,7 @@ Cache::Cache(AttentionArgs& a, const Tensor& key, const Tensor& cache_lengths, c
     a.k_length *= table.size(1);
   }
   for (int64_t b = 0; b < a.batch; ++b) {
-    const int64_t length = lengths[b] = integer_at(cache_lengths, b);
+    const int64_t length = lengths[b] = cache_lengths ? integer_at(*cache_lengths, b) : a.k_length;
     TORCH_CHECK_INDEX(length >= 0 && length <= a.k_length, kName, "(): argument 'cache_lengths': cache_lengths[", b,
                       "] is ", length, ", which is not in [0, ", a.k_length + 1, ")");
     if (block_table) check_blocks(a, key.size(0), b);
@@ -75,7 +77,7 @@ int64_t default_splits(const AttentionArgs& a) {
 }
 
 std::tuple<Tensor, Tensor> attention_decode(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
-                                            const Tensor& cache_lengths, const OptionalTensor& block_table,
+                                            const OptionalTensor& cache_lengths, const OptionalTensor& block_table,
                                             const OptionalTensor& sinks_, const OptionalTensor& alibi_slopes,
                                             int64_t window_left, double softcap, double scale, int64_t num_splits,
                                             int64_t) {

@@ -35,8 +35,9 @@ struct Part {
 
 // A length out of range counts as 0: nothing of the cache is read.
 __device__ __forceinline__ Part part_of(const Decode& a, int64_t b, int split, int step) {
-  const int64_t given =
-      a.n.long_lengths ? static_cast<const int64_t*>(a.lengths)[b] : static_cast<const int32_t*>(a.lengths)[b];
+  int64_t given = a.n.limit;
+  if (a.lengths)
+    given = a.n.long_lengths ? static_cast<const int64_t*>(a.lengths)[b] : static_cast<const int32_t*>(a.lengths)[b];
   const int length = given < 0 || given > a.n.limit ? 0 : static_cast<int>(given);
   const int begin = max(length - static_cast<int>(a.n.lq) - static_cast<int>(a.n.left), 0);
   const int keys = max(length - begin, 0), splits = static_cast<int>(a.n.splits);

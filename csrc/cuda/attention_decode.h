@@ -25,9 +25,9 @@ struct DecodeNumbers {
   float scale, softcap;
 };
 
-// Null: absent.  lengths: keys of each sequence; one out of range has none.  table: blocks of each sequence; one out of
-// range is not seen.  part: for each query, head and part of the keys dv float32 sums, with top and total beside them;
-// null: there is one part, and out and lse are written at once.
+// Null: absent.  lengths: keys of each sequence (null: `limit`); one out of range has none.  table: blocks of each
+// sequence; one out of range is not seen.  part: for each query, head and part of the keys dv float32 sums, with top
+// and total beside them; null: there is one part, and out and lse are written at once.
 struct Decode {
   const void *q, *k, *v, *lengths;
   const int32_t* table;

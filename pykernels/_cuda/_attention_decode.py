@@ -22,7 +22,7 @@ def attention_decode(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    cache_lengths: Tensor,
+    cache_lengths: Tensor | None,
     block_table: Tensor | None,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
@@ -57,7 +57,7 @@ def attention_decode(
     if splits > 1:
         part = lse.new_empty((lse.numel(), splits, size))
         top, total = (lse.new_empty((lse.numel(), splits)) for _ in range(2))
-    cache_lengths = cache_lengths.contiguous()
+    cache_lengths = None if cache_lengths is None else cache_lengths.contiguous()
     slopes = None if alibi_slopes is None else alibi_slopes.contiguous()
     layout = (
         *launching.strides(query), *launching.strides(key_cache), *launching.strides(value_cache),
@@ -65,7 +65,8 @@ def attention_decode(
         heads if slopes is not None and slopes.dim() == 2 else 0,
         batch, heads, group, lq, limit, key_cache.shape[0], block_size, query.shape[-1], size,
         limit if window_left < 0 else min(window_left, limit), splits,
-        int(cache_lengths.dtype == torch.int64), int(torch.get_float32_matmul_precision() == "highest"),
+        int(cache_lengths is not None and cache_lengths.dtype == torch.int64),
+        int(torch.get_float32_matmul_precision() == "highest"),
     )  # fmt: skip
     numbers = scale / softcap if softcap else scale * launching.LOG2E, softcap * launching.LOG2E
     tensors = (

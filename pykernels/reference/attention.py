@@ -149,7 +149,7 @@ def attention_decode(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    cache_lengths: Tensor,
+    cache_lengths: Tensor | None,
     *,
     block_table: Tensor | None = None,
     window: tuple[int, int] | None = None,
@@ -171,6 +171,8 @@ def attention_decode(
         key_cache, value_cache = (x[blocks].transpose(1, 2).flatten(2, 3) for x in (key_cache, value_cache))
     if dtype in (torch.float16, torch.bfloat16):
         query, key_cache, value_cache = query.float(), key_cache.float(), value_cache.float()
+    if cache_lengths is None:
+        cache_lengths = torch.full(query.shape[:1], key_cache.shape[2], device=query.device)
     rows = torch.arange(query.shape[2], device=query.device) - query.shape[2]
     place = (cache_lengths.long().unsqueeze(-1) + rows)[:, None, :, None]
     distance = torch.arange(key_cache.shape[2], device=query.device) - place

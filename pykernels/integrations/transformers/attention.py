@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops.attention import attention, scaled_dot_product_attention
+from ...ops.attention import attention, attention_decode, scaled_dot_product_attention
 from .masks import Pattern
 
 
@@ -57,7 +57,10 @@ def attention_forward(
     if attention_mask is None:
         causal = query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
         if softcap is s_aux is position_bias is ends is None:  # most calls: the shortest way
-            plain: Tensor = scaled_dot_product_attention(
+            if query.shape[2] == 1 and not dropout and not _learns(query, key, value):
+                plain: Tensor = attention_decode(query, key, value, None, scale=scaling, backend=backend)
+                return plain.transpose(1, 2).contiguous(), None
+            plain = scaled_dot_product_attention(
                 query, key, value, None, dropout, causal, scaling, True, backend=backend
             )
             return plain.transpose(1, 2).contiguous(), None
@@ -70,8 +73,16 @@ def attention_forward(
     }
     length = key.shape[2]
     if isinstance(attention_mask, Pattern):
-        left, right, keys, options["key_padding_mask"], known = attention_mask
+        left, right, keys, options["key_padding_mask"], known, lengths = attention_mask
         ends = ends if known is None else known
+        if lengths is not None:
+            if position_bias is None and not dropout and not _learns(query, key, value, s_aux):
+                plain = attention_decode(
+                    query, key, value, lengths, softcap=softcap, sinks=s_aux, scale=scaling, backend=backend
+                )
+                return plain.transpose(1, 2).contiguous(), None
+            right = -1
+            options["key_padding_mask"] = torch.arange(keys, device=lengths.device) < lengths.unsqueeze(1)
         if keys > length:
             raise RuntimeError(f"the mask was made for {keys} keys, and there are {length}")
         if keys < length:
@@ -93,6 +104,10 @@ def attention_forward(
         return _packed(query, key, value, ends, options), None
     out: Tensor = attention(query, key, value, bias=position_bias, **options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _learns(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _packed(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, options: dict[str, Any]) -> Tensor:

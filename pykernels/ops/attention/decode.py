@@ -29,9 +29,9 @@ def _fake(query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: Any) -> 
 
 attention_decode_forward = define(
     ROOM,
-    "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_lengths, Tensor? block_table, "
-    "Tensor? sinks, Tensor? alibi_slopes, SymInt window_left, float softcap, float scale, int num_splits, int what) "
-    "-> (Tensor, Tensor)",
+    "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? cache_lengths, "
+    "Tensor? block_table, Tensor? sinks, Tensor? alibi_slopes, SymInt window_left, float softcap, float scale, "
+    "int num_splits, int what) -> (Tensor, Tensor)",
     _fake,
 )
 
@@ -40,7 +40,7 @@ def attention_decode(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    cache_lengths: Tensor,
+    cache_lengths: Tensor | None,
     *,
     block_table: Tensor | None = None,
     window: tuple[int, int] | None = None,
@@ -71,6 +71,7 @@ def attention_decode(
             With `block_table` Tensor[blocks, Hkv, block_size, D].
         value_cache: Tensor[B, Hkv, S, Dv] or Tensor[blocks, Hkv, block_size, Dv]; Dv may differ from D.
         cache_lengths: int32 or int64 Tensor[B], each in [0, S]; with `block_table` in [0, max_blocks * block_size].
+            None: every cache is full.
         block_table: int32 Tensor[B, max_blocks]; key j of sequence b is row j % block_size of block
             block_table[b, j // block_size]. Sequences may share blocks.
         window: (left, right), as in `attention`; right has no meaning, as no query sees a later key.
@@ -103,25 +104,30 @@ def attention_decode(
 
     Source: Dao et al., "Flash-Decoding" (2023); Kwon et al. (arXiv 2309.06180) for the paged cache.
     """
-    query, key_cache, value_cache = _tensors(query, key_cache, value_cache)
-    heads, batch = query.shape[1], query.shape[0]
-    _check_cache(query, key_cache, value_cache, block_table is not None)
-    limit = _check_lengths(query, key_cache, cache_lengths, block_table)
-    if alibi_slopes is not None:
-        alibi_slopes = arguments.per_head(NAME, "alibi_slopes", alibi_slopes, ((heads,), (batch, heads)), query)
-    if sinks is not None:
-        sinks = arguments.per_head(NAME, "sinks", sinks, ((heads,),), query)
-    left, _ = arguments.window_bounds(NAME, window)
-    cap = 0.0 if softcap is None else arguments.positive(NAME, "softcap", softcap)
+    plain = window is softcap is sinks is alibi_slopes is num_splits is None
+    if plain and _nothing_to_check(query, key_cache, value_cache, cache_lengths, block_table):
+        left, cap, splits, wide = -1, 0.0, 0, False
+    else:
+        query, key_cache, value_cache = _tensors(query, key_cache, value_cache)
+        heads, batch = query.shape[1], query.shape[0]
+        _check_cache(query, key_cache, value_cache, block_table is not None)
+        _check_lengths(query, cache_lengths, block_table)
+        if alibi_slopes is not None:
+            alibi_slopes = arguments.per_head(NAME, "alibi_slopes", alibi_slopes, ((heads,), (batch, heads)), query)
+        if sinks is not None:
+            sinks = arguments.per_head(NAME, "sinks", sinks, ((heads,),), query)
+        left, _ = arguments.window_bounds(NAME, window)
+        cap = 0.0 if softcap is None else arguments.positive(NAME, "softcap", softcap)
+        splits = _splits(num_splits)
+        if torch.is_grad_enabled():
+            _refuse_gradients(query=query, key_cache=key_cache, value_cache=value_cache)
+            _refuse_gradients(sinks=sinks, alibi_slopes=alibi_slopes)
+        wide = max(query.shape[-1], value_cache.shape[-1]) > 256
     used = default_scale(query) if scale is None else _check.number(NAME, "scale", scale)
-    splits = _splits(num_splits)
-    if torch.is_grad_enabled():
-        _refuse_gradients(query=query, key_cache=key_cache, value_cache=value_cache, sinks=sinks, slopes=alibi_slopes)
-    wide = max(query.shape[-1], value_cache.shape[-1]) > 256
     chosen = ROOM.resolve(NAME, backend, query, *((WIDE_HEADS,) if wide else ()))
     what = _before(bounds_check)
     if what and chosen != "cpu":  # the native kernels look for themselves
-        _check_values(query, key_cache, cache_lengths, block_table, left, limit)
+        _check_values(query, key_cache, cache_lengths, block_table, left)
     if chosen == "reference":
         return reference.attention_decode(
             query,
@@ -144,6 +150,37 @@ def attention_decode(
     if bounds_check == "sync" and not is_compiling():
         _errors.check_errors()
     return (out, lse) if return_lse else out
+
+
+def _nothing_to_check(query: Any, key: Any, value: Any, lengths: Any, table: Any) -> bool:
+    """Whether the arguments are as in most calls: shapes that fit as they are, one dtype and device, no gradient, no
+    autocast. What is not sure is left to the checks."""
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor) and query.dim() == 4):
+        return False
+    shape, cache, device = query.shape, key.shape, query.device
+    if key.dim() != 4 or cache != value.shape or shape[3] != cache[3] or shape[3] > 256:
+        return False
+    if shape[1] != cache[1] and (cache[1] == 0 or shape[1] % cache[1]):
+        return False
+    if table is None and shape[0] != cache[0]:
+        return False
+    if table is not None:
+        if not isinstance(table, Tensor) or table.dtype != torch.int32 or table.dim() != 2:
+            return False
+        if table.shape[0] != shape[0] or table.device != device:
+            return False
+    if lengths is not None:
+        if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+            return False
+        if lengths.dim() != 1 or lengths.shape[0] != shape[0] or lengths.device != device:
+            return False
+    return (
+        query.dtype == key.dtype == value.dtype
+        and query.dtype in _check.FLOATS
+        and device == key.device == value.device
+        and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+        and not (torch.is_autocast_enabled("cpu") if query.is_cpu else _autocast.enabled(device))
+    )
 
 
 def _tensors(query: Any, key_cache: Any, value_cache: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,17 +218,17 @@ def _check_cache(query: Tensor, key_cache: Tensor, value_cache: Tensor, paged: b
         raise RuntimeError(f"{argument} must have query's batch size {query.shape[0]}, not {key_cache.shape[0]}")
 
 
-def _check_lengths(query: Tensor, key_cache: Tensor, cache_lengths: Any, block_table: Any) -> int:
-    """How many keys a sequence can have."""
+def _check_lengths(query: Tensor, cache_lengths: Any, block_table: Any) -> None:
     batch = query.shape[0]
-    _check.tensor(NAME, "cache_lengths", cache_lengths)
-    _ids.integers(NAME, "cache_lengths", cache_lengths)
-    _ids.same_device(NAME, "cache_lengths", cache_lengths, "query", query)
-    if tuple(cache_lengths.shape) != (batch,):
-        given = tuple(cache_lengths.shape)
-        raise RuntimeError(f"{NAME}(): argument 'cache_lengths' must have the shape ({batch},), not {given}")
+    if cache_lengths is not None:
+        _check.tensor(NAME, "cache_lengths", cache_lengths)
+        _ids.integers(NAME, "cache_lengths", cache_lengths)
+        _ids.same_device(NAME, "cache_lengths", cache_lengths, "query", query)
+        if tuple(cache_lengths.shape) != (batch,):
+            given = tuple(cache_lengths.shape)
+            raise RuntimeError(f"{NAME}(): argument 'cache_lengths' must have the shape ({batch},), not {given}")
     if block_table is None:
-        return key_cache.shape[2]
+        return
     _check.tensor(NAME, "block_table", block_table)
     _ids.same_device(NAME, "block_table", block_table, "query", query)
     if block_table.dtype != torch.int32:
@@ -199,7 +236,6 @@ def _check_lengths(query: Tensor, key_cache: Tensor, cache_lengths: Any, block_t
     if block_table.dim() != 2 or block_table.shape[0] != batch:
         given = tuple(block_table.shape)
         raise RuntimeError(f"{NAME}(): argument 'block_table' must have the shape ({batch}, max_blocks), not {given}")
-    return block_table.shape[1] * key_cache.shape[2]  # type: ignore[no-any-return]
 
 
 def _splits(given: Any) -> int:
@@ -233,13 +269,17 @@ def _before(bounds_check: str) -> int:
 
 
 def _check_values(
-    query: Tensor, key_cache: Tensor, cache_lengths: Tensor, block_table: Tensor | None, left: int, limit: int
+    query: Tensor, key_cache: Tensor, cache_lengths: Tensor | None, block_table: Tensor | None, left: int
 ) -> None:
     """Where values may be read without waiting, as the native kernels check them."""
-    _ids.in_range(NAME, "cache_lengths", cache_lengths, limit + 1)
+    size = key_cache.shape[2]
+    limit = size if block_table is None else size * block_table.shape[1]
+    if cache_lengths is None:
+        cache_lengths = torch.full((query.shape[0],), limit, device=query.device)
+    else:
+        _ids.in_range(NAME, "cache_lengths", cache_lengths, limit + 1)
     if block_table is None or block_table.numel() == 0 or not _ids.readable(block_table):
         return
-    size = key_cache.shape[2]
     start = torch.arange(block_table.shape[1]) * size
     lengths = cache_lengths.unsqueeze(-1)
     needed = start < lengths
