@@ -84,6 +84,21 @@ def test_every_activation_learns_and_gradients_vanish_or_explode(text: Text) -> 
     assert sum(1 for e in drawing.iter() if e.tag.endswith("polyline")) == len(outcomes) + len(ours)
 
 
+def test_requests_served_together_get_what_they_get_alone(text: Text) -> None:
+    example = importlib.import_module("continuous_batching")
+    model = example.trained(text, True, 10)
+    requests = example.requests_for(model, text.characters().ids, 7)
+    prompts = [list(request.tokens) for request in requests]
+    server = example.Server(model, blocks=20, block_size=4, most=3)
+    batches = list(server.run(requests))
+    assert max(batches) == 3 and min(batches) < 3 and sorted(server.free) == list(range(20))
+    assert len({tuple(request.blocks) for request in requests}) > 3 and len(requests[0].blocks) > 1
+    for prompt, request in zip(prompts, requests, strict=True):
+        assert request.tokens == example.alone(model, prompt, request.wanted)
+    with pytest.raises(ValueError, match="does not fit in the cache"):
+        list(server.run([example.Request([1, 2], 500)]))
+
+
 def test_gated_convolutions_see_no_later_character(text: Text) -> None:
     made = importlib.import_module("gated_conv").task(text, small=True)
     model, ((tokens, _),) = made.build(None), made.batches(1)
