@@ -126,7 +126,7 @@ def limits_table() -> str:
             got = Limits(**found["limits"])
             rates = (got.read, got.copy, got.triad, got.first_touch, *got.flops.values())
             calls = (got.dispatch.get(what) for what in ("our C++ operator", "torch operator"))
-            cells = [f"{rate / 1e9:,.3g}" if rate else "–" for rate in rates]
+            cells = [(f"{rate / 1e9:,.0f}" if rate >= 1e11 else f"{rate / 1e9:.1f}") if rate else "–" for rate in rates]
             cells += [f"{seconds * 1e6:.1f}" if seconds else "–" for seconds in calls]
             lines.append(f"| `cpu-{name}.json` | {' | '.join(cells)} |")
     if len(lines) == 2:
