@@ -125,8 +125,8 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Powers of ten; in a short range 1, 2 and 5 of them."""
-    steps = (1, 2, 5) if high - low < 2 else (1,)
+    """Powers of ten; in a short range 1, 2 and 5 of them, in a longer one 1 and 3."""
+    steps = (1, 2, 5) if high - low < 1.6 else (1, 3) if high - low < 3 else (1,)
     found = [m * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for m in steps]
     inside = [tick for tick in found if low <= math.log10(tick) <= high]
     return inside[:: -(-len(inside) // 7)] if len(inside) > 7 else inside
