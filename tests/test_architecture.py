@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -138,10 +139,12 @@ def test_cuda_kernels_include_no_torch_and_no_ptx() -> None:
 
 def test_public_names_are_the_same_everywhere() -> None:
     """pk.functional and pk.reference hold the same operators; everything public is in an __all__."""
-    from pykernels import functional, reference
+    from pykernels import functional, nn, reference
 
-    public = {n for n in vars(functional) if not n.startswith("_") and callable(getattr(functional, n))}
-    assert public == {n for n in vars(reference) if not n.startswith("_") and callable(getattr(reference, n))}
+    for module in (functional, nn, reference):
+        public = {n for n, held in vars(module).items() if not n.startswith("_") and callable(held)}
+        assert sorted(module.__all__) == sorted(public), module.__name__
+    assert set(functional.__all__) == set(reference.__all__)
 
 
 def test_two_environment_variables() -> None:
@@ -152,12 +155,24 @@ def test_two_environment_variables() -> None:
 
 
 def test_import_is_light() -> None:
-    """Importing pykernels after torch stays below 0.3 s and pulls in neither DTensor nor the compiler."""
-    code = (
-        "import sys, torch, time; before = set(sys.modules); t = time.process_time(); import pykernels; "
-        "print(time.process_time() - t); new = set(sys.modules) - before; "
-        "print(*[m for m in ('torch.distributed.tensor', 'torch._inductor', 'pykernels.testing') if m in new])"
-    )
-    seconds, modules = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split("\n")[:2]
-    assert not modules, modules
-    assert float(seconds) < 1.0, f"{seconds} s of CPU (the target is 0.3 s)"
+    """Importing pykernels after torch brings its own modules, Triton's where there is a GPU, and little time.
+
+    Time is judged against the import of torch in the same process, which a busy machine stretches alike: 0.27 of it
+    (0.27 s of CPU) when this was written, a part that hardly varies; the target is 0.3 s.
+    """
+    code = """
+import sys, time
+start = time.process_time()
+import torch
+between, before = time.process_time(), set(sys.modules)
+import pykernels
+print((time.process_time() - between) / (between - start))
+print(*{name.split(".")[0] for name in set(sys.modules) - before})
+print("pykernels.testing" in sys.modules)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True)
+    part, packages, testing = said.splitlines()
+    foreign = set(packages.split()) - {"pykernels", "triton"} - sys.stdlib_module_names
+    assert not foreign and testing == "False", foreign
+    assert float(part) < 0.4, f"{part} of the time that torch takes"

@@ -15,6 +15,7 @@ import torch
 from torch.library import Library, register_fake
 
 from .._backends import BACKENDS, Room, functorch_active
+from ..reference._random import seed_on
 
 LIBRARY = Library("pykernels", "DEF")
 _KEYS = {"triton": ("CPU", "CUDA"), "cuda": ("CUDA",), "emulator": ("CPU",)}
@@ -81,8 +82,6 @@ def as_seed(seed: int | torch.Tensor | None, like: torch.Tensor, function: str) 
             )
         if seed.numel() != 1:
             raise ValueError(f"{function}(): seed must hold one element, not {seed.numel()}")
-        return seed.to(like.device).reshape(1)
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    elif isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"{function}(): seed must be an int or a one-element int64 tensor, not {type(seed).__name__}")
-    value = seed & (2**64 - 1)
-    return torch.full((1,), value - 2**64 if value >= 2**63 else value, dtype=torch.int64, device=like.device)
+    return seed_on(seed, like.device)

@@ -16,6 +16,16 @@ from torch import Tensor
 _LOW = 0xFFFFFFFF
 
 
+def seed_on(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """A seed as one int64 on this device; None draws one from torch's generator."""
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        return seed.to(device).reshape(1)
+    value = seed & (2**64 - 1)
+    return torch.full((1,), value - 2**64 if value >= 2**63 else value, dtype=torch.int64, device=device)
+
+
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32-bit words of a * b; the int64 product wraps, its bits are those of the unsigned one."""
     product = b * a

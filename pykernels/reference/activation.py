@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._random import keep_mask, uniform
+from ._random import keep_mask, seed_on, uniform
 
 __all__ = [
     "bias_activation_dropout", "bilinear", "elu", "geglu", "gelu", "glu", "leaky_relu", "mlp", "prelu", "reglu", "relu",
@@ -78,13 +78,17 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
 
 @_rounded_once
 def rrelu(
-    input: Tensor, lower: float = 1.0 / 8, upper: float = 1.0 / 3, training: bool = False, *, seed: Tensor | None = None
+    input: Tensor,
+    lower: float = 1.0 / 8,
+    upper: float = 1.0 / 3,
+    training: bool = False,
+    *,
+    seed: int | Tensor | None = None,
 ) -> Tensor:
     """slope * x if x <= 0 else x; slope uniform in [lower, upper) for each element (training), or their mean"""
     if not training:
         return leaky_relu(input, (lower + upper) / 2)
-    assert seed is not None
-    slope = lower + (upper - lower) * uniform(seed.to(input.device), input.shape).to(input.dtype)
+    slope = lower + (upper - lower) * uniform(seed_on(seed, input.device), input.shape).to(input.dtype)
     return torch.where(input <= 0, input * slope, input)
 
 
@@ -197,7 +201,7 @@ def bias_activation_dropout(
     activation: str = "gelu",
     p: float = 0.0,
     training: bool = True,
-    seed: Tensor | None = None,
+    seed: int | Tensor | None = None,
     *,
     alpha: float | None = None,
 ) -> Tensor:
@@ -209,8 +213,7 @@ def bias_activation_dropout(
         y = UNARY[activation](x, ALPHA.get(activation, 0.0) if alpha is None else alpha)
     if not training or round(p * 2.0**32) == 0:
         return y
-    assert seed is not None
-    return torch.where(keep_mask(seed.to(y.device), y.shape, p), y * (1.0 / (1.0 - p)), torch.zeros_like(y))
+    return torch.where(keep_mask(seed_on(seed, y.device), y.shape, p), y * (1.0 / (1.0 - p)), torch.zeros_like(y))
 
 
 def mlp(
@@ -224,7 +227,7 @@ def mlp(
     *,
     p: float = 0.0,
     training: bool = True,
-    seed: Tensor | None = None,
+    seed: int | Tensor | None = None,
     alpha: float | None = None,
 ) -> Tensor:
     """dropout(activation(x w1^T + b1)) w2^T + b2. `save` is what the fused form keeps, and has no meaning here."""

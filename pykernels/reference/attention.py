@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._random import keep_mask, philox_words
+from ._random import keep_mask, philox_words, seed_on
 
 __all__ = ["attention", "attention_decode", "dropout_mask", "merge_attention", "scaled_dot_product_attention"]
 
@@ -24,7 +24,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    seed: Tensor | None = None,
+    seed: int | Tensor | None = None,
 ) -> Tensor:
     """O = dropout(softmax(scale * Q K^T + mask)) V; a query that may attend to no key gets 0.
 
@@ -46,7 +46,7 @@ def attention_and_weights(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    seed: Tensor | None = None,
+    seed: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The attention above, and its weights after dropout: (..., Lq, Dv), (..., Lq, Lk)."""
     dtype, (length, size) = query.dtype, query.shape[-2:]
@@ -71,8 +71,7 @@ def attention_and_weights(
     alone = (scores == -torch.inf).all(-1, keepdim=True)
     weights = torch.where(alone, 0, torch.where(alone, 0, scores).softmax(-1))
     if dropout_p > 0:
-        assert seed is not None
-        keep = keep_mask(seed.to(query.device), weights.shape, dropout_p)
+        keep = keep_mask(seed_on(seed, query.device), weights.shape, dropout_p)
         weights = torch.where(keep, weights * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0), 0)
     return (weights @ value).to(dtype), weights.to(dtype)
 
@@ -102,7 +101,7 @@ def attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     return_lse: bool = False,
-    seed: Tensor | None = None,
+    seed: int | Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention with every mask. With p = i + Lk - Lq (p = i for causal="top_left"), head h, batch b:
 
@@ -221,7 +220,7 @@ def dropout_mask(
     key: Tensor,
     dropout_p: float,
     *,
-    seed: Tensor,
+    seed: int | Tensor,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor | list[Tensor]:
@@ -230,10 +229,10 @@ def dropout_mask(
     Element (b, h, i, j) is kept iff the Philox word at its row-major offset is >= round(dropout_p * 2**32).
     """
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        return _keep(seed, (*query.shape[:3], key.shape[2]), dropout_p, 0)
+        return _keep(seed_on(seed, query.device), (*query.shape[:3], key.shape[2]), dropout_p, 0)
     masks, start = [], 0
     for q, k in zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True):
-        masks.append(_keep(seed, (query.shape[1], q, k), dropout_p, start))
+        masks.append(_keep(seed_on(seed, query.device), (query.shape[1], q, k), dropout_p, start))
         start += query.shape[1] * q * k
     return masks
 
@@ -304,7 +303,7 @@ def _masked_attention(
     softcap: float | None,
     dropout_p: float,
     scale: float,
-    seed: Tensor | None,
+    seed: int | Tensor | None,
     start: int,
 ) -> tuple[Tensor, Tensor]:
     dtype = q.dtype
@@ -337,7 +336,6 @@ def _masked_attention(
         partial, lse = lse, torch.where(alone.squeeze(-1), sink, torch.logaddexp(safe.logsumexp(-1), sink))
         weights = weights * torch.sigmoid(torch.where(alone.squeeze(-1), 0, partial) - sink).unsqueeze(-1)
     if dropout_p > 0:
-        assert seed is not None
-        keep = _keep(seed.to(q.device), weights.shape, dropout_p, start)
+        keep = _keep(seed_on(seed, q.device), weights.shape, dropout_p, start)
         weights = torch.where(keep, weights / (1 - dropout_p), 0)
     return (weights @ v).to(dtype), lse

@@ -7,13 +7,17 @@ tensor that holds both, and nothing of the size of their output.
 
 from __future__ import annotations
 
-from .feed_forward import *  # noqa: F403
-from .feed_forward import __all__ as _feed_forward
-from .fused import *  # noqa: F403
-from .fused import __all__ as _fused
-from .gated import *  # noqa: F403
-from .gated import __all__ as _gated
-from .unary import *  # noqa: F403
-from .unary import __all__ as _unary
+from typing import TYPE_CHECKING
 
-__all__ = [*_feed_forward, *_fused, *_gated, *_unary]
+from .feed_forward import *  # noqa: F403
+from .fused import *  # noqa: F403
+from .gated import *  # noqa: F403
+from .unary import *  # noqa: F403
+
+if not TYPE_CHECKING:  # type checkers read the stars; a computed list would hide every name from them
+    from .feed_forward import __all__ as _feed_forward
+    from .fused import __all__ as _fused
+    from .gated import __all__ as _gated
+    from .unary import __all__ as _unary
+
+    __all__ = [*_feed_forward, *_fused, *_gated, *_unary]

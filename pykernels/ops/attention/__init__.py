@@ -6,12 +6,16 @@ One kernel forward and one backward on every backend, O(L) memory: the scores ar
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .attend import *  # noqa: F403
-from .attend import __all__ as _attend
 from .decode import *  # noqa: F403
-from .decode import __all__ as _decode
 from .sdpa import *  # noqa: F403
-from .sdpa import __all__ as _sdpa
 from .sdpa import attention_and_weights as attention_and_weights
 
-__all__ = [*_attend, *_decode, *_sdpa]
+if not TYPE_CHECKING:  # type checkers read the stars; a computed list would hide every name from them
+    from .attend import __all__ as _attend
+    from .decode import __all__ as _decode
+    from .sdpa import __all__ as _sdpa
+
+    __all__ = [*_attend, *_decode, *_sdpa]

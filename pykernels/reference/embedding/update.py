@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._random import philox_words
+from .._random import philox_words, seed_on
 from .lookup import bag_of_each, embedding, embedding_bag
 
 __all__ = ["embedding_adagrad_", "embedding_adam_", "embedding_rowwise_adagrad_", "embedding_sgd_"]
@@ -70,11 +70,10 @@ def row_gradients(
     return ids[found], gradient[found]
 
 
-def _store(weight: Tensor, ids: Tensor, rows: Tensor, stochastic_rounding: bool, seed: Tensor | None) -> None:
+def _store(weight: Tensor, ids: Tensor, rows: Tensor, stochastic_rounding: bool, seed: int | Tensor | None) -> None:
     if stochastic_rounding and weight.dtype == torch.bfloat16:
-        assert seed is not None
         columns = torch.arange(weight.shape[1], device=weight.device)
-        words = philox_words(seed.to(weight.device), ids.long().unsqueeze(1) * weight.shape[1] + columns)
+        words = philox_words(seed_on(seed, weight.device), ids.long().unsqueeze(1) * weight.shape[1] + columns)
         rows = round_stochastically(rows, words)
     weight.index_copy_(0, ids.long(), rows.to(weight.dtype))
 
@@ -103,7 +102,7 @@ def embedding_sgd_(
     padding_idx: int | None = None,
     scale_grad_by_freq: bool = False,
     stochastic_rounding: bool = False,
-    seed: Tensor | None = None,
+    seed: int | Tensor | None = None,
 ) -> Tensor:
     """g = gradient + weight_decay * w;  w -= lr * g, for the touched rows. torch.optim.SGD's step on them."""
     ids, g = row_gradients(
@@ -140,7 +139,7 @@ def embedding_adagrad_(
     padding_idx: int | None = None,
     scale_grad_by_freq: bool = False,
     stochastic_rounding: bool = False,
-    seed: Tensor | None = None,
+    seed: int | Tensor | None = None,
 ) -> Tensor:
     """g = gradient + weight_decay * w;  s += g^2;  w -= lr * g / (sqrt(s) + eps). torch.optim.Adagrad's step.
 
@@ -182,7 +181,7 @@ def embedding_rowwise_adagrad_(
     padding_idx: int | None = None,
     scale_grad_by_freq: bool = False,
     stochastic_rounding: bool = False,
-    seed: Tensor | None = None,
+    seed: int | Tensor | None = None,
 ) -> Tensor:
     """g = gradient + weight_decay * w;  s += mean over D of g^2;  w -= lr * g / (sqrt(s) + eps).
 
@@ -229,7 +228,7 @@ def embedding_adam_(
     padding_idx: int | None = None,
     scale_grad_by_freq: bool = False,
     stochastic_rounding: bool = False,
-    seed: Tensor | None = None,
+    seed: int | Tensor | None = None,
 ) -> Tensor:
     """Lazy Adam: torch.optim.Adam's step number `step` (from 1) on the touched rows, the moments of the others kept.
 

@@ -39,7 +39,7 @@ class Options:
     zoneout: float | Sequence[float] = 0.0
     recurrent_dropout: float = 0.0
     recompute: bool = False  # saves memory in a kernel's backward; autograd of this code does not know it
-    seed: Tensor | None = None
+    seed: int | Tensor | None = None
 
     @property
     def directions(self) -> int:
@@ -108,7 +108,7 @@ def rnn(
     zoneout: float = 0.0,
     recurrent_dropout: float = 0.0,
     recompute: bool = False,
-    seed: Tensor | None = None,
+    seed: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`rnn_tanh_cell` or `rnn_relu_cell` over time; everything else as `lstm` says."""
     options = Options(
@@ -138,7 +138,7 @@ def lstm(
     zoneout: float | Sequence[float] = 0.0,
     recurrent_dropout: float = 0.0,
     recompute: bool = False,
-    seed: Tensor | None = None,
+    seed: int | Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """`lstm_cell` over time, with h' replaced by h' W_hr^T if there are projections (Sak, Senior, Beaufays 2014).
 
@@ -181,7 +181,7 @@ def gru(
     zoneout: float = 0.0,
     recurrent_dropout: float = 0.0,
     recompute: bool = False,
-    seed: Tensor | None = None,
+    seed: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`gru_cell` over time; everything else as `lstm` says."""
     options = Options(
@@ -346,7 +346,6 @@ def _zone(
     zones = options.zones(len(state))
     masks: list[Any] = [None] * len(state)
     if options.training and any(zones):
-        assert options.seed is not None
         for i, (z, s) in enumerate(zip(zones, state, strict=True)):
             mask = keep(options.seed, 2 + i, k, (*tokens, s.shape[1]), z, s.device)
             masks[i] = mask.unbind(0) if sizes is None else mask.split(sizes)
@@ -378,7 +377,6 @@ def _sequence(
             k = layer * directions + direction
             w = unflatten(weights[k * each : (k + 1) * each], extra)
             if options.training and options.recurrent_dropout > 0:
-                assert seed is not None
                 w = w._replace(w_hh=dropped(w.w_hh, seed, 1, k, options.recurrent_dropout))
             gates, step = prepare(mode, x, w)
             if hx is not None:
@@ -395,7 +393,6 @@ def _sequence(
             finals.append(state)
         x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
         if options.training and options.dropout > 0 and layer < layers - 1:
-            assert seed is not None
             x = dropped(x, seed, 0, layer, options.dropout)
     final = tuple(torch.stack(parts).to(input.dtype) for parts in zip(*finals, strict=True))
     return (x.transpose(0, 1) if swap else x), final

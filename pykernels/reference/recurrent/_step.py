@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
-from .._random import philox_words
+from .._random import philox_words, seed_on
 
 State = tuple[Tensor, ...]  # (h,) or (h, c), each (B, H)
 Step = Callable[[Tensor, State], State]  # (gates from the input, state before) -> state after
@@ -59,7 +59,9 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def keep(seed: Tensor, use: int, index: int, shape: Sequence[int], p: float, device: torch.device) -> Tensor:
+def keep(
+    seed: int | Tensor | None, use: int, index: int, shape: Sequence[int], p: float, device: torch.device
+) -> Tensor:
     """Which elements of the index-th tensor of this shape stay, each with probability 1 - p.
 
     A call's masks have seeds of their own, `seed + use * 0x9E3779B97F4A7C15`; use 0: dropout between layers, 1:
@@ -69,12 +71,12 @@ def keep(seed: Tensor, use: int, index: int, shape: Sequence[int], p: float, dev
     return kept_at(seed, use, torch.arange(index * count, (index + 1) * count, device=device), p).reshape(tuple(shape))
 
 
-def kept_at(seed: Tensor, use: int, offsets: Tensor, p: float) -> Tensor:
+def kept_at(seed: int | Tensor | None, use: int, offsets: Tensor, p: float) -> Tensor:
     """`keep` of the elements at these offsets."""
-    return philox_words(seed.to(offsets.device) + _SHIFTS[use], offsets) >= round(p * 2.0**32)
+    return philox_words(seed_on(seed, offsets.device) + _SHIFTS[use], offsets) >= round(p * 2.0**32)
 
 
-def dropped(x: Tensor, seed: Tensor, use: int, index: int, p: float) -> Tensor:
+def dropped(x: Tensor, seed: int | Tensor | None, use: int, index: int, p: float) -> Tensor:
     """x with the elements that `keep` drops set to 0, the others times 1 / (1 - p)."""
     return torch.where(keep(seed, use, index, x.shape, p, x.device), x * (1 / (1 - p) if p < 1 else 0.0), 0)
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._random import philox_words
+from .._random import philox_words, seed_on
 from .tables import AliasTable
 
 __all__ = [
@@ -97,15 +97,6 @@ def as_table(unigrams: AliasTable | Tensor | Sequence[float], distortion: float,
     return table.to(device)
 
 
-def _seed(seed: int | Tensor | None, like: Tensor) -> Tensor:
-    if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=like.device)
-    if isinstance(seed, Tensor):
-        return seed.to(like.device).reshape(1)
-    value = seed & (2**64 - 1)
-    return torch.full((1,), value - 2**64 if value >= 2**63 else value, dtype=torch.int64, device=like.device)
-
-
 def with_expected_counts(
     ids: Tensor,
     tries: Tensor,
@@ -142,7 +133,7 @@ def log_uniform_candidate_sampler(
     tf_compat: bool = False,
 ) -> Sampled:
     """P(v) = log(1 + 1 / (v + 1)) / log(range_max + 1), drawn as floor(exp(u log(range_max + 1))) - 1."""
-    ids, tries = sample(_seed(seed, true_classes), None, None, "log_uniform", num_sampled, range_max, unique)
+    ids, tries = sample(seed_on(seed, true_classes.device), None, None, "log_uniform", num_sampled, range_max, unique)
     rest = (true_classes, "log_uniform", num_sampled, range_max, unique, None, tf_compat)
     return with_expected_counts(ids, tries, *rest)
 
@@ -158,7 +149,7 @@ def uniform_candidate_sampler(
     tf_compat: bool = False,
 ) -> Sampled:
     """P(v) = 1 / range_max, drawn as floor(u range_max)."""
-    ids, tries = sample(_seed(seed, true_classes), None, None, "uniform", num_sampled, range_max, unique)
+    ids, tries = sample(seed_on(seed, true_classes.device), None, None, "uniform", num_sampled, range_max, unique)
     return with_expected_counts(ids, tries, true_classes, "uniform", num_sampled, range_max, unique, None, tf_compat)
 
 
@@ -176,7 +167,7 @@ def fixed_unigram_candidate_sampler(
 ) -> Sampled:
     """P(v) proportional to unigrams[v]**distortion, drawn through an alias table."""
     table = as_table(unigrams, distortion, true_classes.device)
-    seeded = _seed(seed, true_classes)
+    seeded = seed_on(seed, true_classes.device)
     ids, tries = sample(seeded, table.threshold, table.alias, "alias", num_sampled, range_max, unique)
     rest = (true_classes, "alias", num_sampled, range_max, unique, table.probability, tf_compat)
     return with_expected_counts(ids, tries, *rest)
