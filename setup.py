@@ -36,6 +36,7 @@ ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 CXX = os.environ.get("CXX") or "g++"
 KINDS = ("cpu", "emulator", "cuda")
+ROOMS = ("activation", "attention", "recurrent", "embedding", "sampled_softmax")
 OLDEST_TORCH = (2, 11)  # as in pyproject.toml
 OLDEST_GXX = 11  # the first with AMX
 
@@ -171,7 +172,8 @@ def plan() -> tuple[dict[str, str | None], list[str]]:
 class Ninja:
     """The text of a build.ninja, target by target."""
 
-    def __init__(self, nvcc: str | None) -> None:
+    def __init__(self, work: Path, nvcc: str | None) -> None:
+        self.work = work
         self.python = f"-I{pybind11_include()} -I{sysconfig.get_path('include')}"
         self.lines = [
             f"rule cxx\n command = {CXX} -MMD -MF $out.d $flags -c $in -o $out\n depfile = $out.d\n deps = gcc",
@@ -188,6 +190,15 @@ class Ninja:
         self.lines.append(f"build {target}: {rule} {source}\n flags = {flags}")
         return target
 
+    def merged(self, module: str, name: str, sources: list[Path], flags: str) -> str:
+        """One unit of several sources: the headers of torch or pybind11 are most of what each costs to compile."""
+        made = self.work / module / f"{name}.cpp"
+        made.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(f'#include "{source}"\n' for source in sources)
+        if not made.exists() or made.read_text() != text:
+            made.write_text(text)
+        return self.unit(module, "cxx", made, flags)
+
     def module(self, target: Path, objects: list[str], libs: str) -> None:
         self.lines.append(f"build {target}: link {' '.join(objects)}\n libs = {libs}")
 
@@ -197,15 +208,20 @@ class Ninja:
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={abi_flag}"
         version = f'-DPK_TORCH_VERSION=\\"{version}\\" -DPK_MODULE=_cpu_ext'
         base = f"{COMMON} {CPU} {WARNINGS} {includes} {abi} {version} {self.python}"
-        objects = []
+        objects, rooms = [], {}
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
-            isa = ISA_FLAGS.get(source.stem.rsplit("_", 1)[-1], "")
-            objects.append(self.unit("cpu", "cxx", source, f"{base} {isa}"))
+            if isa := ISA_FLAGS.get(source.stem.rsplit("_", 1)[-1]):
+                objects.append(self.unit("cpu", "cxx", source, f"{base} {isa}"))
+            else:
+                room = next((r for r in ROOMS if source.stem.startswith(r)), "common")
+                rooms.setdefault(room, []).append(source)
+        objects += [self.merged("cpu", room, sources, base) for room, sources in rooms.items()]
         self.module(target, objects, f"-fopenmp -L{lib} -lc10 -ltorch_cpu -ltorch -Wl,--as-needed -Wl,-rpath,{lib} -s")
 
-    def bindings(self, kind: str, flags: str) -> list[str]:
+    def bindings(self, kind: str, flags: str) -> str:
         folders = ("cuda", "emulator") if kind == "emulator" else ("cuda",)
-        return [self.unit(kind, "cxx", s, flags) for f in folders for s in sorted((CSRC / f).glob("*bindings.cpp"))]
+        sources = [s for f in folders for s in sorted((CSRC / f).glob("*bindings.cpp"))]
+        return self.merged(kind, "bindings", sources, flags)
 
     def emulator(self, target: Path) -> None:
         base = f"{COMMON} {WARNINGS}"
@@ -214,7 +230,7 @@ class Ninja:
         runtime = [s for s in sorted((CSRC / "emulator").glob("*.cpp")) if not s.name.endswith("bindings.cpp")]
         objects = [self.unit("emulator", "cxx", s, f"{base} -O2 -g1 -DEMU_HOOKS -DPK_EMULATOR") for s in runtime]
         objects += [self.unit("emulator", "cxx", s, f"{base} {CHECKED} -DPK_EMULATOR") for s in kernels]
-        objects += self.bindings("emulator", f"{base} -O1 -DPK_EMULATOR -DPK_MODULE=_emulator_ext {self.python}")
+        objects.append(self.bindings("emulator", f"{base} -O1 -DPK_EMULATOR -DPK_MODULE=_emulator_ext {self.python}"))
         self.module(target, objects, "-ldl")
 
     def cuda(self, target: Path, nvcc: str) -> None:
@@ -227,9 +243,8 @@ class Ninja:
             if codes:
                 objects.append(self.unit("cuda", "nvcc", source, f"{base} --threads 2 {codes}"))
         listed = ",".join(archs)
-        objects += self.bindings(
-            "cuda", f'{COMMON} {WARNINGS} -O1 -DPK_MODULE=_cuda_ext -DPK_ARCHS=\\"{listed}\\" {self.python}'
-        )
+        flags = f'{COMMON} {WARNINGS} -O1 -DPK_MODULE=_cuda_ext -DPK_ARCHS=\\"{listed}\\" {self.python}'
+        objects.append(self.bindings("cuda", flags))
         self.module(target, objects, f"-L{cuda_home(nvcc)}/lib64 -lcudart_static -ldl -lrt -lpthread")
 
 
@@ -238,7 +253,7 @@ class NinjaBuild(build_ext):
         built, _ = PLAN
         work = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.version_info.major}{sys.version_info.minor}"
         work.mkdir(parents=True, exist_ok=True)
-        ninja = Ninja(built.get("cuda"))
+        ninja = Ninja(work, built.get("cuda"))
         made = []  # (extension, its module); an Extension is not hashable
         for extension in self.extensions:
             kind = extension.name.removeprefix("pykernels._").removesuffix("_ext")

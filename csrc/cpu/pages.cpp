@@ -8,11 +8,11 @@
 #include <sys/mman.h>
 
 #include "pool.h"
+#include "scratch.h"
 
 namespace pk {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kLarge = size_t{4} << 20;  // below this the call to the kernel is not worth its time
 // From here on zeros are a fresh mapping, even with the pool: a gradient of a table is written in few places, and where
 // it is written everywhere (65,536 ids, 51 MB) clearing a kept block took as long as the page faults.

@@ -18,6 +18,7 @@
 #include <thread>
 #include <unordered_map>
 
+#include "scratch.h"
 #include "system_memory.h"
 
 namespace pk {
@@ -25,7 +26,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr size_t kHuge = size_t{2} << 20;
 constexpr double kPatience = 5.0;  // seconds that a block waits for its next use
 constexpr auto kLook = std::chrono::milliseconds(250);
 
@@ -36,11 +36,11 @@ size_t rounded(size_t bytes) {
 }
 
 void* map(size_t bytes) {
-  const size_t all = bytes + kHuge;  // a margin, so that a boundary is inside; what is around the block goes back
+  const size_t all = bytes + kHugePage;  // a margin, so that a boundary is inside; what is around the block goes back
   char* const start =
       static_cast<char*>(mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   if (start == MAP_FAILED) return nullptr;
-  char* const block = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(start) + kHuge - 1) & ~(kHuge - 1));
+  char* const block = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(start) + kHugePage - 1) & ~(kHugePage - 1));
   if (block != start) munmap(start, block - start);
   munmap(block + bytes, start + all - (block + bytes));
   madvise(block, bytes, MADV_HUGEPAGE);  // a wish: failure is fine

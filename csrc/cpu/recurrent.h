@@ -3,8 +3,10 @@
 #pragma once
 #include <ATen/Parallel.h>
 #include <ATen/core/DimVector.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <cstring>
 #include <initializer_list>
@@ -38,6 +40,19 @@ struct Gradients {
 struct Wanted {
   bool input, h0, c0, w_ih, w_hh, bias, w_hr = false, peephole = false;
 };
+
+// Tensor functions called in its scope are not differentiated and not cast.
+struct AsGiven {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  c10::impl::ExcludeDispatchKeyGuard as_given{c10::autocast_dispatch_keyset};
+};
+
+inline Cell cell_of(c10::string_view kind) {
+  if (kind == "lstm") return Cell::kLstm;
+  if (kind == "gru") return Cell::kGru;
+  TORCH_CHECK(kind == "tanh" || kind == "relu", "recurrent: unknown kind '", kind, "'");
+  return kind == "tanh" ? Cell::kTanh : Cell::kRelu;
+}
 
 inline int64_t directions(const Tensor& h0) { return h0.dim() == 3 ? 2 : 1; }
 // One direction's share of a tensor that has one for each.

@@ -10,18 +10,18 @@
 namespace pk {
 namespace {
 
-constexpr int64_t kRowsForThread = 16;  // a tile
+constexpr int64_t kRowsOfTile = 16;  // a tile
 
 const uint16_t* words(const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); }
 uint16_t* words_out(const Tensor& t) { return static_cast<uint16_t*>(t.mutable_data_ptr()); }
 Tensor widened(const Tensor& t) { return t.to(at::kFloat).contiguous(); }
-Tensor rows_of(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous(); }
+Tensor unit_rows(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous(); }
 
 // d^T x, (width, columns), in `out`. torch's product of a transposed bfloat16 matrix reaches half of what it does
 // otherwise.
 void weight_gradient(const Tensor& d, const Tensor& input, const Tensor& out) {
   const AmxKernels& table = *recurrent_kernels_amx();
-  const Tensor x = rows_of(input);
+  const Tensor x = unit_rows(input);
   const int64_t columns = x.size(1), width = d.size(1), tokens = d.size(0);
   if (columns == 0) return;  // an input of no columns
   const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), columns / 64));
@@ -41,10 +41,10 @@ void weight_gradient(const Tensor& d, const Tensor& input, const Tensor& out) {
 }
 
 // One direction forward: `out` is its share, with c0 in c_n and h0 in h_n.
-class ForwardLoop {
+class AmxForwardLoop {
  public:
-  ForwardLoop(const Sequence& sequence, const Tensor& input, const Layer& layer, bool reverse, bool keep,
-              const Forward& out)
+  AmxForwardLoop(const Sequence& sequence, const Tensor& input, const Layer& layer, bool reverse, bool keep,
+                 const Forward& out)
       : sequence_(sequence),
         input_(input),
         w_in_(layer.w_ih.t()),
@@ -108,11 +108,11 @@ class ForwardLoop {
 };
 
 // One direction backward: `dgates` (tokens, 4 H) with rows any distance apart is its share, as is `carry`, with dc_n.
-class BackwardLoop {
+class AmxBackwardLoop {
  public:
-  BackwardLoop(const Sequence& sequence, const Tensor& dy, const Tensor& last, const Layer& layer, const Saved& saved,
-               bool reverse, const Tensor& dgates, const Tensor& carry)
-      : gradient_(rows_of(dy)),
+  AmxBackwardLoop(const Sequence& sequence, const Tensor& dy, const Tensor& last, const Layer& layer,
+                  const Saved& saved, bool reverse, const Tensor& dgates, const Tensor& carry)
+      : gradient_(unit_rows(dy)),
         last_(last),
         gates_(saved.gates->contiguous()),
         c0_(widened(*layer.c0)),
@@ -175,14 +175,14 @@ Forward forward_bfloat16(const Sequence& sequence, const Layer& layer, bool keep
   out.c_n = float_copy(layer.c0, *layer.c0);
   out.cells = at::empty(sizes_of(h0, {keep ? room : 0, hidden}), at::kFloat);
   out.gates = at::empty(sizes_of(h0, {keep ? room : 0, 4 * hidden}), at::kHalf);
-  std::vector<ForwardLoop> loops;
+  std::vector<AmxForwardLoop> loops;
   loops.reserve(ways);
   for (int64_t d = 0; d < ways; ++d) {
     const Forward own{out.output.narrow(1, d * hidden, hidden), share(out.h_n, ways, d), share(out.c_n, ways, d),
                       share(out.gates, ways, d), share(out.cells, ways, d)};
     loops.emplace_back(sequence, layer.input, direction_of(layer, d), d == 1, keep, own);
   }
-  run_loops(loops, kRowsForThread);
+  run_loops(loops, kRowsOfTile);
   return out;
 }
 
@@ -200,14 +200,14 @@ Gradients backward_bfloat16(const Sequence& sequence, const Tensor& dy, const Op
   const Tensor dgates = at::empty({tokens, ways * width}, at::kBFloat16);
   Gradients out;
   out.c0 = float_copy(dcn, *layer.c0);
-  std::vector<BackwardLoop> loops;
+  std::vector<AmxBackwardLoop> loops;
   loops.reserve(ways);
   for (int64_t d = 0; d < ways; ++d) {
     const Saved own{saved.output, share(*saved.gates, ways, d), share(*saved.cells, ways, d)};
     loops.emplace_back(sequence, dy.narrow(1, d * hidden, hidden), share(last, ways, d), direction_of(layer, d), own,
                        d == 1, dgates.narrow(1, d * width, width), share(out.c0, ways, d));
   }
-  run_loops(loops, kRowsForThread);
+  run_loops(loops, kRowsOfTile);
   const auto made = [](bool is_wanted, at::IntArrayRef sizes) {
     return is_wanted ? at::empty(sizes, at::kBFloat16) : Tensor();
   };

@@ -16,6 +16,7 @@ namespace {
 
 #define PK_LAMBDA __attribute__((always_inline))
 #define PK_UNROLL _Pragma("GCC unroll 16")
+#define PK_ROLLED _Pragma("GCC unroll 1")
 
 using V = VecF;
 using M = Math<float, true>;
@@ -77,6 +78,15 @@ PK_INLINE void clear(V (&sum)[R][Q]) {
   PK_UNROLL for (int r = 0; r < R; ++r) { PK_UNROLL for (int q = 0; q < Q; ++q) sum[r][q] = V(0.f); }
 }
 
+// Sums to memory. What follows a product goes through them row by row in a loop that is not unrolled: it is a fraction
+// of the product, and unrolled with it most of what there was to compile.
+template <int R, int Q>
+PK_INLINE void put_aside(const V (&sum)[R][Q], float* to) {
+  PK_UNROLL for (int r = 0; r < R; ++r) {
+    PK_UNROLL for (int q = 0; q < Q; ++q) sum[r][q].store(to + (r * Q + q) * kV);
+  }
+}
+
 // One block of rows and one panel of units. Pointers are at the block's first row and the panel's first unit; `stride`
 // is the distance between rows of the product's left side, out_stride between those of the output (and of a vanilla
 // RNN's gates, which are its output); everything else without a stride has H or the width between rows.
@@ -109,21 +119,24 @@ struct Lstm {
     clear(a);
     if (b.x_panel) multiply(a, b.x_depth, b.x, b.x_stride, b.x_panel, b.x_panel);
     multiply(a, b.depth, b.left, b.stride, b.panel, b.ahead);
-    PK_UNROLL for (int q = 0; q < 4; ++q) {
-      const V bias = load<kPart>(b.bias + q * H, n);
-      PK_UNROLL for (int r = 0; r < R; ++r) a[r][q] =
-          a[r][q] + (b.x_panel ? bias : load<kPart>(b.gates + r * 4 * H + q * H, n) + bias);
-    }
-    PK_UNROLL for (int r = 0; r < R; ++r) {
+    alignas(64) float sums[R * 4 * kV];
+    put_aside(a, sums);
+    PK_ROLLED for (int r = 0; r < R; ++r) {
+      V gate[4];
+      PK_UNROLL for (int q = 0; q < 4; ++q) {
+        const V bias = load<kPart>(b.bias + q * H, n);
+        gate[q] =
+            V::loadu(sums + (r * 4 + q) * kV) + (b.x_panel ? bias : load<kPart>(b.gates + r * 4 * H + q * H, n) + bias);
+      }
       const V before = load<kPart>(b.state + r * H, n);
       if (b.peephole) {
-        a[r][0] = fmadd(load<kPart>(b.peephole, n), before, a[r][0]);
-        a[r][1] = fmadd(load<kPart>(b.peephole + H, n), before, a[r][1]);
+        gate[0] = fmadd(load<kPart>(b.peephole, n), before, gate[0]);
+        gate[1] = fmadd(load<kPart>(b.peephole + H, n), before, gate[1]);
       }
-      const V i = sigmoid<M>(a[r][0]), f = sigmoid<M>(a[r][1]), g = M::tanh(a[r][2]);
+      const V i = sigmoid<M>(gate[0]), f = sigmoid<M>(gate[1]), g = M::tanh(gate[2]);
       const V c = fmadd(f, before, i * g);
-      if (b.peephole) a[r][3] = fmadd(load<kPart>(b.peephole + 2 * H, n), c, a[r][3]);
-      const V o = sigmoid<M>(a[r][3]);
+      if (b.peephole) gate[3] = fmadd(load<kPart>(b.peephole + 2 * H, n), c, gate[3]);
+      const V o = sigmoid<M>(gate[3]);
       store<kPart>(b.state + r * H, c, n);
       if (b.output) store<kPart>(b.output + r * b.out_stride, o * M::tanh(c), n);
       if (b.keep) {
@@ -175,11 +188,14 @@ struct Gru {
     clear(a);
     multiply(a, b.depth, b.left, b.stride, b.panel, b.ahead);
     const V bias_r = load<kPart>(b.bias, n), bias_z = load<kPart>(b.bias + H, n), bias_n = load<kPart>(b.bias_n, n);
-    PK_UNROLL for (int r = 0; r < R; ++r) {
+    alignas(64) float sums[R * 3 * kV];
+    put_aside(a, sums);
+    PK_ROLLED for (int r = 0; r < R; ++r) {
+      const float* sum = sums + r * 3 * kV;
       float* p = b.gates + r * 4 * H;
-      const V reset = sigmoid<M>(a[r][0] + (load<kPart>(p, n) + bias_r));
-      const V z = sigmoid<M>(a[r][1] + (load<kPart>(p + H, n) + bias_z));
-      const V hidden = (b.ready ? load<kPart>(p + 3 * H, n) : a[r][2]) + bias_n;
+      const V reset = sigmoid<M>(V::loadu(sum) + (load<kPart>(p, n) + bias_r));
+      const V z = sigmoid<M>(V::loadu(sum + kV) + (load<kPart>(p + H, n) + bias_z));
+      const V hidden = (b.ready ? load<kPart>(p + 3 * H, n) : V::loadu(sum + 2 * kV)) + bias_n;
       const V input = load<kPart>(p + 2 * H, n) + load<kPart>(b.bias + 2 * H, n);
       const V candidate = M::tanh(fmadd(reset, hidden, input));
       if (b.output) {
@@ -225,17 +241,14 @@ struct Vanilla {
     clear(a);
     if (b.x_panel) multiply(a, b.x_depth, b.x, b.x_stride, b.x_panel, b.x_panel);
     multiply<64>(a, b.depth, b.left, b.stride, b.panel, b.ahead);
-    PK_UNROLL for (int q = 0; q < 4; ++q) {
-      const int64_t n = count_at(b.unit + q * kV, H);
+    alignas(64) float sums[R * 4 * kV];
+    put_aside(a, sums);
+    PK_ROLLED for (int i = 0; i < R * 4; ++i) {
+      const int64_t r = i / 4, q = i % 4, n = count_at(b.unit + q * kV, H);
       const V bias = load<kPart>(b.bias + q * kV, n);
-      PK_UNROLL for (int r = 0; r < R; ++r) a[r][q] =
-          a[r][q] + (b.x_panel ? bias : load<kPart>(b.gates + r * b.out_stride + q * kV, n) + bias);
-    }
-    PK_UNROLL for (int r = 0; r < R; ++r) {
-      PK_UNROLL for (int q = 0; q < 4; ++q) {
-        const V h = kTanh ? M::tanh(a[r][q]) : zero_unless_positive(a[r][q], a[r][q]);
-        store<kPart>(b.output + r * b.out_stride + q * kV, h, count_at(b.unit + q * kV, H));
-      }
+      const V sum =
+          V::loadu(sums + i * kV) + (b.x_panel ? bias : load<kPart>(b.gates + r * b.out_stride + q * kV, n) + bias);
+      store<kPart>(b.output + r * b.out_stride + q * kV, kTanh ? M::tanh(sum) : zero_unless_positive(sum, sum), n);
     }
   }
 
@@ -257,13 +270,14 @@ struct Plain {
     V a[R][4];
     clear(a);
     multiply<32>(a, b.depth, b.left, b.stride, b.panel, b.ahead);
-    PK_UNROLL for (int r = 0; r < R; ++r) {
-      PK_UNROLL for (int q = 0; q < 4; ++q) {
-        const int64_t n = count_at(b.unit + q * kV, b.hidden);
-        if (b.dy) a[r][q] = a[r][q] + load<kPart>(b.dy + r * b.dy_stride + q * kV, n);
-        if (b.final) a[r][q] = a[r][q] + load<kPart>(b.final + r * b.hidden + q * kV, n);
-        store<kPart>(b.output + r * b.out_stride + q * kV, a[r][q], n);
-      }
+    alignas(64) float sums[R * 4 * kV];
+    put_aside(a, sums);
+    PK_ROLLED for (int i = 0; i < R * 4; ++i) {
+      const int64_t r = i / 4, q = i % 4, n = count_at(b.unit + q * kV, b.hidden);
+      V sum = V::loadu(sums + i * kV);
+      if (b.dy) sum = sum + load<kPart>(b.dy + r * b.dy_stride + q * kV, n);
+      if (b.final) sum = sum + load<kPart>(b.final + r * b.hidden + q * kV, n);
+      store<kPart>(b.output + r * b.out_stride + q * kV, sum, n);
     }
   }
 };
@@ -275,14 +289,15 @@ void backward_block(const Block& b) {
   V dh[R][4];
   clear(dh);
   multiply(dh, b.depth, b.left, b.stride, b.panel, b.ahead);
-  PK_UNROLL for (int r = 0; r < R; ++r) {
-    PK_UNROLL for (int q = 0; q < 4; ++q) {
-      const int64_t n = count_at(b.unit + q * kV, H);
-      V more = b.dy ? load<kPart>(b.dy + r * b.dy_stride + q * kV, n) : V(0.f);
-      if (b.final) more = more + load<kPart>(b.final + r * H + q * kV, n);
-      if constexpr (C::kSkip) more = more + load<kPart>(b.carry + r * H + q * kV, n);
-      C::template backward<kPart>(b, r, q * kV, n, dh[r][q] + more);
-    }
+  alignas(64) float sums[R * 4 * kV];
+  put_aside(dh, sums);
+  PK_ROLLED for (int i = 0; i < R * 4; ++i) {
+    const int r = i / 4, q = i % 4;
+    const int64_t n = count_at(b.unit + q * kV, H);
+    V more = b.dy ? load<kPart>(b.dy + r * b.dy_stride + q * kV, n) : V(0.f);
+    if (b.final) more = more + load<kPart>(b.final + r * H + q * kV, n);
+    if constexpr (C::kSkip) more = more + load<kPart>(b.carry + r * H + q * kV, n);
+    C::template backward<kPart>(b, r, q * kV, n, V::loadu(sums + i * kV) + more);
   }
 }
 

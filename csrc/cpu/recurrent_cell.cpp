@@ -1,12 +1,10 @@
 // The cells' `.cpu` operators: one step, without what a sequence needs around it. A small cell's call is nearly all
 // overhead, so its products go to the BLAS that torch brings along, without a dispatcher and views in between.
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <climits>
@@ -58,23 +56,11 @@ void product(const Matrix& a, const Matrix& b, float* c, int64_t pitch, bool add
 }
 
 // Rows of unit stride that do not overlap, as BLAS has them.
-Tensor rows_of(const Tensor& t) {
+Tensor blas_rows(const Tensor& t) {
   return t.stride(1) == 1 && t.stride(0) >= std::max<int64_t>(t.size(1), 1) ? t : t.contiguous();
 }
 Matrix matrix(const Tensor& t) {
   return {t.const_data_ptr<float>(), t.size(0), t.size(1), t.size(0) > 1 ? t.stride(0) : t.size(1)};
-}
-
-struct AsGiven {
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  c10::impl::ExcludeDispatchKeyGuard as_given{c10::autocast_dispatch_keyset};
-};
-
-Cell cell_of(c10::string_view kind) {
-  if (kind == "lstm") return Cell::kLstm;
-  if (kind == "gru") return Cell::kGru;
-  TORCH_CHECK(kind == "tanh" || kind == "relu", "cell: unknown kind '", kind, "'");
-  return kind == "tanh" ? Cell::kTanh : Cell::kRelu;
 }
 
 // The shapes, dtypes and places of a cell's tensors. Messages are made by the caller (`cell_arguments`).
@@ -114,7 +100,7 @@ std::vector<Tensor> cell_forward(const Tensor& input, const Tensor& h, const Opt
     if (save && gru) found.push_back(out.gates);
     return found;
   }
-  const Tensor x = rows_of(input), before = h.contiguous(), w_x = rows_of(w_ih), w_h = rows_of(w_hh);
+  const Tensor x = blas_rows(input), before = h.contiguous(), w_x = blas_rows(w_ih), w_h = blas_rows(w_hh);
   const Tensor output = at::empty({batch, hidden}, at::kFloat);
   const Tensor gates = lstm || gru ? at::empty({batch, width}, at::kFloat) : output;
   float* const sums = gates.mutable_data_ptr<float>();
@@ -191,7 +177,7 @@ std::vector<Tensor> cell_backward(const Optional& dh, const Optional& dc, const 
     if (mask[6]) found.push_back((gru ? out.b_hh : out.b_ih).to(dtype, false, /*copy=*/true));
     return found;
   }
-  const Tensor before = h.contiguous(), w_x = rows_of(w_ih), w_h = rows_of(w_hh), x = rows_of(input);
+  const Tensor before = h.contiguous(), w_x = blas_rows(w_ih), w_h = blas_rows(w_hh), x = blas_rows(input);
   const Tensor dy =
       dh ? (dh->stride(1) == 1 || hidden == 1 ? *dh : dh->contiguous()) : at::zeros({1, hidden}, at::kFloat);
   const Tensor c_before = lstm ? c->contiguous() : Tensor(), kept = gates ? gates->contiguous() : Tensor();

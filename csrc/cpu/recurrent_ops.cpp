@@ -1,20 +1,12 @@
 // The recurrent room's `.cpu` operators: one layer. Schemas are defined in Python
 // (pykernels/ops/recurrent/_functions.py).
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include "recurrent.h"
 
 namespace pk {
 namespace {
-
-// Tensor functions called here are not differentiated and not cast.
-struct AsGiven {
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  c10::impl::ExcludeDispatchKeyGuard as_given{c10::autocast_dispatch_keyset};
-};
 
 // What leaves an operator: the input's dtype, memory of its own; zero-size where a gradient was not wanted.
 Tensor give(const Tensor& t, at::ScalarType dtype) {

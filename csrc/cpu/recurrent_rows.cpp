@@ -3,38 +3,24 @@
 #include "recurrent_rows.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include "isa.h"
 #include "recurrent.h"
 
-namespace pk {
+namespace pk::options {  // helpers named as in recurrent_float.h, which shares the unit
 namespace {
 
 constexpr int64_t kRowsForThread = 2;
-
-struct AsGiven {
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  c10::impl::ExcludeDispatchKeyGuard as_given{c10::autocast_dispatch_keyset};
-};
 
 const RowsKernels& rows_kernels() {
   recurrent_kernels();  // raises where there is no instruction set
   static const RowsKernels* const table = isa() == Isa::kAvx512 ? recurrent_rows_avx512() : recurrent_rows_avx2();
   return *table;
-}
-
-Cell cell_of(c10::string_view kind) {
-  if (kind == "lstm") return Cell::kLstm;
-  if (kind == "gru") return Cell::kGru;
-  TORCH_CHECK(kind == "tanh" || kind == "relu", "rows: unknown kind '", kind, "'");
-  return kind == "tanh" ? Cell::kTanh : Cell::kRelu;
 }
 
 const float* read(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
@@ -354,4 +340,4 @@ TORCH_LIBRARY_IMPL(pykernels, CPU, m) {
   m.impl("drop_forward.cpu", &drop);
 }
 
-}  // namespace pk
+}  // namespace pk::options

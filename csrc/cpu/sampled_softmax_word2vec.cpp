@@ -18,8 +18,8 @@ namespace {
 using at::Tensor;
 
 constexpr auto kName = "word2vec_step_()";
-constexpr int64_t kGrain = 4096;  // words a thread must have to be worth waking
-constexpr int64_t kBeat = 256;    // words of all threads between two merges of copies; at 64 they cost a tenth more
+constexpr int64_t kWordsForThread = 4096;  // words a thread must have to be worth waking
+constexpr int64_t kBeat = 256;  // words of all threads between two merges of copies; at 64 they cost a tenth more
 
 const Word2VecKernels& kernels() {
   TORCH_CHECK(isa() != Isa::kNone, isa_refusal());
@@ -68,7 +68,7 @@ void check_spans(const int64_t* offsets, int64_t count, int64_t total, const cha
 
 // How many rows the threads copy and how often they merge them; nothing with one thread.
 void share_out(Word2VecArgs& a, int64_t words) {
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), words / kGrain);
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), words / kWordsForThread);
   if (threads < 2 || at::in_parallel_region()) return;
   a.beat = std::max<int64_t>(1, kBeat / threads);
   int classes = kCopyClasses;
@@ -142,7 +142,7 @@ Tensor word2vec_step_(Tensor vectors, Tensor outputs, const Tensor& tokens, cons
   std::array<int32_t, kCopyClasses> locks{};
   a.locks = locks.data();
   share_out(a, tokens.numel());
-  at::parallel_for(0, tokens.numel(), kGrain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, tokens.numel(), kWordsForThread, [&](int64_t begin, int64_t end) {
     Word2VecCounts mine;
     const int64_t last = end == tokens.numel() ? a.sentences : sentence_at(end);
     Word2VecArgs own = a;

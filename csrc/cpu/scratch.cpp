@@ -8,8 +8,6 @@
 namespace pk {
 namespace {
 
-constexpr size_t kHuge = size_t{2} << 20;
-
 struct Block {
   char* data = nullptr;
   size_t size = 0;
@@ -27,14 +25,15 @@ void* scratch(size_t bytes, int slot) {
   if (block.size >= bytes) return block.data;
   if (block.data) munmap(block.data, block.size);
   block = {};
-  const size_t size = (bytes + kHuge - 1) / kHuge * kHuge;
+  const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   // Mapped with a margin, so that a 2 MiB boundary is inside; the margins go back.
   char* const all =
-      static_cast<char*>(mmap(nullptr, size + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+      static_cast<char*>(mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   if (all == MAP_FAILED) throw std::bad_alloc();
-  char* const start = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(all) + kHuge - 1) / kHuge * kHuge);
+  char* const start =
+      reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(all) + kHugePage - 1) / kHugePage * kHugePage);
   if (start != all) munmap(all, start - all);
-  if (start + size != all + size + kHuge) munmap(start + size, all + kHuge - start);
+  if (start + size != all + size + kHugePage) munmap(start + size, all + kHugePage - start);
   madvise(start, size, MADV_HUGEPAGE);
   block.data = start;
   block.size = size;

@@ -5,6 +5,7 @@
 
 namespace pk {
 
+constexpr size_t kHugePage = size_t{2} << 20;  // of x86-64
 constexpr int kScratchSlots = 4;
 
 void* scratch(size_t bytes,
