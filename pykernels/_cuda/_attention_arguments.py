@@ -79,12 +79,12 @@ def copy_back(x: Tensor, written: Tensor) -> None:
 
 def strides(x: Tensor) -> Strides:
     """(batch, head, position) of a (B, H, L, D) tensor, or of a packed (total, H, D) one."""
-    return (0, x.stride(1), x.stride(0)) if x.dim() == 3 else x.stride()[:3]  # type: ignore[return-value]
+    return (0, x.stride(1), x.stride(0)) if x.dim() == 3 else x.stride()[:3]
 
 
 def row_strides(x: Tensor) -> Strides:
     """`strides` for a tensor without head size."""
-    return (0, x.stride(1), x.stride(0)) if x.dim() == 2 else x.stride()  # type: ignore[return-value]
+    return (0, x.stride(1), x.stride(0)) if x.dim() == 2 else x.stride()
 
 
 def broadcast_strides(x: Tensor | None, dimensions: int) -> tuple[int, ...]:

@@ -304,7 +304,7 @@ def linear_rows_backward(
         slopes = Slopes(dloss.contiguous(), statistics.contiguous(), total, ignore_index, label_smoothing, z_loss)
         dinput, dbias = tiles.backward(ext, shared, slopes, (output_mask[0], output_mask[1], needs_bias), dweight)
     found = (dinput, dweight, dbias)
-    return tuple(input.new_empty(0) if x is None else x.to(input.dtype) for x in found)  # type: ignore[return-value]
+    return tuple(input.new_empty(0) if x is None else x.to(input.dtype) for x in found)
 
 
 def candidate_sample(

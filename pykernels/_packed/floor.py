@@ -172,7 +172,7 @@ class Floor:
             found.append(f.kept[0])
         if f.cells is not None and c is not None and c.dtype != torch.float32:
             found.append(f.cells[0])
-        return found  # type: ignore[return-value]
+        return found
 
     def cell_backward(
         self, dh: Tensor | None, dc: Tensor | None, input: Tensor, h: Tensor, c: Tensor | None, w_ih: Tensor,

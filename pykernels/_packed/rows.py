@@ -133,7 +133,7 @@ class RowsFloor:
             self.row_forward(r, product(_operand(h, dtype), w), visit)
         found = [r.output, r.h_n] + ([] if r.c is None else [r.c])
         if save:
-            found += [new(0) if r.products is None else r.products, r.kept, r.stats]  # type: ignore[list-item]
+            found += [new(0) if r.products is None else r.products, r.kept, r.stats]
             found += [] if r.cells is None else [r.cells]
         return found
 
@@ -193,7 +193,7 @@ class RowsFloor:
             found[5] = r.dstate[:, 2 * hidden :].sum(0)
         if w.peephole is not None and mask[6]:
             di, df, _, do = r.dgates.chunk(4, 1)
-            was = before(r.cells, r.c0)  # type: ignore[arg-type]
+            was = before(r.cells, r.c0)
             found[6] = torch.cat(((di * was).sum(0), (df * was).sum(0), (do * r.fresh).sum(0)))
         if w.norm_hh is not None and mask[7]:
             found[7] = (r.dstate * r.products).sum(0)

@@ -326,7 +326,7 @@ class GatedMLP(MLP):
             halves = [gate, up], None if gate_bias is None or up_bias is None else [gate_bias, up_bias]
         order = -1 if options.get("activation") == "glu" else 1
         first, bias1 = (None if half is None else torch.cat(half[::order]) for half in halves)
-        block: GatedMLP = cls._filled(first, bias1, second, bias2, options)  # type: ignore[arg-type]
+        block: GatedMLP = cls._filled(first, bias1, second, bias2, options)
         return block
 
 

@@ -200,7 +200,7 @@ class TransformerEncoder(nn.TransformerEncoder):
             ends = F.pad(lengths.cumsum(0), (1, 0))
             x = src[real]
             for layer in self.layers:
-                x = layer.packed(x, ends)  # type: ignore[operator]
+                x = layer.packed(x, ends)
             out[real] = x
             return out
         x = src

@@ -32,7 +32,7 @@ def number(function: str, name: str, value: object) -> float:
     if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad):
         return float(value)  # numpy's scalars, and what torch takes for a Number too
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
-        return value  # type: ignore[return-value]
+        return value
     raise TypeError(f"{function}(): argument '{name}' must be Number, not {type(value).__name__}")
 
 

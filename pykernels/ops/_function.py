@@ -90,5 +90,5 @@ def differentiable(
 
     Forward.__name__ = Forward.__qualname__ = name
     Gradient.__name__ = Gradient.__qualname__ = f"{name}Grad"
-    Forward.gradient = Gradient  # type: ignore[attr-defined]
+    Forward.gradient = Gradient
     return Forward

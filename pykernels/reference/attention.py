@@ -193,7 +193,7 @@ def attention_decode(
         None,
         None,
         sinks,
-        *options,  # type: ignore[arg-type]
+        *options,
     )
     return (out.to(dtype), lse) if return_lse else out.to(dtype)
 

@@ -88,7 +88,7 @@ class Row:
         peak = limits.flops.get(self.dtype) if limits else None
         if self.rate and peak:
             shares["products"] = self.rate / peak
-        return max(shares.items(), key=lambda one: one[1], default=None)  # type: ignore[arg-type,return-value]
+        return max(shares.items(), key=lambda one: one[1], default=None)
 
     def as_dict(self, limits: Limits | None = None) -> dict[str, Any]:
         timings, beside = (

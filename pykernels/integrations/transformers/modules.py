@@ -148,7 +148,7 @@ class _Llama:
 
     def forward(self: Any, *given: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*given, *named.values())
-        return self.down_proj(_GATES[self._pykernels_gate](self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+        return self.down_proj(_GATES[self._pykernels_gate](self.gate_proj(x), self.up_proj(x)))
 
 
 class _Phi3:
@@ -156,7 +156,7 @@ class _Phi3:
 
     def forward(self: Any, *given: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*given, *named.values())
-        return self.down_proj(_GATES[self._pykernels_gate](self.gate_up_proj(x)))  # type: ignore[no-any-return]
+        return self.down_proj(_GATES[self._pykernels_gate](self.gate_up_proj(x)))
 
 
 class _T5:
@@ -166,7 +166,7 @@ class _T5:
         weight = self.wo.weight
         if isinstance(weight, Tensor) and x.dtype != weight.dtype and weight.is_floating_point():
             x = x.to(weight.dtype)  # kept in float32 by some checkpoints
-        return self.wo(x)  # type: ignore[no-any-return]
+        return self.wo(x)
 
 
 BLOCKS: tuple[tuple[Any, type, str], ...] = (  # what it looks like, ours, its activation's name
@@ -214,7 +214,7 @@ def _target(kind: type[nn.Module], ours: type) -> type[nn.Module]:
             kind.__name__, (ours, kind), {"__module__": __name__, "__qualname__": name, "__doc__": kind.__doc__}
         )
         globals()[name] = made
-    return globals()[name]  # type: ignore[no-any-return]
+    return globals()[name]
 
 
 def __getattr__(name: str) -> Any:

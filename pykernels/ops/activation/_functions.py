@@ -163,8 +163,8 @@ def _unary_dx(ctx: Any, dy: Tensor) -> Tensor:
     (saved,) = ctx.saved_tensors
     activation, alpha, backend = ctx.options
     if torch.is_grad_enabled():
-        return UnaryGrad.apply(dy, saved, ctx.options)  # type: ignore[no-any-return]
-    return unary_backward[backend](dy, saved, activation, alpha)  # type: ignore[no-any-return]
+        return UnaryGrad.apply(dy, saved, ctx.options)
+    return unary_backward[backend](dy, saved, activation, alpha)
 
 
 class Unary(Function):

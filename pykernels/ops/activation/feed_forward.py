@@ -61,9 +61,7 @@ class _MLP(Function):
         d_activated = dy.matmul(w2)
         if create_graph:
             arguments = (hidden, b1, seed, activation, alpha, p)
-            dh, db1, _ = Fused.gradient.apply(  # type: ignore[attr-defined]
-                backend, (True, need_b1, False), d_activated, *arguments
-            )
+            dh, db1, _ = Fused.gradient.apply(backend, (True, need_b1, False), d_activated, *arguments)
             activated = Fused.apply(backend, *arguments)
         else:
             dh, db1, activated = fused_backward[backend](d_activated, hidden, b1, seed, activation, alpha, p, mask)
@@ -135,7 +133,7 @@ def mlp(
     alpha, p = check_options("mlp", activation, alpha, p, training)
     check_save("mlp", save)
     if _autocast.enabled(x.device):
-        x, w1, b1, w2, b2 = _autocast.lower((x, w1, b1, w2, b2), x.device)  # type: ignore[assignment]
+        x, w1, b1, w2, b2 = _autocast.lower((x, w1, b1, w2, b2), x.device)
     _check_parameters(x, w1, b1, w2, b2, activation)
     backend = ROOM.resolve("mlp", backend, x)
     drawn = as_seed(seed, x, "mlp") if p > 0.0 else None

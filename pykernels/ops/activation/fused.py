@@ -73,7 +73,7 @@ def bias_activation_dropout(
     if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
         result: Tensor = Fused.apply(backend, input, bias, drawn, activation, alpha, p)
         return result
-    return fused_forward[backend](input, bias, drawn, activation, alpha, p)  # type: ignore[no-any-return]
+    return fused_forward[backend](input, bias, drawn, activation, alpha, p)
 
 
 def kernel_options(activation: str, alpha: float) -> tuple[str, float]:

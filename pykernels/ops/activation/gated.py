@@ -33,7 +33,7 @@ def _gated(function: str, gate: Tensor, up: Tensor | None, activation: str, back
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         result: Tensor = Gated.apply(backend, gate, up, activation)
         return result
-    return gated_forward[backend](gate, up, activation)  # type: ignore[no-any-return]
+    return gated_forward[backend](gate, up, activation)
 
 
 def _glu(
@@ -52,7 +52,7 @@ def _glu(
     if torch.is_grad_enabled() and input.requires_grad:
         result: Tensor = Glu.apply(backend, input, dim, activation, gate_first)
         return result
-    return glu_forward[backend](input, dim, activation, gate_first)  # type: ignore[no-any-return]
+    return glu_forward[backend](input, dim, activation, gate_first)
 
 
 def glu(input: Tensor, dim: int = -1, *, backend: str | None = None) -> Tensor:

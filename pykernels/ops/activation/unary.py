@@ -40,7 +40,7 @@ def _unary(function: str, input: Tensor, activation: str, alpha: float, inplace:
     if torch.is_grad_enabled() and input.requires_grad:
         result: Tensor = Unary.apply(input, (activation, alpha, backend))
         return result
-    return unary_forward[backend](input, activation, alpha)  # type: ignore[no-any-return]
+    return unary_forward[backend](input, activation, alpha)
 
 
 def _unary_inplace(function: str, input: Tensor, activation: str, alpha: float, backend: str) -> Tensor:
@@ -237,7 +237,7 @@ def _parametric(
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
         result: Tensor = Parametric.apply(backend, input, weight, activation)
         return result
-    return parametric_forward[backend](input, weight, activation)  # type: ignore[no-any-return]
+    return parametric_forward[backend](input, weight, activation)
 
 
 def rrelu(

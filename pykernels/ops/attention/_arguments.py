@@ -60,7 +60,7 @@ def four_dimensions(name: str, label: str, x: Any, weights: tuple[int, ...], que
         raise RuntimeError(
             f"{name}(): argument '{label}' must be broadcastable to {tuple(weights)}, not {tuple(x.shape)}"
         )
-    return x[(None,) * (4 - x.dim())]  # type: ignore[no-any-return]
+    return x[(None,) * (4 - x.dim())]
 
 
 def bias_dtype(name: str, label: str, bias: Tensor, query: Tensor) -> None:
@@ -125,7 +125,7 @@ def per_head(name: str, label: str, x: Any, allowed: tuple[tuple[int, ...], ...]
     if tuple(x.shape) not in allowed:
         choices = " or ".join(str(shape) for shape in allowed)
         raise RuntimeError(f"{name}(): argument '{label}' must have the shape {choices}, not {tuple(x.shape)}")
-    return x  # type: ignore[no-any-return]
+    return x
 
 
 def positive(name: str, label: str, x: Any) -> float:
@@ -198,4 +198,4 @@ def longest(name: str, label: str, given: Any, ends: Tensor) -> int:
         raise ValueError(
             f"{name}(): argument '{label}' must be at least the longest, {int(ends.diff().max())}, not {given}"
         )
-    return given  # type: ignore[return-value]
+    return given

@@ -96,7 +96,7 @@ def attention_reference(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sinks: Tensor | None, masks: Masks, options: Options
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the operators' arguments."""
-    return reference.attention(  # type: ignore[return-value]
+    return reference.attention(
         query,
         key,
         value,
@@ -214,7 +214,7 @@ class PlainAttention(Function):
         saved = attention_forward[backend](query, key, value, *_PLAIN, *options)
         ctx.save_for_backward(query, key, value, *saved)
         ctx.options, ctx.backend = options, backend
-        return saved[0]  # type: ignore[no-any-return]
+        return saved[0]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
@@ -235,8 +235,8 @@ class PlainAttention(Function):
 def run_plain(backend: str, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
     """out alone, without bias, sinks and masks, on a backend that has kernels."""
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return PlainAttention.apply(query, key, value, options, backend)  # type: ignore[no-any-return]
-    return attention_forward[backend](query, key, value, *_PLAIN, *options)[0]  # type: ignore[no-any-return]
+        return PlainAttention.apply(query, key, value, options, backend)
+    return attention_forward[backend](query, key, value, *_PLAIN, *options)[0]
 
 
 def run(
@@ -252,4 +252,4 @@ def run(
     """(out, lse) on the backend that the registry chose."""
     if backend == "reference":
         return attention_reference(query, key, value, bias, sinks, masks, options)
-    return Attention.apply(query, key, value, bias, sinks, *masks, options, backend)  # type: ignore[no-any-return]
+    return Attention.apply(query, key, value, bias, sinks, *masks, options, backend)

@@ -104,7 +104,7 @@ def attention_decode(
 
     Source: Dao et al., "Flash-Decoding" (2023); Kwon et al. (arXiv 2309.06180) for the paged cache.
     """
-    plain = window is softcap is sinks is alibi_slopes is num_splits is None
+    plain = window is None and softcap is None and sinks is None and alibi_slopes is None and num_splits is None
     if plain and _nothing_to_check(query, key_cache, value_cache, cache_lengths, block_table):
         left, cap, splits, wide = -1, 0.0, 0, False
     else:

@@ -259,7 +259,7 @@ class Bag(Function):
         )
         ctx.save_for_backward(weight if needs[1] else None, scale, ids, offsets, maxima if mode == "max" else None)
         ctx.rows, ctx.options, ctx.table = weight.shape[0], options, table
-        return out  # type: ignore[no-any-return]
+        return out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:

@@ -8,7 +8,8 @@ from torch import Tensor
 from ... import reference
 from .. import _autocast, _check
 from .._function import differentiable
-from ._functions import ROOM, define
+from .._library import define
+from ._functions import ROOM
 
 __all__ = ["dot_interaction"]
 
@@ -96,4 +97,4 @@ def dot_interaction(
     if torch.is_grad_enabled() and (dense.requires_grad or sparse.requires_grad):
         result: Tensor = DotInteraction.apply(backend, dense, sparse, self_interaction)
         return result
-    return dot_interaction_forward[backend](dense, sparse, self_interaction)  # type: ignore[no-any-return]
+    return dot_interaction_forward[backend](dense, sparse, self_interaction)

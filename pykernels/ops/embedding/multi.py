@@ -13,6 +13,7 @@ from torch.autograd import Function
 from ... import reference
 from ..._backends import is_compiling
 from .. import _check, _ids
+from .._library import define
 from .._pending import is_held, note, outside_graphs, table_of
 from ._checks import (
     before,
@@ -23,7 +24,7 @@ from ._checks import (
     check_table,
     report_code,
 )
-from ._functions import ROOM, BagGrad, bag_gradients, bag_positions, define
+from ._functions import ROOM, BagGrad, bag_gradients, bag_positions
 
 __all__ = ["embedding_bag_multi"]
 
@@ -77,7 +78,7 @@ class Bags(Function):
         tables = [weight if learned[table] else None for table, weight in enumerate(weights)]
         ctx.save_for_backward(*tables, *ids, *scales, *offsets, maxima if keep else None)
         ctx.shapes, ctx.options, ctx.noted = [weight.shape for weight in weights], options, noted
-        return out  # type: ignore[no-any-return]
+        return out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:

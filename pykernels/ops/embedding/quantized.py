@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ... import reference
 from .. import _check, _ids
+from .._library import define
 from ._checks import before, check_bags, check_offsets, check_padding, report_code
-from ._functions import ROOM, define
+from ._functions import ROOM
 
 __all__ = ["dequantize_rows", "embedding_bag_quantized", "quantize_rows"]
 
@@ -83,7 +84,7 @@ def quantize_rows(weight: Tensor, bits: int = 8, *, backend: str | None = None) 
     backend = ROOM.resolve(name, backend, weight)
     if backend == "reference":
         return reference.quantize_rows(weight, bits)
-    return quantize_rows_forward[backend](weight, bits)  # type: ignore[no-any-return]
+    return quantize_rows_forward[backend](weight, bits)
 
 
 def dequantize_rows(
@@ -109,9 +110,7 @@ def dequantize_rows(
     if backend == "reference":
         return reference.dequantize_rows(packed, bits, dtype)
     every = torch.arange(packed.shape[0], device=packed.device)
-    return embedding_bag_quantized_forward[backend](  # type: ignore[no-any-return]
-        packed, every, None, None, bits, "none", False, -1, dtype, 0
-    )
+    return embedding_bag_quantized_forward[backend](packed, every, None, None, bits, "none", False, -1, dtype, 0)
 
 
 def embedding_bag_quantized(

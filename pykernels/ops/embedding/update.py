@@ -11,7 +11,7 @@ from ... import reference
 from ..._backends import is_compiling
 from ...reference.embedding.update import row_gradients
 from .. import _check, _ids
-from .._library import as_seed
+from .._library import as_seed, define
 from .._pending import Positions, Rule
 from ._checks import (
     before,
@@ -25,7 +25,6 @@ from ._checks import (
 )
 from ._functions import (
     ROOM,
-    define,
     embedding_backward_sparse,
     embedding_bag_backward_sparse,
     embedding_bag_forward,

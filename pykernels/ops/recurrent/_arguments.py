@@ -59,7 +59,7 @@ def cell_arguments(
     for key, bias in (("b_ih", b_ih), ("b_hh", b_hh)):
         if bias is not None:
             _require(function, key, bias, (gates * hidden,))
-    return input, given[: len(hx)], (w_ih, w_hh, b_ih, b_hh)  # type: ignore[return-value]
+    return input, given[: len(hx)], (w_ih, w_hh, b_ih, b_hh)
 
 
 def sequence_arguments(

@@ -72,7 +72,7 @@ cell_backward = define(
 def _gradients(backend: str, kind: str, mask: tuple[bool, ...], dh: Any, dc: Any, *saved: Any) -> list[Tensor | None]:
     found = cell_backward[backend](dh, dc, *saved, kind, mask)
     if len(found) == _TENSORS:
-        return found  # type: ignore[no-any-return]
+        return found
     rest = iter(found)
     return [next(rest) if wanted else None for wanted in mask]
 

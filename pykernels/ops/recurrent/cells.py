@@ -37,7 +37,7 @@ def _run(function: str, kind: str, backend: str | None, input: Tensor, h: Any, c
     input, states, weights = cell_arguments(function, GATES.get(kind, 1), input, hx, weights)
     served = ROOM.resolve(function, backend, input)
     if served == "reference":
-        return _REFERENCE[function](input, states if kind == "lstm" else states[0], *weights)  # type: ignore[operator]
+        return _REFERENCE[function](input, states if kind == "lstm" else states[0], *weights)
     h, c = states if kind == "lstm" else (states[0], None)
     return run_cell(served, kind, input, h, c, *weights)
 

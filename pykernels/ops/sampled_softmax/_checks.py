@@ -21,7 +21,7 @@ def check_reduction(function: str, reduction: str) -> None:
 def check_count(function: str, name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{function}(): argument '{name}' must be int, not {type(value).__name__}")
-    if value < least:  # type: ignore[operator]
+    if value < least:
         raise ValueError(f"{function}(): argument '{name}' must be at least {least}, not {value}")
 
 

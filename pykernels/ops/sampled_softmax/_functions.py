@@ -284,7 +284,7 @@ def _sampled_gradients(
         if note(table, lambda: Positions(ids[0], values)):
             return dinput, None, dbias
         return dinput, _sparse((ids, values), arguments[1].shape[0]), dbias
-    return sampled_rows_backward[backend](dloss, *kept, *arguments, mask)  # type: ignore[no-any-return]
+    return sampled_rows_backward[backend](dloss, *kept, *arguments, mask)
 
 
 def _linear_forward(backend: str, needed: bool, *arguments: Any) -> tuple[Tensor, ...]:
@@ -301,7 +301,7 @@ def _linear_gradients(
     kept: tuple[Tensor, ...],
     *arguments: Any,
 ) -> tuple[Tensor | None, ...]:
-    return linear_rows_backward[backend](dloss, *kept, *arguments, mask)  # type: ignore[no-any-return]
+    return linear_rows_backward[backend](dloss, *kept, *arguments, mask)
 
 
 LogisticRows = _function("LogisticRows", _rows_forward, _rows_gradients, losses.logistic_rows, 2, 4)

@@ -13,8 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._step import GATES, State, Step, Weights, dropped, extra_names, keep, prepare, stepper, unflatten, wide
+from ._step import GATES, State, Step, stepper
+from ._step import Weights as Weights  # these are for pykernels.ops too
+from ._step import dropped as dropped
+from ._step import extra_names as extra_names
+from ._step import keep as keep
 from ._step import kept_at as kept_at
+from ._step import prepare as prepare
+from ._step import unflatten as unflatten
+from ._step import wide as wide
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_relu_cell", "rnn_tanh_cell"]
 

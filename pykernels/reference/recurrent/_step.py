@@ -106,7 +106,7 @@ def prepare(mode: str, input: Tensor, weights: Weights) -> tuple[Tensor, Step]:
 
     The GRU's b_hh stays inside the step: its n' is multiplied by r. Elsewhere both biases add up outside.
     """
-    w = Weights(*(None if x is None else wide(x) for x in weights))  # type: ignore[arg-type]
+    w = Weights(*(None if x is None else wide(x) for x in weights))
     b_ih, b_hh = w.b_ih, w.b_hh
     if mode != "gru":
         b_ih, b_hh = (b_hh if b_ih is None else b_ih if b_hh is None else b_ih + b_hh), None

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .rules import BASELINE_FIELDS, Entry, Row, drift
 
@@ -42,7 +43,7 @@ def cuda_task(compiler: str, source: Path, target: int) -> list[Row]:
     return cuda.run(compiler, source, target)
 
 
-Task = tuple[Callable[..., list[Row]], tuple]
+Task = tuple[Callable[..., list[Row]], tuple[Any, ...]]
 
 
 def triton_tasks(options: argparse.Namespace) -> list[Task]:

@@ -29,11 +29,13 @@ def _round_half_away(x: np.ndarray) -> np.ndarray:
 erf = _torch_special("erf")
 
 
-def _named(names: str, lookup: Callable[[str], Callable], prefix: str = "", suffix: str = "") -> dict[str, Callable]:
+def _named(
+    names: str, lookup: Callable[[str], Callable[..., Any]], prefix: str = "", suffix: str = ""
+) -> dict[str, Callable[..., Any]]:
     return {f"{prefix}{name}{suffix}": lookup(name) for name in names.split()}
 
 
-def _numpy(name: str) -> Callable:
+def _numpy(name: str) -> Callable[..., Any]:
     return getattr(np, name)
 
 

@@ -42,7 +42,7 @@ class Launch:
         self.races = Races(self.extents)
 
 
-def init_args_hst(original: Callable) -> Callable:
+def init_args_hst(original: Callable[..., Any]) -> Callable[..., Any]:
     def _init_args_hst(self: Any, args_dev: Any, kwargs: Any) -> Any:
         args, keywords = original(self, args_dev, kwargs)
         if state.launch is not None:
@@ -52,7 +52,7 @@ def init_args_hst(original: Callable) -> Callable:
     return _init_args_hst
 
 
-def executor_call(original: Callable, patch_lang: Callable) -> Callable:
+def executor_call(original: Callable[..., Any], patch_lang: Callable[..., Any]) -> Callable[..., Any]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         previous, state.launch = state.launch, Launch(self.fn.__name__)
         scope = patch_lang(LANGUAGES)
@@ -78,7 +78,7 @@ def _ours(error: BaseException | None) -> BaseException | None:
     return error
 
 
-def patched_once(original: Callable) -> Callable:
+def patched_once(original: Callable[..., Any]) -> Callable[..., Any]:
     """The stock interpreter patches the language anew for every device function called, at 0.3 ms a call."""
 
     def _patch_lang(fn: Any) -> Any:
@@ -87,7 +87,7 @@ def patched_once(original: Callable) -> Callable:
     return _patch_lang
 
 
-def device_call(original: Callable) -> Callable:
+def device_call(original: Callable[..., Any]) -> Callable[..., Any]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         if state.launch is None:
             return original(self, *args, **kwargs)
@@ -96,7 +96,7 @@ def device_call(original: Callable) -> Callable:
     return __call__
 
 
-def set_grid_dim(original: Callable) -> Callable:
+def set_grid_dim(original: Callable[..., Any]) -> Callable[..., Any]:
     def set_grid_dim(self: Any, *grid: int) -> None:
         for axis, (size, limit) in enumerate(zip(grid, GRID_LIMITS, strict=True)):
             if size > limit and state.launch is not None:
@@ -110,7 +110,7 @@ def set_grid_dim(original: Callable) -> Callable:
     return set_grid_dim
 
 
-def set_grid_idx(original: Callable) -> Callable:
+def set_grid_idx(original: Callable[..., Any]) -> Callable[..., Any]:
     def set_grid_idx(self: Any, x: int, y: int, z: int) -> None:
         if state.launch is not None:
             _, ny, nz = self.grid_dim

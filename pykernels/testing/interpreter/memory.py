@@ -138,7 +138,7 @@ def lane_name(lane: int, shape: Any) -> str:
     return str(index[0]) if len(index) == 1 else str(tuple(index))
 
 
-def keeping_origin(original: Callable) -> Callable:
+def keeping_origin(original: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         origin = next((a.attr[ORIGIN] for a in args if isinstance(a, Handle) and ORIGIN in a.attr), None)
@@ -150,7 +150,7 @@ def keeping_origin(original: Callable) -> Callable:
     return method
 
 
-def create_select(original: Callable) -> Callable:
+def create_select(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_select(self: Any, condition: Handle, lhs: Handle, rhs: Handle) -> Handle:
         result = original(self, condition, lhs, rhs)
         origin = lhs.attr.get(ORIGIN)
@@ -161,7 +161,7 @@ def create_select(original: Callable) -> Callable:
     return create_select
 
 
-def keeping_base(original: Callable) -> Callable:
+def keeping_base(original: Callable[..., Any]) -> Callable[..., Any]:
     """For tensor descriptors and block pointers, which make their pointers at the access."""
 
     def materialize_pointers(self: Any, *args: Any) -> Any:
@@ -177,7 +177,7 @@ def keeping_base(original: Callable) -> Callable:
 MAX_BOX, ALIGNMENT, MAX_SIZE, MAX_STRIDE = 256, 16, 2**32, 2**40
 
 
-def validate(original: Callable) -> Callable:
+def validate(original: Callable[..., Any]) -> Callable[..., Any]:
     """The limits of the copy engine, by name; the stock checks are asserts without a message, or missing."""
 
     def validate(self: Any) -> None:
@@ -202,7 +202,7 @@ def validate(original: Callable) -> Callable:
     return validate
 
 
-def checked(original: Callable, kind: str, pointer: int, mask: int | None) -> Callable:
+def checked(original: Callable[..., Any], kind: str, pointer: int, mask: int | None) -> Callable[..., Any]:
     """`original` after a check; `pointer` and `mask` are the positions of those operands."""
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -97,7 +97,7 @@ def product(a: np.ndarray, b: np.ndarray, precision: Any) -> np.ndarray:
     return np.matmul(a, b)
 
 
-def create_dot(original: Callable) -> Callable:
+def create_dot(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_dot(self: Any, a: Handle, b: Handle, d: Handle, precision: Any, max_imprecise: int) -> Handle:
         kinds = {a.dtype.scalar, b.dtype.scalar}
         if tl.float64 in kinds:
@@ -113,8 +113,8 @@ def create_dot(original: Callable) -> Callable:
     return create_dot
 
 
-def binary_op(original: Callable) -> Callable:
-    def binary_op(self: Any, lhs: Handle, rhs: Handle, op: Callable) -> Handle:
+def binary_op(original: Callable[..., Any]) -> Callable[..., Any]:
+    def binary_op(self: Any, lhs: Handle, rhs: Handle, op: Callable[..., Any]) -> Handle:
         narrowing = is_bf16(lhs) or is_bf16(rhs)
         if narrowing:
             lhs, rhs = up(lhs), up(rhs)
@@ -130,8 +130,8 @@ def binary_op(original: Callable) -> Callable:
     return binary_op
 
 
-def unary_op(original: Callable) -> Callable:
-    def unary_op(self: Any, arg: Handle, op: Callable) -> Handle:
+def unary_op(original: Callable[..., Any]) -> Callable[..., Any]:
+    def unary_op(self: Any, arg: Handle, op: Callable[..., Any]) -> Handle:
         return down(original(self, up(arg), op)) if is_bf16(arg) else original(self, arg, op)
 
     return unary_op
@@ -152,7 +152,7 @@ def create_clampf(self: Any, arg: Handle, lo: Handle, hi: Handle, propagate_nans
     return self.binary_op(self.binary_op(arg, lo, np.maximum), hi, np.minimum)
 
 
-def cast_impl(original: Callable) -> Callable:
+def cast_impl(original: Callable[..., Any]) -> Callable[..., Any]:
     def cast_impl(self: Any, src: Handle, dst_type: Any) -> Handle:
         source, target = src.dtype.scalar, dst_type.scalar
         if source == target:
@@ -166,7 +166,7 @@ def cast_impl(original: Callable) -> Callable:
     return cast_impl
 
 
-def create_fp_to_fp(original: Callable) -> Callable:
+def create_fp_to_fp(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_fp_to_fp(self: Any, src: Handle, dst_type: Any, rounding: Any) -> Handle:
         source, target = src.dtype.scalar, dst_type.scalar
         if target == tl.bfloat16 and source.primitive_bitwidth > 16 and rounding == ir.ROUNDING_MODE.RTZ:
@@ -179,7 +179,7 @@ def create_fp_to_fp(original: Callable) -> Callable:
     return create_fp_to_fp
 
 
-def reduced_in_fp32(original: Callable) -> Callable:
+def reduced_in_fp32(original: Callable[..., Any]) -> Callable[..., Any]:
     """For the vectorised reductions and scans: bfloat16 in float32, rounded once.
 
     A GPU rounds at each step of its reduction tree, so a bfloat16 sum there is a little worse than here.
@@ -206,7 +206,7 @@ def _rounded(tensor: Any) -> Any:
     return _retyped(down(tensor.handle), tensor, tl.bfloat16) if tensor.dtype == tl.float32 else tensor
 
 
-def min_max(original: Callable) -> Callable:
+def min_max(original: Callable[..., Any]) -> Callable[..., Any]:
     """Reductions by maximum and minimum drop NaN, also where a whole row is NaN, and without numpy's warning."""
     quiet = {np.nanmax: np.fmax.reduce, np.nanmin: np.fmin.reduce}
 
@@ -218,11 +218,11 @@ def min_max(original: Callable) -> Callable:
     return min_max
 
 
-def sanitize_overflow(original: Callable) -> Callable:
+def sanitize_overflow(original: Callable[..., Any]) -> Callable[..., Any]:
     """The stock check computes the condition on Triton tensors, slowly, and then asserts it only in debug builds."""
     operations = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
-    def binary_op_sanitize_overflow_impl(self: Any, lhs: Any, rhs: Any, binary_op: Callable) -> None:
+    def binary_op_sanitize_overflow_impl(self: Any, lhs: Any, rhs: Any, binary_op: Callable[..., Any]) -> None:
         if not isinstance(self.builder, stock.InterpreterBuilder):
             return original(self, lhs, rhs, binary_op)
         scalar = lhs.type.scalar

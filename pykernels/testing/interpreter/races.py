@@ -70,8 +70,8 @@ class Races:
                 released |= self.visible | {self.program}
 
     def check(
-        self, index: tuple, origin: Extent | None, addresses: np.ndarray, nbytes: int, lanes: np.ndarray, shape: Any,
-        kind: str,
+        self, index: tuple[Any, ...], origin: Extent | None, addresses: np.ndarray, nbytes: int, lanes: np.ndarray,
+        shape: Any, kind: str,
     ) -> None:  # fmt: skip
         if kind == "store":
             self._check_lanes(index, origin, addresses, lanes, shape)
@@ -119,7 +119,7 @@ class Races:
         return clash
 
     def _check_lanes(
-        self, index: tuple, origin: Extent | None, addresses: np.ndarray, lanes: np.ndarray, shape: Any
+        self, index: tuple[Any, ...], origin: Extent | None, addresses: np.ndarray, lanes: np.ndarray, shape: Any
     ) -> None:
         unique, first = np.unique(addresses, return_index=True)
         if unique.size == addresses.size:
@@ -133,8 +133,8 @@ class Races:
         )
 
     def _message(
-        self, index: tuple, origin: Extent | None, addresses: np.ndarray, lanes: np.ndarray, shape: Any, kind: str,
-        where: np.ndarray, other: int, deed: str,
+        self, index: tuple[Any, ...], origin: Extent | None, addresses: np.ndarray, lanes: np.ndarray, shape: Any,
+        kind: str, where: np.ndarray, other: int, deed: str,
     ) -> str:  # fmt: skip
         if other < 0:
             who = "several other programs have"
@@ -147,7 +147,7 @@ class Races:
             f"[{state.kernel_line()}]"
         )
 
-    def _place(self, kind: str, index: tuple, origin: Extent | None, address: int) -> str:
+    def _place(self, kind: str, index: tuple[Any, ...], origin: Extent | None, address: int) -> str:
         assert state.launch is not None
         owner = origin or next((e for e in self.extents if e.low <= address < e.high), None)
         place = f"address {int(address):#x}" if owner is None else f"{owner.name}, element {owner.element(address)}"

@@ -47,7 +47,7 @@ def get_np_dtype(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def block_type_init(original: Callable[..., None]) -> Callable[..., None]:
     """The attributes from element type and shape; stock's check of the shape is made once for each."""
-    made: dict[tuple, dict[str, Any]] = {}
+    made: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def __init__(self: Any, element_ty: Any, shape: Any) -> None:
         key = (id(element_ty), *(s.value if s.__class__ is tl.constexpr else s for s in shape))
@@ -140,7 +140,7 @@ def broadcast_impl_value(original: Callable[..., Any]) -> Callable[..., Any]:
     return broadcast_impl_value
 
 
-def patch_attr(obj: Any, name: str, member: Callable, builder: Any, scope: Any) -> None:
+def patch_attr(obj: Any, name: str, member: Callable[..., Any], builder: Any, scope: Any) -> None:
     def called(*args: Any, **kwargs: Any) -> Any:
         kwargs["_semantic"] = stock.interpreter_semantic
         return member(*args, **kwargs)

@@ -88,8 +88,8 @@ def _lookup_sgd(count: int) -> Callable[[], dict[str, Provider]]:
 
 def _fbgemm(shapes: list[tuple[int, int]], start: list[Tensor], ids: Tensor, length: int, rule: str, lr: float) -> Any:
     """FBGEMM's table-batched bags on the CPU, with its fused exact optimizer; (call, tables)."""
-    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation  # type: ignore[import-not-found]
-    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (  # type: ignore[import-not-found]
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
         ComputeDevice,
         OptimType,
         SplitTableBatchedEmbeddingBagsCodegen,
