@@ -13,12 +13,17 @@ from ..run import outputs_of
 from ..step import Provider, Step
 
 
+def _lengths(steps: int, batch: int) -> Tensor:
+    """Uniform in [1, steps], the longest first."""
+    drawn = torch.randint(1, steps + 1, (batch,), generator=torch.Generator().manual_seed(31))
+    return drawn.sort(descending=True).values
+
+
 def _ragged(name: str, steps: int, batch: int, hidden: int) -> Callable[[], dict[str, Provider]]:
-    """Lengths are uniform in [1, steps]; one layer, input size = hidden."""
+    """One layer, input size = hidden."""
 
     def make() -> dict[str, Provider]:
-        generator = torch.Generator().manual_seed(31)
-        lengths = torch.randint(1, steps + 1, (batch,), generator=generator).sort(descending=True).values
+        lengths, generator = _lengths(steps, batch), torch.Generator().manual_seed(32)
         x = torch.randn(int(lengths[0]), batch, hidden, generator=generator)
         packed = nn.utils.rnn.pack_padded_sequence(x, lengths)
         dy = torch.randn(packed.data.shape, generator=generator)
@@ -40,8 +45,14 @@ def _ragged(name: str, steps: int, batch: int, hidden: int) -> Callable[[], dict
     return make
 
 
-STEPS = (
-    Step("LSTM ragged, fwd+bwd", "T200-B8-H128", _ragged("LSTM", 200, 8, 128)),
-    Step("LSTM ragged, fwd+bwd", "T100-B32-H256", _ragged("LSTM", 100, 32, 256)),
-    Step("GRU ragged, fwd+bwd", "T100-B32-H256", _ragged("GRU", 100, 32, 256)),
-)
+def _step(name: str, steps: int, batch: int, hidden: int) -> Step:
+    def flops() -> int:
+        """The matrix products of the steps that there are: two forward, four backward."""
+        gates = {"LSTM": 4, "GRU": 3}[name]
+        return 6 * int(_lengths(steps, batch).sum()) * 2 * gates * hidden * hidden
+
+    make, shape = _ragged(name, steps, batch, hidden), f"T{steps}-B{batch}-H{hidden}"
+    return Step(f"{name} ragged, fwd+bwd", shape, make, flops=flops)
+
+
+STEPS = (_step("LSTM", 200, 8, 128), _step("LSTM", 100, 32, 256), _step("GRU", 100, 32, 256))

@@ -130,6 +130,11 @@ def _fetched(rows: int) -> Callable[[], int]:
     return lambda: (3 * rows + 3 * BATCH) * SIZE * 4
 
 
+def _three_products(rows: int, size: int, classes: int) -> int:
+    """Logits, and the gradients of both factors: what a loss that keeps its logits needs."""
+    return 6 * rows * size * classes
+
+
 def negative_step(label: str, classes: int, count: int) -> Step:
     make = _training(classes, (BATCH, count), _negatives, _stock_negatives)
     return Step("negative sampling step, SGD", label, make, _fetched(BATCH * (count + 1)))
@@ -140,6 +145,8 @@ STEPS = (
     negative_step("100kx128-K64", 100_000, 64),
     negative_step("1Mx128-K5", 1_000_000, 5),
     negative_step("1Mx128-K64", 1_000_000, 64),
-    Step("sampled softmax step, SGD", "100kx128-K8192", _training(100_000, (8192,), _sampled, _stock_sampled)),
-    Step("linear cross entropy, fwd+bwd", "512x256-V128k", _linear(512, 256, 128_000)),
-)
+    Step("sampled softmax step, SGD", "100kx128-K8192", _training(100_000, (8192,), _sampled, _stock_sampled),
+         flops=lambda: _three_products(BATCH, SIZE, 8192)),
+    Step("linear cross entropy, fwd+bwd", "512x256-V128k", _linear(512, 256, 128_000),
+         flops=lambda: _three_products(512, 256, 128_000)),
+)  # fmt: skip
