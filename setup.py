@@ -116,12 +116,10 @@ def architectures() -> list[str]:
 
 
 def gencode(archs: list[str], source: Path) -> str:
-    hopper = source.stem.endswith("_sm90")
     flags = []
-    for arch in archs:
+    # Hopper's own sources hold launchers that the bindings name, whichever GPUs the others are for.
+    for arch in ["90a"] if source.stem.endswith("_sm90") else archs:
         number = arch.removesuffix("+PTX")
-        if hopper and number != "90a":
-            continue
         if arch.endswith("+PTX"):
             flags.append(f"-gencode arch=compute_{number},code=compute_{number}")
         else:  # `-arch=sm_90a` would also compile plain compute_90, which rejects wgmma
@@ -239,9 +237,7 @@ class Ninja:
         base += "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
         objects = []
         for source in sorted((CSRC / "cuda").glob("*.cu")):
-            codes = gencode(archs, source)
-            if codes:
-                objects.append(self.unit("cuda", "nvcc", source, f"{base} --threads 2 {codes}"))
+            objects.append(self.unit("cuda", "nvcc", source, f"{base} --threads 2 {gencode(archs, source)}"))
         listed = ",".join(archs)
         flags = f'{COMMON} {WARNINGS} -O1 -DPK_MODULE=_cuda_ext -DPK_ARCHS=\\"{listed}\\" {self.python}'
         objects.append(self.bindings("cuda", flags))

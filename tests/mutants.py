@@ -21,6 +21,7 @@ BUGS, COLLECTIVES = "tests/test_emulator.py", "tests/test_emulator_collectives.p
 # with the suite's fixtures, which --noconftest leaves out; terms: sums over more than one piece
 RECURRENT = ["tests/test_recurrent_kernels.py", "-p", "tests.conftest", "-k"]
 LOOPS = [*RECURRENT, "emulator and lstm and (ragged or sixteen) or terms"]
+CLUSTERS = ["tests/test_recurrent_cluster.py", "-p", "tests.conftest", "-k", "ragged or fits or registers"]
 
 # on the emulator whatever the machine; one test for each path through a kernel
 ATTENTION = ["tests/test_attention_cuda.py", "-p", "tests.conftest", "-k"]
@@ -52,6 +53,8 @@ SUBJECTS = {
     ),
     "csrc/cuda/recurrent_forward.cu": ("recurrent_forward.cu", LOOPS),
     "csrc/cuda/recurrent_backward.cu": ("recurrent_backward.cu", LOOPS),
+    "csrc/cuda/recurrent_cluster_forward_sm90.cu": ("recurrent_cluster_forward_sm90.cu", CLUSTERS),
+    "csrc/cuda/recurrent_cluster_backward_sm90.cu": ("recurrent_cluster_backward_sm90.cu", CLUSTERS),
     "csrc/cuda/recurrent_tile.h": ("recurrent_forward.cu", LOOPS),
     "csrc/cuda/sampled_softmax_draw.cu": ("sampled_softmax_draw.cu", DRAWS),
     "csrc/cuda/sampled_softmax_product.cu": ("sampled_softmax_product.cu", SHARED),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pykernels.testing.aot import measure, roofline, rules, sass
+from pykernels.testing.aot import cuda, measure, roofline, rules, sass
 from pykernels.testing.aot.rules import Row
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +99,18 @@ def test_a_real_kernel_is_gated_by_its_baseline(tmp_path):
     result = lint(*only, "--baseline", str(made))
     assert result.returncode == 1
     assert f"FAIL  {key}: registers {figures['registers'] // 2} -> {figures['registers']}" in result.stdout
+
+
+def test_notes_of_serialised_wgmma_are_faults():
+    """ptxas prints them above all its reports, as information; those of device functions count for the file."""
+    text = (
+        "ptxas info    : (C7518) Potential Performance Loss: wgmma.mma_async instructions are serialized in the "
+        "function '_Z6secondv'\nptxas info    : (C7519) Potential Performance Loss: warpgroup.arrive is injected\n"
+        "ptxas info    : Compiling entry function '_Z5firstv' for 'sm_90a'\nptxas info    : Used 58 registers\n"
+    )
+    first, second = cuda.noted(text, ["_Z5firstv", "_Z6secondv"])
+    assert ["C7519" in note for note in first] == [True] and ["C7518" in note for note in second] == [True]
+    assert cuda.noted("ptxas info : Used 75 registers, 0 bytes C6500", ["_Z5firstv"]) == [[]]
 
 
 ROW = Row("e", "k", 90, registers=100, instructions=1000, loop=200, shared=1024, spill_bytes=0, blocks=2, occupancy=0.5)

@@ -17,14 +17,14 @@ enum class Cell : int { lstm = 0, gru = 1, tanh = 2, relu = 3 };
 
 // How the loop is run, from recurrent_plan.
 struct RecurrentPlan {
-  int way;     // 1: one block runs all steps of its rows; 2: a cooperative grid does; 3: one launch a step
+  int way;  // 1: one block runs all steps of its rows; 2: a cooperative grid does; 3: one launch a step; 4: a cluster
   int blocks;  // blocks that share a tile of 16 rows
   int units;   // blocks of 8 hidden units that each owns
   int tiles;   // tiles of rows in one launch
 };
 
 // The way that fits the current device (that of `where`, any pointer into it), or `wish` if it is not 0: way 0 where
-// that cannot be.
+// that cannot be.  Way 4, for sm_90, comes by a wish only.
 RecurrentPlan recurrent_plan(const void* where, int cell, bool backward, int hidden, int64_t batch, int ways, int wish,
                              DType dtype);
 
@@ -41,9 +41,10 @@ void recurrent_forward(const void* weights, const float* x, const float* bias, c
                        int hidden, int ways, int way, int blocks, int units, int tiles, int cell, DType dtype,
                        void* stream);
 
-// weights: W_hh^T, packed in the same way.  dh_n: (B, H) float; of a GRU it is `carry`, which comes back as the part of
-// dh0 that bypasses the product.  carry: dc_n in, dc0 out of an LSTM.  dgates: (N, W or H): gradients of i, f, g, o; of
-// n, r, z, n'; of the only gate.  Rows of dy lie dy_stride apart, directions dy_side.
+// weights: W_hh^T, packed in the same way; of way 4, for each block the rows of W_hh that are its units' gates.  dh_n:
+// (B, H) float; of a GRU it is `carry`, which comes back as the part of dh0 that bypasses the product.  carry: dc_n in,
+// dc0 out of an LSTM.  dgates: (N, W or H): gradients of i, f, g, o; of n, r, z, n'; of the only gate.  Rows of dy lie
+// dy_stride apart, directions dy_side.
 void recurrent_backward(const void* weights, const void* dy, const float* dh_n, const float* peephole, const void* h0,
                         const void* c0, const void* output, const void* kept, const float* cells, void* dgates,
                         float* carry, const int64_t* offsets, const int* tile_steps, uint32_t* arrived,

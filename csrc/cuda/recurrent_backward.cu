@@ -5,45 +5,13 @@ namespace pk {
 
 namespace {
 
-struct Backward {
-  const uint4* weights;
-  const void* dy;
-  const float *dh_n, *peephole;
-  const void *h0, *c0, *output, *kept;
-  const float* cells;
-  void* dgates;
-  float* carry;
-  Loop loop;
-  int64_t dy_stride, dy_side;
-  bool relu;
-};
-
 template <class T, Kind K>
-__device__ __forceinline__ CellGradient gradient_of(const Backward& f, const Visit& v, int64_t row, int64_t unit,
+__device__ __forceinline__ CellGradient gradient_of(const BackwardLoop& f, const Visit& v, int64_t row, int64_t unit,
                                                     float dh, float carry) {
-  const int64_t hidden = f.loop.hidden, pitch = f.loop.pitch(), first = f.loop.first_token();
-  const int64_t token = first + v.offset + row;
-  const int column = f.loop.first_column();
-  const T* output = static_cast<const T*>(f.output);
-  float kept[4] = {}, c = 0.f, before = 0.f, y = 0.f;
-  if constexpr (K != Kind::rnn) {
-#pragma unroll
-    for (int part = 0; part < 4; ++part)
-      kept[part] = to_float(static_cast<const Kept<T, K>*>(f.kept)[token * (4 * hidden) + part * hidden + unit]);
-  }
-  const int64_t initial = (f.loop.first_state() + row) * hidden + unit;
-  const int64_t earlier = (v.previous + row) * pitch + column + unit;
-  if constexpr (K == Kind::lstm) {
-    c = f.cells[token * hidden + unit];
-    before = row < v.begun ? f.cells[(first + v.previous + row) * hidden + unit]
-                           : to_float(static_cast<const T*>(f.c0)[initial]);
-  } else if constexpr (K == Kind::gru) {
-    before = to_float(row < v.begun ? output[earlier] : static_cast<const T*>(f.h0)[initial]);
-  } else {
-    y = to_float(output[(v.offset + row) * pitch + column + unit]);
-  }
-  const Peephole peephole = load_peephole(f.peephole, f.loop.hidden, 3 * column + static_cast<int>(unit));
-  return cell_backward<K, std::is_same_v<T, float>>(kept, peephole, dh, carry, c, before, y, f.relu);
+  const CellInputs in = load_inputs<T, K>(f, v, row, unit);
+  const Peephole peephole =
+      load_peephole(f.peephole, f.loop.hidden, 3 * f.loop.first_column() + static_cast<int>(unit));
+  return cell_backward<K, std::is_same_v<T, float>>(in.kept, peephole, dh, carry, in.c, in.before, in.y, f.relu);
 }
 
 // Two blocks on a multiprocessor; an LSTM's addresses of 16-bit tensors do not fit into half of the registers.
@@ -51,7 +19,7 @@ template <class T, Kind K>
 constexpr int kBlocks = K == Kind::lstm && !std::is_same_v<T, float> ? 1 : 2;
 
 template <class T, Kind K>
-__global__ void __launch_bounds__(kTileThreads, kBlocks<T, K>) recurrent_backward_kernel(const Backward f) {
+__global__ void __launch_bounds__(kTileThreads, kBlocks<T, K>) recurrent_backward_kernel(const BackwardLoop f) {
   constexpr int G = kGates<K>, W = kWidth<K>;
   PK_DYN_SHARED(shared);
   const Loop& loop = f.loop;
@@ -135,22 +103,23 @@ void recurrent_backward(const void* weights, const void* dy, const float* dh_n, 
   dispatch_cell(cell, dtype, [&](auto t, auto k) {
     using T = typename decltype(t)::type;
     constexpr Kind K = decltype(k)::value;
-    const Backward f{static_cast<const uint4*>(weights),
-                     dy,
-                     dh_n,
-                     peephole,
-                     h0,
-                     c0,
-                     output,
-                     kept,
-                     cells,
-                     dgates,
-                     carry,
-                     {offsets, tile_steps, arrived, batch, steps, tokens, hidden, ways, way != 3,
-                      tile_sizes<T>(1, kGates<K> * hidden, units, way), 0, 0, 0, 0},
-                     dy_stride,
-                     dy_side,
-                     static_cast<Cell>(cell) == Cell::relu};
+    const BackwardLoop f{static_cast<const uint4*>(weights),
+                         dy,
+                         dh_n,
+                         peephole,
+                         h0,
+                         c0,
+                         output,
+                         kept,
+                         cells,
+                         dgates,
+                         carry,
+                         {offsets, tile_steps, arrived, batch, steps, tokens, hidden, ways, way != 3,
+                          tile_sizes<T>(1, kGates<K> * hidden, units, way), 0, 0, 0, 0},
+                         dy_stride,
+                         dy_side,
+                         static_cast<Cell>(cell) == Cell::relu};
+    if (way == 4) return recurrent_cluster_backward(f, {way, blocks, units, tiles}, cell, dtype, stream);
     run_loop(recurrent_backward_kernel<T, K>, f, {way, blocks, units, tiles}, true, stream);
   });
 }
@@ -176,6 +145,7 @@ RecurrentPlan recurrent_plan(const void* where, int cell, bool backward, int hid
     return tile_sizes(backward ? 1 : gates, parts, backward ? gates * hidden : hidden, units, way);
   };
   const bool any = wish == 0;
+  if (wish == 4) return recurrent_cluster_plan(cell, backward, hidden, tiles, dtype);
   if ((any || wish == 1) && all <= most_units && sizes(all, 1).bytes() <= limit)
     return {1, 1, all, tiles < most_tiles ? tiles : most_tiles};
   if (any || wish == 2) {

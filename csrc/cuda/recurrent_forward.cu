@@ -5,20 +5,8 @@ namespace pk {
 
 namespace {
 
-struct Forward {
-  const uint4* weights;
-  const float *x, *bias, *peephole;
-  const void* h0;
-  void *output, *h_n;
-  float* c;
-  void* kept;
-  float* cells;
-  Loop loop;
-  bool relu;
-};
-
 template <class T, Kind K>
-__global__ void __launch_bounds__(kTileThreads) recurrent_forward_kernel(const Forward f) {
+__global__ void __launch_bounds__(kTileThreads) recurrent_forward_kernel(const ForwardLoop f) {
   constexpr int G = kGates<K>;
   constexpr bool PRECISE = std::is_same_v<T, float>;
   PK_DYN_SHARED(shared);
@@ -163,19 +151,20 @@ void recurrent_forward(const void* weights, const float* x, const float* bias, c
   dispatch_cell(cell, dtype, [&](auto t, auto k) {
     using T = typename decltype(t)::type;
     constexpr Kind K = decltype(k)::value;
-    const Forward f{static_cast<const uint4*>(weights),
-                    x,
-                    bias,
-                    peephole,
-                    h0,
-                    output,
-                    h_n,
-                    c,
-                    kept,
-                    cells,
-                    {offsets, tile_steps, arrived, batch, steps, tokens, hidden, ways, way != 3,
-                     tile_sizes<T>(kGates<K>, hidden, units, way), 0, 0, 0, 0},
-                    static_cast<Cell>(cell) == Cell::relu};
+    const ForwardLoop f{static_cast<const uint4*>(weights),
+                        x,
+                        bias,
+                        peephole,
+                        h0,
+                        output,
+                        h_n,
+                        c,
+                        kept,
+                        cells,
+                        {offsets, tile_steps, arrived, batch, steps, tokens, hidden, ways, way != 3,
+                         tile_sizes<T>(kGates<K>, hidden, units, way), 0, 0, 0, 0},
+                        static_cast<Cell>(cell) == Cell::relu};
+    if (way == 4) return recurrent_cluster_forward(f, {way, blocks, units, tiles}, cell, dtype, stream);
     run_loop(recurrent_forward_kernel<T, K>, f, {way, blocks, units, tiles}, false, stream);
   });
 }

@@ -47,6 +47,62 @@ struct Loop {
 template <class T, Kind K>
 using Kept = std::conditional_t<K == Kind::lstm && !std::is_same_v<T, float>, fp16, float>;
 
+struct ForwardLoop {
+  const uint4* weights;
+  const float *x, *bias, *peephole;
+  const void* h0;
+  void *output, *h_n;
+  float* c;
+  void* kept;
+  float* cells;
+  Loop loop;
+  bool relu;
+};
+
+struct BackwardLoop {
+  const uint4* weights;
+  const void* dy;
+  const float *dh_n, *peephole;
+  const void *h0, *c0, *output, *kept;
+  const float* cells;
+  void* dgates;
+  float* carry;
+  Loop loop;
+  int64_t dy_stride, dy_side;
+  bool relu;
+};
+
+// What the backward of one element takes from the forward; names as in cell_backward.
+struct CellInputs {
+  float kept[4], c, before, y;
+};
+
+template <class T, Kind K>
+__device__ __forceinline__ CellInputs load_inputs(const BackwardLoop& f, const Visit& v, int64_t row, int64_t unit) {
+  const int64_t hidden = f.loop.hidden, pitch = f.loop.pitch(), first = f.loop.first_token();
+  const int64_t token = first + v.offset + row;
+  const int column = f.loop.first_column();
+  const T* output = static_cast<const T*>(f.output);
+  CellInputs in{};
+  if constexpr (K != Kind::rnn) {
+#pragma unroll
+    for (int part = 0; part < 4; ++part)
+      in.kept[part] = to_float(static_cast<const Kept<T, K>*>(f.kept)[token * (4 * hidden) + part * hidden + unit]);
+  }
+  const int64_t initial = (f.loop.first_state() + row) * hidden + unit;
+  const int64_t earlier = (v.previous + row) * pitch + column + unit;
+  if constexpr (K == Kind::lstm) {
+    in.c = f.cells[token * hidden + unit];
+    in.before = row < v.begun ? f.cells[(first + v.previous + row) * hidden + unit]
+                              : to_float(static_cast<const T*>(f.c0)[initial]);
+  } else if constexpr (K == Kind::gru) {
+    in.before = to_float(row < v.begun ? output[earlier] : static_cast<const T*>(f.h0)[initial]);
+  } else {
+    in.y = to_float(output[(v.offset + row) * pitch + column + unit]);
+  }
+  return in;
+}
+
 template <class F>
 void dispatch_cell(int cell, DType dtype, F&& f) {
   dispatch(dtype, [&](auto t) {
@@ -98,6 +154,11 @@ void run_loop(void (*kernel)(A), A args, const RecurrentPlan& plan, bool backwar
     }
   }
 }
+
+// Way 4, recurrent_cluster_*_sm90.cu: the blocks of a tile of rows are a cluster.  LSTM and GRU of 16 bits.
+RecurrentPlan recurrent_cluster_plan(int cell, bool backward, int hidden, int tiles, DType dtype);
+void recurrent_cluster_forward(ForwardLoop f, const RecurrentPlan& plan, int cell, DType dtype, void* stream);
+void recurrent_cluster_backward(BackwardLoop f, const RecurrentPlan& plan, int cell, DType dtype, void* stream);
 
 // How many blocks of each kernel the device holds at once.
 int64_t recurrent_forward_resident(int cell, DType dtype, const TileSizes& sizes);

@@ -2,12 +2,15 @@
 
 Small hidden sizes run in one launch of one block for each 16 rows, which keeps W_hh and the state in its shared memory.
 Larger ones run in one cooperative launch: the blocks of 16 rows keep the weights of some hidden units each and meet
-once a step. Where the device cannot hold these blocks at once, each step is a launch. `ext`: the CUDA module, or its
-emulation on the CPU.
+once a step. Where the device cannot hold these blocks at once, each step is a launch. On sm_90 an LSTM or GRU of 16
+bits can also run in clusters, whose blocks exchange the state through distributed shared memory: on request
+(`run_as`), or where a record has shown it faster. `ext`: the CUDA module, or its emulation on the CPU.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,14 +21,37 @@ from ._extension import DTYPE_CODES, Extension
 
 __all__ = [
     "cell_backward", "cell_forward", "gru_backward", "gru_forward", "gru_recompute", "lstm_backward", "lstm_forward",
-    "lstm_recompute", "rnn_backward", "rnn_forward", "rows_backward", "rows_forward", "unsupported",
+    "lstm_recompute", "rnn_backward", "rnn_forward", "rows_backward", "rows_forward", "run_as", "unsupported",
 ]  # fmt: skip
 
 _CELLS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
 _ROWS = 16
 
-#: 0: what fits the device; 1: one block for each tile of rows; 2: a cooperative grid; 3: a launch a step.
+#: Ways to run the time loop: by size and device; one block for each tile of rows; a cooperative grid; a launch a step;
+#: a cluster for each tile of rows.
+WAYS = {"auto": 0, "block": 1, "grid": 2, "step": 3, "cluster": 4}
 WAY = 0
+
+#: (cell, dtype) -> hidden sizes, first and last, at which a GPU's record shows "cluster" to be faster than what "auto"
+#: took before. Empty: no record yet.
+CLUSTER_FASTER: dict[tuple[str, torch.dtype], tuple[int, int]] = {}
+
+
+@contextlib.contextmanager
+def run_as(way: str) -> Iterator[None]:
+    """Runs every recurrent loop of this process in one of the WAYS.
+
+    Calls raise RuntimeError where it cannot be: too large a hidden size, or for "cluster" another cell than LSTM and
+    GRU, float32, a GPU that is not sm_90. ValueError: no such way.
+    """
+    global WAY
+    if way not in WAYS:
+        raise ValueError(f"unknown way {way!r} of running a recurrent loop, expected one of {sorted(WAYS)}")
+    before, WAY = WAY, WAYS[way]
+    try:
+        yield
+    finally:
+        WAY = before
 
 
 def unsupported(ext: Extension, x: Tensor, *features: str) -> str | None:
@@ -63,6 +89,32 @@ def _packed_weights(w: Tensor, blocks: int) -> Tensor:
     return split.permute(1, 3, 5, 2, 0, 4, 8, 6, 7, 9).contiguous()
 
 
+def _cluster_weights(w: Tensor, cluster: int, units: int) -> Tensor:
+    """W (D, gates, units, terms) for a backward in clusters: packed are, for each block, the rows of its units' gates,
+    as terms of a sum: (D, cluster), then as `_packed_weights`."""
+    ways, gates, hidden, _ = w.shape
+    whole = w.new_zeros(ways, gates, cluster * units * 8, hidden)
+    whole[:, :, :hidden] = w
+    split = whole.view(ways, gates, cluster, units * 8, hidden).permute(0, 2, 4, 1, 3)
+    return _packed_weights(split.reshape(ways * cluster, 1, hidden, -1), cluster * units)
+
+
+def _cluster_reason(ext: Extension, kind: str, x: Tensor) -> str | None:
+    """Why no hidden size can run in clusters here, or None."""
+    if kind not in ("lstm", "gru"):
+        return f"clusters run LSTM and GRU, not {kind} RNN"
+    if x.dtype == torch.float32:
+        return "clusters run float16 and bfloat16, not float32"
+    if x.is_cuda:
+        capability = torch.cuda.get_device_capability(x.device)
+        if capability != (9, 0):
+            return f"clusters need a GPU of sm_90, this one is sm_{capability[0]}{capability[1]}"
+        assert ext.module is not None
+        if "90a" not in ext.module.build_info()["architectures"]:
+            return f"{ext.name} was built without sm_90a (9.0a in TORCH_CUDA_ARCH_LIST)"
+    return None
+
+
 class _Floor(Floor, RowsFloor):
     def __init__(self, ext: Extension) -> None:
         self.ext = ext
@@ -71,13 +123,24 @@ class _Floor(Floor, RowsFloor):
         """(way, blocks for a tile of rows, blocks of units of each, tiles in a launch)."""
         module: Any = self.ext.module
         ways, batch, hidden = h0.shape
-        where, dtype = h0.data_ptr(), DTYPE_CODES[h0.dtype]
-        plan: tuple[int, int, int, int] = module.recurrent_plan(
-            where, _CELLS[kind], backward, hidden, batch, ways, WAY, dtype
-        )
-        if plan[0] == 0:
-            raise RuntimeError(f"way {WAY} of running a recurrent loop does not fit hidden size {hidden} here")
-        return plan
+        first, last = CLUSTER_FASTER.get((kind, h0.dtype), (1, 0))
+        clusters, wish = WAYS["cluster"], WAY
+
+        def plan(wish: int) -> tuple[int, int, int, int]:
+            where, dtype = h0.data_ptr(), DTYPE_CODES[h0.dtype]
+            return module.recurrent_plan(where, _CELLS[kind], backward, hidden, batch, ways, wish, dtype)  # type: ignore[no-any-return]
+
+        if wish == 0 and first <= hidden <= last and _cluster_reason(self.ext, kind, h0) is None:
+            wish = clusters
+        elif wish == clusters and (reason := _cluster_reason(self.ext, kind, h0)) is not None:
+            raise RuntimeError(reason)
+        found = plan(wish)
+        if found[0] == 0 and WAY == 0:
+            found = plan(0)
+        if found[0] == 0:
+            name = next(name for name, code in WAYS.items() if code == WAY)
+            raise RuntimeError(f"way {name!r} of running a recurrent loop does not fit hidden size {hidden} here")
+        return found
 
     def forward(self, f: Forward) -> None:
         (ways, batch, hidden), steps, device = f.h0.shape, f.steps, f.h0.device
@@ -101,7 +164,10 @@ class _Floor(Floor, RowsFloor):
     def backward(self, b: Backward) -> bool:
         (ways, batch, hidden), steps, device = b.h0.shape, b.steps, b.h0.device
         plan = self._plan(b.kind, True, b.h0)
-        weights = _packed_weights(b.w_hh.mT.unsqueeze(1), plan[1] * plan[2])
+        if plan[0] == WAYS["cluster"]:
+            weights = _cluster_weights(b.w_hh.view(ways, GATES[b.kind], hidden, hidden), plan[1], plan[2])
+        else:
+            weights = _packed_weights(b.w_hh.mT.unsqueeze(1), plan[1] * plan[2])
         tiles = steps.tile_steps(_ROWS, device)
         self.ext.call(
             "recurrent_backward", weights, b.dy, b.dh, b.peephole, b.h0, b.c0, b.output, b.kept, b.cells, b.dgates,

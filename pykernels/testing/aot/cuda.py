@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +52,8 @@ RULES: dict[str, Rules] = {
     r"draw_(unique_)?kernel$": Rules(unfused=True),
     # A lane copies what it will read itself: eight rows in flight without a barrier, 32 to 64 KiB of them a block.
     r"own_classes_kernel<": Rules(copies=True, barriers=0, occupancy=0.25),
+    # One block on a multiprocessor: its registers hold half of the weights.
+    r"recurrent_cluster_(forward|backward)_kernel<": Rules(warp_mma=True),
     # mma.sync on every target. By their registers two blocks share a multiprocessor.
     r"(logits_fwd|logits_bwd|product)_kernel<": Rules(copies=True, warp_mma=True, blocks=2),
 }
@@ -62,6 +65,8 @@ _MAX_THREADS = re.compile(
     r"\s*Attribute:\s*EIATTR_(?:MAX_THREADS|REQNTID)\n.*\n\s*Value:\s*([0-9a-fx ]+)",
     re.M,
 )
+#: wgmma that ptxas serialised (C7514) or gave a fence of its own (C7519), which it calls information.
+_NOTE = re.compile(r"[^\n]*C75\d\d[^\n]*")
 _LOG = re.compile(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry function|\Z)", re.S)
 
 
@@ -104,7 +109,17 @@ def run(compiler: str, source: Path, target: int) -> list[Row]:
         rules = next((r for pattern, r in RULES.items() if re.search(pattern, row.kernel)), Rules())
         row.faults += check(row, rules)
         rows.append(row)
+    for row, notes in zip(rows, noted(code.log, [function.name for function in functions]), strict=True):
+        row.faults += notes
     return rows
+
+
+def noted(log: str, names: Sequence[str]) -> list[list[str]]:
+    """ptxas' C75xx notes for each of these functions; the first one has those that name none of them."""
+    found: list[list[str]] = [[] for _ in names]
+    for note in _NOTE.findall(log) if names else ():
+        found[next((i for i, name in enumerate(names) if name in note), 0)].append(note.strip())
+    return found
 
 
 class Code(NamedTuple):
@@ -130,8 +145,10 @@ def _built(source: Path, target: int, folder: Path) -> Code | None:
         report = Path(f"{made}.log")
         if made.stat().st_mtime < newest or not report.exists():
             continue
-        reports = re.split(r"(?=ptxas info\s*: Compiling entry function)", report.read_text())
+        text = report.read_text()
+        reports = re.split(r"(?=ptxas info\s*: Compiling entry function)", text)
         log = "".join(part for part in reports if f"for 'sm_{ARCHITECTURES[target]}'" in part)
+        log += "".join(f"\n{note}" for note in _NOTE.findall(text) if note not in log)
         cubin = folder / f"{source.stem}.sm_{ARCHITECTURES[target]}.cubin"
         subprocess.run(
             [sass.tool("cuobjdump"), "-xelf", cubin.name, str(made)], cwd=folder, check=True, capture_output=True
