@@ -1,9 +1,8 @@
 """Writes the tables of the docs from the committed measurements, so that no figure there is written by hand.
 
-python -m pykernels bench activation --dtype float32 --dtype bfloat16 --dtype float16 --rounds 7 --seconds 0.3 --json \
-    > benchmarks/results/cpu-activation.json
-python benchmarks/report.py            write the tables
-python benchmarks/report.py --check    exit 1 when a page's table is not the record's
+python benchmarks/record.py activation  take a record again
+python benchmarks/report.py             write the tables
+python benchmarks/report.py --check     exit 1 when a page's table is not the record's
 """
 
 from __future__ import annotations
