@@ -63,7 +63,6 @@ def attention_decode(
     softcap: float,
     scale: float,
     num_splits: int,
-    what: int,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse): the operator `attention_decode`."""
     batch, heads, lq, size = query.shape

@@ -29,6 +29,11 @@ SAMPLED = (torch.tensor([1, 4, V, 0]), torch.rand(B, 1) + 0.1, torch.rand(4) + 0
 LSTM = [torch.randn(12, D), torch.randn(12, 3), torch.randn(12), torch.randn(12)]
 QKV = torch.randn(3, 8, 2, 16)
 PREFIX = torch.tensor([2, 1, -3, 0, 4])
+CACHE = torch.randn(B, 1, 8, D)
+BLOCKS = torch.arange(4 * B, dtype=torch.int32).view(B, 4)
+BLOCKS[0, 1], BLOCKS[4, 2] = 99, -5  # not needed
+BAD_BLOCKS = BLOCKS.clone()
+BAD_BLOCKS[1, 0], BAD_BLOCKS[3, 0] = 4 * B, -1
 ADAPTIVE = pk.nn.AdaptiveLogSoftmaxWithLoss(D, V, [3, 6])
 
 
@@ -85,6 +90,18 @@ def prefix(lengths: Tensor, **options: Any) -> Tensor:
     return F.attention(q, q, q, causal=True, prefix_length=lengths.to(DEVICE), **options)
 
 
+def decode(lengths: Tensor, table: Tensor | None = None, **options: Any) -> Tensor:
+    q = X.view(B, 1, 1, D).expand(B, 2, 1, D)
+    cache = CACHE if table is None else CACHE.view(4 * B, 1, 2, D)
+    q, cache, lengths = on(DEVICE, q, cache, lengths)
+    table = None if table is None else table.to(DEVICE)
+    return F.attention_decode(q, cache, cache, lengths, block_table=table, **options)
+
+
+def paged(table: Tensor, **options: Any) -> Tensor:
+    return decode(torch.tensor([2, 1, 8, 2, 0]), table, **options)
+
+
 class Case(NamedTuple):
     """call(bad) reports `text`; beside `rows`, which are 0 or (None) anything, its result is that of call(good)."""
 
@@ -128,6 +145,13 @@ CASES = {
     "cu_seqlens": Case(
         packed, torch.tensor([0, 5, 3, 8]), torch.tensor([0, 5, 5, 8]),
         r"attention\(\).*cu_seqlens_q\[2\].* is 3; they must .* end with 8", None, ValueError,
+    ),
+    "cache_lengths": Case(
+        decode, torch.tensor([8, 9, 3, -1, 0]), torch.tensor([8, 8, 3, 0, 0]),
+        r"attention_decode\(\).*cache_lengths\[1\].* is 9, .*\[0, 9\)", (1, 3),
+    ),
+    "block_table": Case(
+        paged, BAD_BLOCKS, BLOCKS, r"attention_decode\(\).*block_table\[4\].* is 20, .*\[0, 20\)", (1, 3)
     ),
     "prefix_length": Case(
         prefix, PREFIX, PREFIX.clamp(min=0), r"attention\(\).*prefix_length\[2\].* is -3; .* negative", (), ValueError

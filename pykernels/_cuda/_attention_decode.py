@@ -30,7 +30,6 @@ def attention_decode(
     softcap: float,
     scale: float,
     num_splits: int,
-    what: int,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse): the operator `attention_decode`."""
     batch, heads, lq, _ = query.shape

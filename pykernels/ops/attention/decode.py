@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _errors, reference
-from ..._backends import is_compiling
+from ... import reference
 from .. import _autocast, _check, _ids
 from .._library import define
 from . import _arguments as arguments
@@ -19,7 +18,6 @@ __all__ = ["attention_decode"]
 
 NAME = "attention_decode"
 MOST_SPLITS = 256
-_LENGTHS = _errors.code(NAME, "cache_lengths", "block_table")
 
 
 def _fake(query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -31,7 +29,7 @@ attention_decode_forward = define(
     ROOM,
     "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? cache_lengths, "
     "Tensor? block_table, Tensor? sinks, Tensor? alibi_slopes, SymInt window_left, float softcap, float scale, "
-    "int num_splits, int what) -> (Tensor, Tensor)",
+    "int num_splits) -> (Tensor, Tensor)",
     _fake,
 )
 
@@ -125,9 +123,10 @@ def attention_decode(
         wide = max(query.shape[-1], value_cache.shape[-1]) > 256
     used = default_scale(query) if scale is None else _check.number(NAME, "scale", scale)
     chosen = ROOM.resolve(NAME, backend, query, *((WIDE_HEADS,) if wide else ()))
-    what = _before(bounds_check)
-    if what and chosen != "cpu":  # the native kernels look for themselves
-        _check_values(query, key_cache, cache_lengths, block_table, left)
+    _ids.before(NAME, bounds_check)
+    if bounds_check != "none" and chosen != "cpu":  # the native kernels look for themselves
+        given = (cache_lengths, block_table, left)
+        cache_lengths, block_table = _checked(chosen, bounds_check, query, key_cache, *given)
     if chosen == "reference":
         return reference.attention_decode(
             query,
@@ -145,10 +144,9 @@ def attention_decode(
     sinks = None if sinks is None else sinks.float()
     alibi_slopes = None if alibi_slopes is None else alibi_slopes.float()
     out, lse = attention_decode_forward[chosen](
-        query, key_cache, value_cache, cache_lengths, block_table, sinks, alibi_slopes, left, cap, used, splits, what
+        query, key_cache, value_cache, cache_lengths, block_table, sinks, alibi_slopes, left, cap, used, splits
     )
-    if bounds_check == "sync" and not is_compiling():
-        _errors.check_errors()
+    _ids.after(bounds_check)
     return (out, lse) if return_lse else out
 
 
@@ -258,31 +256,29 @@ def _refuse_gradients(**tensors: Tensor | None) -> None:
             )
 
 
-def _before(bounds_check: str) -> int:
-    """Raises what kernels have reported by now; returns the code that this call's kernels report with, 0 for none."""
-    if bounds_check not in _errors.CHECKS:
-        allowed = ", ".join(_errors.CHECKS)
-        raise ValueError(f"{NAME}(): argument 'bounds_check' must be one of {allowed}, not {bounds_check!r}")
-    if not is_compiling() and _errors.any_records():
-        _errors.raise_recorded()
-    return 0 if bounds_check == "none" else _LENGTHS
-
-
-def _check_values(
-    query: Tensor, key_cache: Tensor, cache_lengths: Tensor | None, block_table: Tensor | None, left: int
-) -> None:
-    """Where values may be read without waiting, as the native kernels check them."""
-    size = key_cache.shape[2]
+def _checked(
+    backend: str,
+    bounds_check: str,
+    query: Tensor,
+    key_cache: Tensor,
+    cache_lengths: Tensor | None,
+    block_table: Tensor | None,
+    left: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The lengths and the table for the kernels: a wrong length is 0, a wrong block that is needed -1."""
+    size, given = key_cache.shape[2], (backend, bounds_check, NAME)
     limit = size if block_table is None else size * block_table.shape[1]
-    if cache_lengths is None:
-        cache_lengths = torch.full((query.shape[0],), limit, device=query.device)
-    else:
+    if cache_lengths is not None:
         _ids.in_range(NAME, "cache_lengths", cache_lengths, limit + 1)
-    if block_table is None or block_table.numel() == 0 or not _ids.readable(block_table):
-        return
-    start = torch.arange(block_table.shape[1]) * size
-    lengths = cache_lengths.unsqueeze(-1)
+        cache_lengths = _ids.checked(*given, "cache_lengths", cache_lengths, limit + 1, fill=0)
+    if block_table is None:
+        return cache_lengths, None
+    blocks = max(key_cache.shape[0], 1)
+    lengths = torch.full((query.shape[0],), limit, device=query.device) if cache_lengths is None else cache_lengths
+    start, lengths = torch.arange(block_table.shape[1], device=query.device) * size, lengths.unsqueeze(-1)
     needed = start < lengths
     if left >= 0:
-        needed &= start + size > lengths - query.shape[2] - left
-    _ids.in_range(NAME, "block_table", torch.where(needed, block_table, 0), max(key_cache.shape[0], 1))
+        needed = needed & (start + size > lengths - query.shape[2] - left)
+    seen = torch.where(needed, block_table, 0)
+    _ids.in_range(NAME, "block_table", seen, blocks)
+    return cache_lengths, _ids.checked(*given, "block_table", seen, blocks)
