@@ -128,7 +128,7 @@ class _Floor(Floor, RowsFloor):
 
         def plan(wish: int) -> tuple[int, int, int, int]:
             where, dtype = h0.data_ptr(), DTYPE_CODES[h0.dtype]
-            return module.recurrent_plan(where, _CELLS[kind], backward, hidden, batch, ways, wish, dtype)  # type: ignore[no-any-return]
+            return module.recurrent_plan(where, _CELLS[kind], backward, hidden, batch, ways, wish, dtype)
 
         if wish == 0 and first <= hidden <= last and _cluster_reason(self.ext, kind, h0) is None:
             wish = clusters
