@@ -17,6 +17,7 @@ import torch
 import pykernels as pk
 from pykernels import _backends
 from pykernels._cuda._extension import _runs
+from pykernels.ops import _library
 from pykernels.ops.activation._functions import ROOM
 
 ROOT = Path(__file__).parent.parent
@@ -163,6 +164,18 @@ def test_an_extension_built_for_another_torch_is_not_loaded(tmp_path: Path, monk
     monkeypatch.setattr(_backends, "__file__", str(tmp_path / "_backends.py"))
     _, reason = _backends._find_cpu("activation")
     assert reason is not None and "built for torch 1.0.0" in reason and "rebuild: pip install" in reason
+
+
+def test_an_extension_of_other_sources_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a pull without a build gives, in place of torch's words about schemas."""
+
+    class Other:
+        def define(self, schema: str) -> None:
+            raise RuntimeError("Inferred operator schema for a C++ kernel function doesn't match the expected one")
+
+    monkeypatch.setattr(_library, "LIBRARY", Other())
+    with pytest.raises(ImportError, match="built from other sources than these; rebuild: pip install"):
+        _library.define(ROOM, "no_such(Tensor x) -> Tensor", lambda x: x)
 
 
 def test_a_torch_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.library import Library, register_fake
 
-from .._backends import BACKENDS, Room, functorch_active
+from .._backends import BACKENDS, REBUILD, Room, functorch_active
 from ..reference._random import seed_on
 
 LIBRARY = Library("pykernels", "DEF")
@@ -38,7 +38,14 @@ def define(
     name, arguments = schema.split("(", 1)
     handles: dict[str, Callable[..., Any]] = {}
     for backend in BACKENDS:
-        LIBRARY.define(f"{name}.{backend}({arguments}")
+        try:
+            LIBRARY.define(f"{name}.{backend}({arguments}")
+        except RuntimeError as error:
+            if "C++ kernel" not in str(error):
+                raise
+            raise ImportError(
+                f"pykernels._cpu_ext was built from other sources than these; rebuild: {REBUILD}"
+            ) from error
         register_fake(f"pykernels::{name}.{backend}", fake, lib=LIBRARY)
         if backend in room.modules and backend in backends and backend in _KEYS:
             for key in _KEYS[backend]:
