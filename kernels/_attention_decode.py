@@ -12,6 +12,7 @@ import triton.language as tl
 
 from . import _attention_tiles as tiles_of
 from . import _lib
+from .checks import report
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -36,14 +37,15 @@ def key_rows(x, offset, kv, inside, SIZE: tl.constexpr, BLOCK: tl.constexpr):
         return tl.load(ptrs, mask=inside[:, None] & (column < SIZE)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("what",))
 def attention_decode_kernel(
-    q, k, v, out, lse_ptr, part_ptr, top_ptr, total_ptr, lengths_ptr, table, sinks_ptr, slopes, numbers, cache, heads,
-    group, lq, row_tiles, splits, left,
+    q, k, v, out, lse_ptr, part_ptr, top_ptr, total_ptr, lengths_ptr, table, sinks_ptr, slopes, record_ptr, numbers,
+    cache, what, heads, group, lq, row_tiles, splits, left,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out and lse; with parts (part_ptr) the sums of each."""
+    """out and lse; with parts (part_ptr) the sums of each. what: the code of the lengths, of the table's blocks one
+    more; one key head of each sequence reports what is wrong."""
     PRECISE: tl.constexpr = q.ptr.dtype.element_ty == tl.float32
     owner = tl.program_id(0) // row_tiles
     split = tl.program_id(1)
@@ -56,7 +58,12 @@ def attention_decode_kernel(
     length = cache.limit
     if lengths_ptr is not None:
         given = tl.load(lengths_ptr + b).to(tl.int64)
-        length = tl.where((given < 0) | (given > cache.limit), 0, given).to(tl.int32)
+        wrong = (given < 0) | (given > cache.limit)
+        length = tl.where(wrong, 0, given).to(tl.int32)
+        if record_ptr is not None:
+            told = wrong & (kv == 0) & (split == 0)
+            if told:
+                report(record_ptr, what, b, given, cache.limit + 1, 0)
     place = length - lq + i
     begin = 0
     if left is not None:
@@ -86,7 +93,14 @@ def attention_decode_kernel(
         block = b
         if table is not None:
             block = tl.load(table.ptr + b * table.b + j // cache.block_size, mask=inside, other=0).to(tl.int64)
-            inside = inside & (block >= 0) & (block < cache.blocks)
+            valid = (block >= 0) & (block < cache.blocks)
+            if record_ptr is not None:
+                width = cache.limit // cache.block_size
+                first_wrong = tl.min(tl.where(inside & (valid == 0), j // cache.block_size, width), 0)
+                if (first_wrong < width) & (kv == 0):
+                    value = tl.load(table.ptr + b * table.b + first_wrong).to(tl.int64)
+                    report(record_ptr, what + 1, b * width + first_wrong, value, cache.blocks, 0)
+            inside = inside & valid
             where = (j % cache.block_size).to(tl.int64)
         k_tile = key_rows(k, block * k.b + where * k.l, kv, inside, D, BLOCK_D)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)

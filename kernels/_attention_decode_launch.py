@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .. import _errors
 from . import _attention_launch as launching
 from . import _lib
 from ._attention_decode import attention_decode_kernel, attention_decode_merge_kernel
@@ -63,6 +64,7 @@ def attention_decode(
     softcap: float,
     scale: float,
     num_splits: int,
+    what: int,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse): the operator `attention_decode`."""
     batch, heads, lq, size = query.shape
@@ -104,6 +106,7 @@ def attention_decode(
         lse_ptr=lse, part_ptr=part, top_ptr=top, total_ptr=total, table=table,
         lengths_ptr=None if cache_lengths is None else cache_lengths.contiguous(),
         sinks_ptr=None if sinks is None else sinks.contiguous(), slopes=slopes,
+        record_ptr=_errors.record(query.device) if what else None, what=what,
         numbers=Numbers(
             scale / softcap if softcap else scale * launching.LOG2E, softcap * launching.LOG2E if softcap else None,
             None, None, None,

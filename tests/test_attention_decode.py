@@ -177,6 +177,47 @@ def test_values_out_of_range_on_the_cpu(backend: str, mistake: str) -> None:
         attention_decode(*inputs, **options, backend=backend)
 
 
+@pytest.mark.parametrize("backend", [b for b in SPEC.kernels[1:] if b in BACKENDS])
+@pytest.mark.parametrize("mistake", BAD_VALUES)
+def test_values_out_of_range_are_reported_by_kernels(backend: str, mistake: str) -> None:
+    """As on a GPU: such a sequence has no keys, such a block is not seen, and the host is told."""
+    message, change = BAD_VALUES[mistake]
+    (q, k, v, lengths), options = with_bad_values(change)
+    given = (q, k, v, lengths, options["block_table"], None, None, -1, 0.0, 0.25, 2)
+    kernel = decode.attention_decode_forward[backend]
+    out, _ = kernel(*given, decode._LENGTHS)
+    where, value, bound = re.match(r"(.*\]) is (-?\d+), which is not in \[0, (\d+)\)", message).groups()
+    b, *slot = map(int, re.findall(r"\d+", where))
+    flat = b * 8 + slot[0] if slot else b
+    with pytest.raises(IndexError, match=rf"\[{flat}\] \(counted flat\) is {value}, which is not in \[0, {bound}\)"):
+        pk.check_errors()
+    pk.check_errors()
+    assert torch.equal(kernel(*given, 0)[0], out)
+    pk.check_errors()
+    lengths, table = lengths.clone(), options["block_table"].clone()
+    if not slot:
+        lengths[b] = 0
+        expected = pk.reference.attention_decode(q, k, v, lengths, block_table=table, scale=0.25)
+        torch.testing.assert_close(out, expected)
+    others = torch.arange(4, device=DEVICE) != b
+    clean = with_bad_values({"table": ((0, 0), 0)})
+    expected = pk.reference.attention_decode(q, k, v, clean[0][3], **clean[1], scale=0.25)
+    torch.testing.assert_close(out[others], expected[others])
+    assert out.isfinite().all()
+
+
+def test_graphs_check_values_too() -> None:
+    """On the CPU: the native kernel looks, and so does the reference, in a compiled graph as in eager mode."""
+    for backend in ("reference", "cpu") if DEVICE == "cpu" else ("triton",):
+        torch._dynamo.reset()
+        compiled = torch.compile(attention_decode, fullgraph=True, backend="aot_eager")
+        for mistake in ("long", "block"):
+            inputs, options = with_bad_values(BAD_VALUES[mistake][1])
+            with pytest.raises(IndexError, match="which is not in"):
+                compiled(*inputs, **options, backend=backend)
+                pk.check_errors()
+
+
 def test_autocast_and_tracing() -> None:
     q, k, v = dense_cache(torch.bfloat16)
     with torch.autocast(DEVICE, torch.bfloat16):

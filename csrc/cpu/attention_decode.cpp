@@ -79,7 +79,8 @@ int64_t default_splits(const AttentionArgs& a) {
 std::tuple<Tensor, Tensor> attention_decode(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
                                             const OptionalTensor& cache_lengths, const OptionalTensor& block_table,
                                             const OptionalTensor& sinks_, const OptionalTensor& alibi_slopes,
-                                            int64_t window_left, double softcap, double scale, int64_t num_splits) {
+                                            int64_t window_left, double softcap, double scale, int64_t num_splits,
+                                            int64_t) {
   TORCH_CHECK(query.dim() == 4 && key_cache.dim() == 4 && value_cache.dim() == 4, kName,
               "(): query and caches must have 4 dimensions");
   const Tensor q = unit_rows(query), k = unit_rows(key_cache), v = unit_rows(value_cache);

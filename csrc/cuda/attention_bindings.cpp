@@ -48,14 +48,15 @@ void def_attention(pybind11::module_& m, const char* name, void (*launcher)(cons
   });
 }
 
-// In Python: the twelve tensors of Decode, its layout, its numbers, and a dtype.
+// In Python: the thirteen tensors of Decode, its layout, its numbers, and a dtype.
 void def_decode(pybind11::module_& m, const char* name, void (*launcher)(const Decode&, DType, void*)) {
   using U = uintptr_t;
   using Sizes = std::array<int64_t, sizeof(DecodeLayout) / sizeof(int64_t)>;
-  static_assert(offsetof(Decode, n) == sizeof(Pointers), "as many pointers as the struct begins with");
+  using Tensors = std::array<U, 13>;
+  static_assert(offsetof(Decode, n) == sizeof(Tensors), "as many pointers as the struct begins with");
   m.def(name, [launcher](U q, U k, U v, U lengths, U table, U sinks, U slopes, U out, U lse, U part, U top, U total,
-                         const Sizes& layout, std::array<float, 2> numbers, int dtype, U stream) {
-    const Pointers pointers{q, k, v, lengths, table, sinks, slopes, out, lse, part, top, total};
+                         U record, const Sizes& layout, std::array<float, 2> numbers, int dtype, U stream) {
+    const Tensors pointers{q, k, v, lengths, table, sinks, slopes, out, lse, part, top, total, record};
     Decode a{};
     std::memcpy(&a, pointers.data(), sizeof pointers);
     std::memcpy(&a.n, layout.data(), sizeof layout);

@@ -6,6 +6,7 @@
 #include "math.h"
 #include "platform.h"
 #include "products.h"
+#include "record.h"
 
 namespace pk {
 
@@ -33,18 +34,32 @@ struct Part {
   int length, first, last;  // keys of the sequence; those of this part
 };
 
+__device__ __forceinline__ int64_t given_length(const Decode& a, int64_t b) {
+  return a.lengths ? Ids{a.lengths, !a.n.long_lengths}[b] : a.n.limit;
+}
+__device__ __forceinline__ bool is_wrong(int64_t x, int64_t bound) { return x < 0 || x >= bound; }
+
 // A length out of range counts as 0: nothing of the cache is read.
 __device__ __forceinline__ Part part_of(const Decode& a, int64_t b, int split, int step) {
-  int64_t given = a.n.limit;
-  if (a.lengths)
-    given = a.n.long_lengths ? static_cast<const int64_t*>(a.lengths)[b] : static_cast<const int32_t*>(a.lengths)[b];
-  const int length = given < 0 || given > a.n.limit ? 0 : static_cast<int>(given);
+  const int64_t given = given_length(a, b);
+  const int length = is_wrong(given, a.n.limit + 1) ? 0 : static_cast<int>(given);
   const int begin = max(length - static_cast<int>(a.n.lq) - static_cast<int>(a.n.left), 0);
   const int keys = max(length - begin, 0), splits = static_cast<int>(a.n.splits);
   const int each = ceil_div(ceil_div(keys, splits), step) * step;
   const int64_t first = begin + static_cast<int64_t>(split) * each;
   return {length, static_cast<int>(min(first, static_cast<int64_t>(length))),
           static_cast<int>(min(first + each, static_cast<int64_t>(length)))};
+}
+
+// Tells of a length that is out of range, and of such blocks among those of this part.
+__device__ __forceinline__ void report_wrong(const Decode& a, int64_t b, int split, const Part& part) {
+  const int64_t given = given_length(a, b), blocks = a.n.limit / a.n.block_size;
+  if (threadIdx.x == 0 && split == 0 && is_wrong(given, a.n.limit + 1))
+    Record{a.record, a.n.what}.report(b, given, a.n.limit + 1, 0);
+  if (!a.table) return;
+  for (int64_t i = part.first / a.n.block_size + threadIdx.x; i * a.n.block_size < part.last; i += kDecodeThreads)
+    if (const int block = a.table[b * a.n.table + i]; is_wrong(block, a.n.blocks))
+      Record{a.record, a.n.what + 1}.report(b * blocks + i, block, a.n.blocks, 0);
 }
 
 // What a thread copies of a tile: one 16-byte unit of rows r0, r0 + STEP, ...; `row(r)` is where row r begins, null for
@@ -94,6 +109,8 @@ __global__ void __launch_bounds__(kDecodeThreads, DecodeTiles<T, D>::kBlocks)
   const TileColumns<T, D, true> columns(a.n.d), value_columns(a.n.dv);
   const bool exact = a.n.exact;
   const int block_size = static_cast<int>(a.n.block_size);
+
+  if (a.record && kv == 0 && row0 == 0) report_wrong(a, b, split, part);  // one key head of each sequence
 
   // Which block holds key j, or -1: one out of range is not seen.
   const auto block_of = [&](int j) -> int {

@@ -17,6 +17,7 @@ struct DecodeLayout {
   int64_t left;                      // window, at most limit (unbounded)
   int64_t splits;                    // parts of the keys
   int64_t long_lengths;              // lengths are int64, else int32
+  int64_t what;                      // the code that wrong lengths are reported by, wrong blocks by one more
   int64_t exact;                     // float32 products to float32 accuracy; 0: tf32 is enough
 };
 
@@ -28,12 +29,14 @@ struct DecodeNumbers {
 // Null: absent.  lengths: keys of each sequence (null: `limit`); one out of range has none.  table: blocks of each
 // sequence; one out of range is not seen.  part: for each query, head and part of the keys dv float32 sums, with top
 // and total beside them; null: there is one part, and out and lse are written at once.
+// record: where wrong values are told of.
 struct Decode {
   const void *q, *k, *v, *lengths;
   const int32_t* table;
   const float *sinks, *slopes;
   void* out;
   float *lse, *part, *top, *total;
+  int64_t* record;
   DecodeLayout n;
   DecodeNumbers x;
 };

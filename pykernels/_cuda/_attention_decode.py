@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _errors
 from . import _attention_arguments as launching
 from ._extension import Extension
 
@@ -30,6 +31,7 @@ def attention_decode(
     softcap: float,
     scale: float,
     num_splits: int,
+    what: int,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse): the operator `attention_decode`."""
     batch, heads, lq, _ = query.shape
@@ -65,12 +67,12 @@ def attention_decode(
         batch, heads, group, lq, limit, key_cache.shape[0], block_size, query.shape[-1], size,
         limit if window_left < 0 else min(window_left, limit), splits,
         int(cache_lengths is not None and cache_lengths.dtype == torch.int64),
-        int(torch.get_float32_matmul_precision() == "highest"),
+        what, int(torch.get_float32_matmul_precision() == "highest"),
     )  # fmt: skip
     numbers = scale / softcap if softcap else scale * launching.LOG2E, softcap * launching.LOG2E
     tensors = (
         query, key_cache, value_cache, cache_lengths, block_table, None if sinks is None else sinks.contiguous(),
-        slopes, written, lse, part, top, total,
+        slopes, written, lse, part, top, total, _errors.record(query.device) if what else None,
     )  # fmt: skip
     ext.call("attention_decode", *tensors, layout, numbers, query.dtype)
     if splits > 1:

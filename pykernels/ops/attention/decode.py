@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import reference
+from ... import _errors, reference
+from ..._backends import is_compiling
 from .. import _autocast, _check, _ids
 from .._library import define
 from . import _arguments as arguments
@@ -18,6 +19,7 @@ __all__ = ["attention_decode"]
 
 NAME = "attention_decode"
 MOST_SPLITS = 256
+_LENGTHS = _errors.code(NAME, "cache_lengths", "block_table")
 
 
 def _fake(query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -29,7 +31,7 @@ attention_decode_forward = define(
     ROOM,
     "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? cache_lengths, "
     "Tensor? block_table, Tensor? sinks, Tensor? alibi_slopes, SymInt window_left, float softcap, float scale, "
-    "int num_splits) -> (Tensor, Tensor)",
+    "int num_splits, int what) -> (Tensor, Tensor)",
     _fake,
 )
 
@@ -125,8 +127,7 @@ def attention_decode(
     chosen = ROOM.resolve(NAME, backend, query, *((WIDE_HEADS,) if wide else ()))
     _ids.before(NAME, bounds_check)
     if bounds_check != "none" and chosen != "cpu":  # the native kernels look for themselves
-        given = (cache_lengths, block_table, left)
-        cache_lengths, block_table = _checked(chosen, bounds_check, query, key_cache, *given)
+        cache_lengths, block_table = _checked(chosen, query, key_cache, cache_lengths, block_table, left)
     if chosen == "reference":
         return reference.attention_decode(
             query,
@@ -143,8 +144,9 @@ def attention_decode(
         )
     sinks = None if sinks is None else sinks.float()
     alibi_slopes = None if alibi_slopes is None else alibi_slopes.float()
+    what = 0 if bounds_check == "none" else _LENGTHS
     out, lse = attention_decode_forward[chosen](
-        query, key_cache, value_cache, cache_lengths, block_table, sinks, alibi_slopes, left, cap, used, splits
+        query, key_cache, value_cache, cache_lengths, block_table, sinks, alibi_slopes, left, cap, used, splits, what
     )
     _ids.after(bounds_check)
     return (out, lse) if return_lse else out
@@ -257,28 +259,30 @@ def _refuse_gradients(**tensors: Tensor | None) -> None:
 
 
 def _checked(
-    backend: str,
-    bounds_check: str,
-    query: Tensor,
-    key_cache: Tensor,
-    cache_lengths: Tensor | None,
-    block_table: Tensor | None,
-    left: int,
+    backend: str, query: Tensor, key_cache: Tensor, lengths: Tensor | None, table: Tensor | None, left: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The lengths and the table for the kernels: a wrong length is 0, a wrong block that is needed -1."""
-    size, given = key_cache.shape[2], (backend, bounds_check, NAME)
-    limit = size if block_table is None else size * block_table.shape[1]
-    if cache_lengths is not None:
-        _ids.in_range(NAME, "cache_lengths", cache_lengths, limit + 1)
-        cache_lengths = _ids.checked(*given, "cache_lengths", cache_lengths, limit + 1, fill=0)
-    if block_table is None:
-        return cache_lengths, None
-    blocks = max(key_cache.shape[0], 1)
-    lengths = torch.full((query.shape[0],), limit, device=query.device) if cache_lengths is None else cache_lengths
-    start, lengths = torch.arange(block_table.shape[1], device=query.device) * size, lengths.unsqueeze(-1)
-    needed = start < lengths
+    """Lengths and block table, looked at where that waits for nothing, as the native kernels do: of the table what is
+    needed. In graphs on the CPU the reference's are; other kernels report."""
+    graph = backend == "reference" and query.is_cpu and is_compiling()
+    if not graph and not (query.is_cpu and _ids.readable(query)):
+        return lengths, table
+    size = key_cache.shape[2]
+    limit = size if table is None else size * table.shape[1]
+    if lengths is None:
+        lengths = torch.full((query.shape[0],), limit, device=query.device)
+    elif graph:
+        lengths = _ids.checked(backend, "error", NAME, "cache_lengths", lengths, limit + 1)
+    else:
+        _ids.in_range(NAME, "cache_lengths", lengths, limit + 1)
+    if table is None or table.numel() == 0:
+        return lengths, table
+    start = torch.arange(table.shape[1], device=query.device) * size
+    last = lengths.unsqueeze(-1)
+    needed = start < last
     if left >= 0:
-        needed = needed & (start + size > lengths - query.shape[2] - left)
-    seen = torch.where(needed, block_table, 0)
-    _ids.in_range(NAME, "block_table", seen, blocks)
-    return cache_lengths, _ids.checked(*given, "block_table", seen, blocks)
+        needed = needed & (start + size > last - query.shape[2] - left)
+    used, blocks = torch.where(needed, table, 0), max(key_cache.shape[0], 1)
+    if graph:
+        return lengths, _ids.checked(backend, "error", NAME, "block_table", used, blocks)
+    _ids.in_range(NAME, "block_table", used, blocks)
+    return lengths, table

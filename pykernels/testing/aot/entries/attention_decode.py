@@ -26,7 +26,7 @@ def call(dtype: torch.dtype, size: int, rows: str, paged: bool, everything: bool
     lengths = torch.full((BATCH,), LENGTH, dtype=torch.int32)
     table = torch.zeros(BATCH, LENGTH // BLOCK, dtype=torch.int32) if paged else None
     extras = (torch.empty(heads), torch.empty(heads), 1000, 30.0) if everything else (None, None, -1, 0.0)
-    given = (query, key, value, lengths, table, *extras, 0.125, 4)
+    given = (query, key, value, lengths, table, *extras, 0.125, 4, 0)
     return lambda: room("attention").attention_decode(*given)
 
 
