@@ -53,10 +53,11 @@ __device__ __forceinline__ Part part_of(const Decode& a, int64_t b, int split, i
 
 // Tells of a length that is out of range, and of such blocks among those of this part.
 __device__ __forceinline__ void report_wrong(const Decode& a, int64_t b, int split, const Part& part) {
-  const int64_t given = given_length(a, b), blocks = a.n.limit / a.n.block_size;
+  const int64_t given = given_length(a, b);
   if (threadIdx.x == 0 && split == 0 && is_wrong(given, a.n.limit + 1))
     Record{a.record, a.n.what}.report(b, given, a.n.limit + 1, 0);
-  if (!a.table) return;
+  if (!a.table || part.first >= part.last) return;
+  const int64_t blocks = a.n.limit / a.n.block_size;
   for (int64_t i = part.first / a.n.block_size + threadIdx.x; i * a.n.block_size < part.last; i += kDecodeThreads)
     if (const int block = a.table[b * a.n.table + i]; is_wrong(block, a.n.blocks))
       Record{a.record, a.n.what + 1}.report(b * blocks + i, block, a.n.blocks, 0);
