@@ -166,6 +166,25 @@ def test_an_extension_built_for_another_torch_is_not_loaded(tmp_path: Path, monk
     assert reason is not None and "built for torch 1.0.0" in reason and "rebuild: pip install" in reason
 
 
+@pytest.mark.parametrize("seed", [7, -3, 2**63 + 5])
+def test_a_reference_takes_the_seeds_that_its_operator_takes(seed: int) -> None:
+    """An int, any of 64 bits; a tensor of one; and None, which draws one."""
+    x, state, weights = torch.randn(3, 2, 4), torch.zeros(1, 2, 5), [torch.randn(5, 4), torch.randn(5, 5)]
+    q = x.unsqueeze(0)
+    signed = torch.tensor([seed - 2**64 if seed >= 2**63 else seed])
+    calls = {
+        "rrelu": lambda m, s: m.rrelu(x, training=True, seed=s),
+        "bias_activation_dropout": lambda m, s: m.bias_activation_dropout(x, None, "gelu", 0.5, True, s),
+        "attention": lambda m, s: m.attention(q, q, q, dropout_p=0.5, seed=s),
+        "rnn": lambda m, s: m.rnn(x, state, weights, zoneout=0.5, training=True, seed=s)[0],
+    }
+    for name, call in calls.items():
+        ours, whole, one = call(pk.functional, seed), call(pk.reference, seed), call(pk.reference, signed)
+        assert torch.equal(whole, one), name
+        torch.testing.assert_close(ours, whole)
+        assert not torch.equal(call(pk.reference, None), call(pk.reference, None)), name
+
+
 def test_an_extension_of_other_sources_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a pull without a build gives, in place of torch's words about schemas."""
 

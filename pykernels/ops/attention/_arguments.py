@@ -71,7 +71,8 @@ def bias_dtype(name: str, label: str, bias: Tensor, query: Tensor) -> None:
 
 def boolean(name: str, label: str, x: Tensor) -> None:
     if x.dtype != torch.bool:
-        raise RuntimeError(f"{name}(): argument '{label}' must be torch.bool, not {x.dtype}")
+        hint = "; what is added to the scores is 'bias'" if label == "mask" and x.is_floating_point() else ""
+        raise RuntimeError(f"{name}(): argument '{label}' must be torch.bool, not {x.dtype}{hint}")
 
 
 def alignment(name: str, causal: Any) -> str:
