@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import BACKENDS, DEVICE
 from test_recurrent_kernels import CUDA, RAGGED, check, floor_of, layer, run
+from torch import Tensor
 
 from pykernels._cuda import recurrent as cuda
 from pykernels._cuda._extension import Extension
@@ -38,7 +39,7 @@ def emulator() -> Iterator[Any]:
 @pytest.mark.parametrize("kind", ("lstm", "gru"))
 def test_ragged_over_tiles(floor: Any, kind: str, dtype: torch.dtype, poisoned: None) -> None:
     """Two tiles of rows, of which the second empties; one row without any step; blocks without units."""
-    check(floor, layer(kind, RAGGED, 19, 35, dtype, 1 + (dtype == torch.float16)))
+    check(floor, layer(kind, RAGGED, 19, 40, dtype, 1 + (dtype == torch.float16)))
 
 
 @needs_clusters
@@ -49,7 +50,7 @@ def test_even_and_recomputed(floor: Any, kind: str, poisoned: None) -> None:
 
 @on_emulator
 @pytest.mark.parametrize(
-    ("held", "kind", "hidden"), ((8, "lstm", 52), (4, "gru", 44), (2, "lstm", 70)), ids=("4", "2", "2-ragged")
+    ("held", "kind", "hidden"), ((8, "lstm", 56), (4, "gru", 48), (2, "lstm", 72)), ids=("4", "2", "2-in-turns")
 )
 def test_clusters_by_what_fits(emulator: Any, held: int, kind: str, hidden: int, poisoned: None) -> None:
     """Fewer and larger blocks where the device does not hold more at once."""
@@ -70,12 +71,34 @@ def test_more_terms_than_registers_hold(emulator: Any, poisoned: None) -> None:
 @on_emulator
 @pytest.mark.parametrize("order", (1, 7), ids=("reversed", "random"))
 def test_any_order_of_threads(emulator: Any, order: int, poisoned: None) -> None:
-    given = layer("lstm", RAGGED, 19, 35, torch.bfloat16, 2)
+    given = layer("lstm", RAGGED, 19, 40, torch.bfloat16, 2)
     with cuda.run_as("cluster"):
         first = run(floor_of("emulator"), given)
         emulator.set_order(order)
         second = run(floor_of("emulator"), given)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@needs_clusters
+@pytest.mark.parametrize("kind", ("lstm", "gru"))
+def test_peepholes_projections_and_saved_tensors_anywhere(floor: Any, kind: str, poisoned: None) -> None:
+    """What was saved may come back as a view at an odd address."""
+    given = layer(kind, RAGGED, 19, 24, torch.bfloat16, projected=13 if kind == "lstm" else 0)
+    check(floor, given)
+    x, sizes, (w_ih, w_hh, *rest) = given.input, given.sizes, given.weights
+    y, *states = getattr(floor, f"{kind}_forward")(x, *given.states, *given.weights, sizes, True)
+    kept = states[len(given.states) :]
+
+    def moved(t: Tensor) -> Tensor:
+        return torch.cat((t.new_empty(1), t.flatten()))[1:].view(t.shape)
+
+    more = rest[2:] if kind == "lstm" else []
+    found = []
+    for saved in ((y, *kept), tuple(map(moved, (y, *kept)))):
+        mask = (True,) * (8 if kind == "lstm" else 5)
+        backward = getattr(floor, f"{kind}_backward")
+        found.append(backward(*given.cotangents, x, *given.states, w_ih, w_hh, *more, sizes, *saved, mask))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @needs_clusters
@@ -99,6 +122,8 @@ def test_sizes(floor: Any) -> None:
 def test_refusals(floor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="clusters run LSTM and GRU, not tanh RNN"):
         run(floor, layer("tanh", None, 2, 8, torch.bfloat16))
+    with pytest.raises(RuntimeError, match="clusters run hidden sizes that are multiples of 8, not 12"):
+        run(floor, layer("lstm", None, 2, 12, torch.bfloat16))
     with pytest.raises(RuntimeError, match="clusters run float16 and bfloat16, not float32"):
         run(floor, layer("lstm", None, 2, 8, torch.float32))
     with pytest.raises(ValueError, match="unknown way 'clusters'"), cuda.run_as("clusters"):
@@ -123,7 +148,7 @@ def test_other_gpus_are_refused(
             return {"architectures": built}
 
     class There:
-        is_cuda, dtype, device = True, torch.bfloat16, "cuda"
+        is_cuda, dtype, device, shape = True, torch.bfloat16, "cuda", (1, 16, 40)
 
     class Built:
         name, module = "_cuda_ext", Module

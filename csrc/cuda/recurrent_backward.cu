@@ -8,10 +8,29 @@ namespace {
 template <class T, Kind K>
 __device__ __forceinline__ CellGradient gradient_of(const BackwardLoop& f, const Visit& v, int64_t row, int64_t unit,
                                                     float dh, float carry) {
-  const CellInputs in = load_inputs<T, K>(f, v, row, unit);
-  const Peephole peephole =
-      load_peephole(f.peephole, f.loop.hidden, 3 * f.loop.first_column() + static_cast<int>(unit));
-  return cell_backward<K, std::is_same_v<T, float>>(in.kept, peephole, dh, carry, in.c, in.before, in.y, f.relu);
+  const int64_t hidden = f.loop.hidden, pitch = f.loop.pitch(), first = f.loop.first_token();
+  const int64_t token = first + v.offset + row;
+  const int column = f.loop.first_column();
+  const T* output = static_cast<const T*>(f.output);
+  float kept[4] = {}, c = 0.f, before = 0.f, y = 0.f;
+  if constexpr (K != Kind::rnn) {
+#pragma unroll
+    for (int part = 0; part < 4; ++part)
+      kept[part] = to_float(static_cast<const Kept<T, K>*>(f.kept)[token * (4 * hidden) + part * hidden + unit]);
+  }
+  const int64_t initial = (f.loop.first_state() + row) * hidden + unit;
+  const int64_t earlier = (v.previous + row) * pitch + column + unit;
+  if constexpr (K == Kind::lstm) {
+    c = f.cells[token * hidden + unit];
+    before = row < v.begun ? f.cells[(first + v.previous + row) * hidden + unit]
+                           : to_float(static_cast<const T*>(f.c0)[initial]);
+  } else if constexpr (K == Kind::gru) {
+    before = to_float(row < v.begun ? output[earlier] : static_cast<const T*>(f.h0)[initial]);
+  } else {
+    y = to_float(output[(v.offset + row) * pitch + column + unit]);
+  }
+  const Peephole peephole = load_peephole(f.peephole, f.loop.hidden, 3 * column + static_cast<int>(unit));
+  return cell_backward<K, std::is_same_v<T, float>>(kept, peephole, dh, carry, c, before, y, f.relu);
 }
 
 // Two blocks on a multiprocessor; an LSTM's addresses of 16-bit tensors do not fit into half of the registers.

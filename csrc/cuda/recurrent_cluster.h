@@ -8,6 +8,23 @@ constexpr int kHeldForward = 8;   // slices of 32 terms whose weights a warp kee
 constexpr int kHeldBackward = 4;  // the same, of at most 8 for each of at most 8 blocks
 constexpr int kClusterMost = 8;   // blocks of a cluster that every device has
 
+// Two units of a row, which lie side by side in aligned memory: hidden sizes are multiples of 8.
+template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T v[2];
+};
+template <class T>
+__device__ __forceinline__ Pair<T> load_pair(const T* p) {
+  return *reinterpret_cast<const Pair<T>*>(p);
+}
+template <class T>
+__device__ __forceinline__ void store_pair(T* p, float a, float b) {
+  if constexpr (std::is_same_v<T, float>)
+    *reinterpret_cast<float2*>(p) = make_float2(a, b);
+  else
+    *reinterpret_cast<uint32_t*>(p) = pack2<T>(a, b);
+}
+
 // Bytes of shared memory of a block.  units: warps, each with 8 hidden units.
 inline size_t cluster_forward_bytes(int gates, int hidden, int units) {
   const int slices = ceil_div(hidden, kTerms), rest = slices > kHeldForward ? slices - kHeldForward : 0;

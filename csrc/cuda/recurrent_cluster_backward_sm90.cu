@@ -8,6 +8,45 @@ namespace pk {
 
 namespace {
 
+// Of one element: names as in cell_backward; dh: from dy, and from dh_n where that takes the place of a product.
+struct Inputs {
+  float kept[4], c, before, dh;
+};
+
+template <class T, Kind K>
+__device__ __forceinline__ void load_inputs(Inputs& one, Inputs& two, const BackwardLoop& f, const Visit& v,
+                                            int64_t row, int unit) {
+  const Loop& loop = f.loop;
+  const int64_t hidden = loop.hidden, first = loop.first_token(), token = first + v.offset + row;
+  const Kept<T, K>* const kept = static_cast<const Kept<T, K>*>(f.kept) + token * (4 * hidden) + unit;
+#pragma unroll
+  for (int part = 0; part < 4; ++part) {
+    const Pair<Kept<T, K>> p = load_pair(kept + part * hidden);
+    one.kept[part] = to_float(p.v[0]), two.kept[part] = to_float(p.v[1]);
+  }
+  const int64_t initial = (loop.first_state() + row) * hidden + unit;
+  const T* const state = static_cast<const T*>(K == Kind::lstm ? f.c0 : f.h0) + initial;
+  if constexpr (K == Kind::lstm) {
+    const Pair<float> c = load_pair(f.cells + token * hidden + unit);
+    one.c = c.v[0], two.c = c.v[1];
+  }
+  if (row >= v.begun) {  // one by one: the initial state may lie anywhere
+    one.before = to_float(state[0]), two.before = to_float(state[1]);
+  } else if constexpr (K == Kind::lstm) {
+    const Pair<float> c = load_pair(f.cells + (first + v.previous + row) * hidden + unit);
+    one.before = c.v[0], two.before = c.v[1];
+  } else {
+    const T* const output = static_cast<const T*>(f.output);
+    const Pair<T> h = load_pair(output + (v.previous + row) * loop.pitch() + loop.first_column() + unit);
+    one.before = to_float(h.v[0]), two.before = to_float(h.v[1]);
+  }
+  const int64_t side = loop.reverse() ? f.dy_side : 0;
+  const T* const dy = static_cast<const T*>(f.dy) + (v.offset + row) * f.dy_stride + side + unit;
+  one.dh = to_float(dy[0]), two.dh = to_float(dy[1]);
+  // A row's last token takes dh_n in place of the product; a GRU's carry begins with it.
+  if (K == Kind::lstm && row >= v.staying) one.dh += f.dh_n[initial], two.dh += f.dh_n[initial + 1];
+}
+
 template <class T, Kind K>
 __global__ void __launch_bounds__(kTileThreads, 1) recurrent_cluster_backward_kernel(const BackwardLoop f) {
   constexpr int G = kGates<K>, W = kWidth<K>, kSlices = kHeldBackward;
@@ -17,10 +56,9 @@ __global__ void __launch_bounds__(kTileThreads, 1) recurrent_cluster_backward_ke
   const int tid = static_cast<int>(threadIdx.x), lane = tid % kWarp, warp = tid / kWarp;
   const int units = loop.sizes.units, terms = loop.sizes.terms, slices = loop.sizes.slices(), pitch_d = terms + kPad;
   const int size = static_cast<int>(gridDim.x), rank = static_cast<int>(blockIdx.x);
-  const int all = ceil_div(loop.hidden, kUnits), block = rank * units + warp, first_unit = block * kUnits;
+  const int all = loop.hidden / kUnits, block = rank * units + warp, first_unit = block * kUnits;
   const int64_t hidden = loop.hidden, first_row = loop.first_row();
   const int64_t first_token = loop.first_token(), first_state = loop.first_state();
-  const int64_t dy_side = loop.reverse() ? f.dy_side : 0;
   T* const dgates = static_cast<T*>(f.dgates);
 
   T* const d = reinterpret_cast<T*>(shared);  // [2][16][pitch_d]: gates of this block's units
@@ -48,13 +86,14 @@ __global__ void __launch_bounds__(kTileThreads, 1) recurrent_cluster_backward_ke
       for (int i = 0; i < 2; ++i) mbar_arrive_expect_tx(full + 8 * i, bytes);
   }
   for (int i = tid; i < 2 * kTileRows * pitch_d; i += static_cast<int>(blockDim.x)) d[i] = from_float<T>(0.f);
-  const auto row_of = [&](int e) { return lane / 4 + e / 2 * 8; };
-  const auto unit_of = [&](int e) { return first_unit + lane % 4 * 2 + e % 2; };
+  // this thread's elements: two units of two rows
+  const int unit = first_unit + lane % 4 * 2;
+  const auto row_of = [&](int half) { return first_row + lane / 4 + half * 8; };
   float carry[4];
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    const bool real = first_row + row_of(e) < loop.batch && unit_of(e) < loop.hidden;
-    carry[e] = real ? f.carry[(first_state + first_row + row_of(e)) * hidden + unit_of(e)] : 0.f;
+    const bool real = row_of(e / 2) < loop.batch && block < all;
+    carry[e] = real ? f.carry[(first_state + row_of(e / 2)) * hidden + unit + e % 2] : 0.f;
   }
   cluster_sync();  // every block has started, its mbarriers are ready
   if (rank * units >= all) return;
@@ -65,18 +104,10 @@ __global__ void __launch_bounds__(kTileThreads, 1) recurrent_cluster_backward_ke
     const Visit v = visit(loop.offsets, loop.steps, turn, loop.reverse());
     const int buffer = k & 1;
     if (block < all) {
-      CellInputs in[4];
-      float dh[4];
+      Inputs in[4] = {};
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {  // before the wait: this memory is far
-        const int64_t r = first_row + row_of(e), u = unit_of(e);
-        in[e] = {}, dh[e] = 0.f;
-        if (r >= v.rows || u >= hidden) continue;
-        in[e] = load_inputs<T, K>(f, v, r, u);
-        dh[e] = to_float(static_cast<const T*>(f.dy)[(v.offset + r) * f.dy_stride + dy_side + u]);
-        // A row's last token takes dh_n in place of the product; a GRU's carry begins with it.
-        if (K == Kind::lstm && r >= v.staying) dh[e] += f.dh_n[(first_state + r) * hidden + u];
-      }
+      for (int half = 0; half < 2; ++half)  // before the wait: this memory is far
+        if (row_of(half) < v.rows) load_inputs<T, K>(in[2 * half], in[2 * half + 1], f, v, row_of(half), unit);
       float sum[4] = {};
       if (k > 0) {
         mbar_wait_cluster(full + 8 * buffer, (k - 1) >> 1 & 1);
@@ -89,24 +120,26 @@ __global__ void __launch_bounds__(kTileThreads, 1) recurrent_cluster_backward_ke
         }
       }
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int64_t r = first_row + row_of(e), u = unit_of(e);
-        CellGradient found{};
-        if (r < v.rows && u < hidden) {
-          if (r < v.staying) dh[e] = sum[e] + dh[e];
-          if (K == Kind::gru) dh[e] += carry[e];
-          const Peephole peephole =
-              load_peephole(f.peephole, loop.hidden, 3 * loop.first_column() + static_cast<int>(u));
-          found = cell_backward<K, false>(in[e].kept, peephole, dh[e], carry[e], in[e].c, in[e].before, in[e].y, false);
-          carry[e] = found.carry;
+      for (int half = 0; half < 2; ++half) {
+        const int64_t r = row_of(half);
+        CellGradient found[2] = {};
+        if (r < v.rows) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const int e = 2 * half + j;
+            float dh = r < v.staying ? sum[e] + in[e].dh : in[e].dh;
+            if (K == Kind::gru) dh += carry[e];
+            const Peephole peephole = load_peephole(f.peephole, loop.hidden, 3 * loop.first_column() + unit + j);
+            found[j] = cell_backward<K, false>(in[e].kept, peephole, dh, carry[e], in[e].c, in[e].before, 0.f, false);
+            carry[e] = found[j].carry;
+          }
         }
+        T* const to = dgates + (first_token + v.offset + r) * (W * hidden) + unit;
+        T* const here = d + (buffer * kTileRows + lane / 4 + half * 8) * pitch_d + warp * kUnits + lane % 4 * 2;
 #pragma unroll
         for (int part = 0; part < W; ++part) {
-          const T x = from_float<T>(found.d[part]);
-          if (r < v.rows && u < hidden) dgates[(first_token + v.offset + r) * (W * hidden) + part * hidden + u] = x;
-          if (part >= W - G)
-            d[(buffer * kTileRows + row_of(e)) * pitch_d + (part - (W - G)) * units * kUnits + warp * kUnits +
-              lane % 4 * 2 + e % 2] = x;
+          if (r < v.rows) store_pair(to + part * hidden, found[0].d[part], found[1].d[part]);
+          if (part >= W - G) store_pair(here + (part - (W - G)) * units * kUnits, found[0].d[part], found[1].d[part]);
         }
       }
     }
@@ -143,8 +176,8 @@ __global__ void __launch_bounds__(kTileThreads, 1) recurrent_cluster_backward_ke
   }
 #pragma unroll
   for (int e = 0; e < 4; ++e)
-    if (first_row + row_of(e) < loop.batch && unit_of(e) < loop.hidden)
-      f.carry[(first_state + first_row + row_of(e)) * hidden + unit_of(e)] = carry[e];
+    if (row_of(e / 2) < loop.batch && block < all)
+      f.carry[(first_state + row_of(e / 2)) * hidden + unit + e % 2] = carry[e];
 }
 
 }  // namespace
@@ -170,8 +203,8 @@ int recurrent_cluster_backward_resident(int cell, DType dtype, int cluster, int 
 // The largest cluster with which all tiles run at once, else the smallest one that can hold the weights.
 RecurrentPlan recurrent_cluster_plan(int cell, bool backward, int hidden, int tiles, DType dtype) {
   const bool lstm = static_cast<Cell>(cell) == Cell::lstm;
-  if (dtype == DType::f32 || (!lstm && static_cast<Cell>(cell) != Cell::gru)) return {};
-  const int all = ceil_div(hidden, kUnits), gates = lstm ? 4 : 3, most_tiles = 65535;
+  if (hidden % kUnits || dtype == DType::f32 || (!lstm && static_cast<Cell>(cell) != Cell::gru)) return {};
+  const int all = hidden / kUnits, gates = lstm ? 4 : 3, most_tiles = 65535;
   const size_t limit = shared_limit();
   RecurrentPlan found{};
   for (int cluster = 2; cluster <= kClusterMost; cluster *= 2) {

@@ -13,10 +13,11 @@ __global__ void __launch_bounds__(kTileThreads, 1) recurrent_cluster_forward_ker
   constexpr int G = kGates<K>, kSlices = kHeldForward;
   PK_DYN_SHARED(shared);
   PK_SHARED(uint64_t, bars, [2]);
+  PK_SHARED(float, biases, [4 * kTileWarps * kUnits]);  // here each wait empties the first-level cache
   const Loop& loop = f.loop;
   const int tid = static_cast<int>(threadIdx.x), lane = tid % kWarp, warp = tid / kWarp;
   const int units = loop.sizes.units, slices = loop.sizes.slices(), terms = loop.sizes.terms, pitch_h = terms + kPad;
-  const int rank = static_cast<int>(blockIdx.x), all = ceil_div(loop.hidden, kUnits), used = ceil_div(all, units);
+  const int rank = static_cast<int>(blockIdx.x), all = loop.hidden / kUnits, used = ceil_div(all, units);
   const int64_t hidden = loop.hidden, first_row = loop.first_row();
   const int64_t first_token = loop.first_token(), first_state = loop.first_state(), pitch = loop.pitch();
   const int column = loop.first_column(), block = rank * units + warp, first_unit = block * kUnits;
@@ -46,15 +47,21 @@ __global__ void __launch_bounds__(kTileThreads, 1) recurrent_cluster_forward_ker
     const int row = i / terms, k = i % terms;
     const bool real = first_row + row < loop.batch && k < loop.hidden;
     state[row * pitch_h + k] = real ? h0[(first_state + first_row + row) * hidden + k] : from_float<T>(0.f);
-    if (k >= all * kUnits) state[(kTileRows + row) * pitch_h + k] = from_float<T>(0.f);  // nobody sends these
+    if (k >= loop.hidden) state[(kTileRows + row) * pitch_h + k] = from_float<T>(0.f);  // nobody sends these
   }
-  float h[4], c[4];  // of this thread's elements, as Tile::for_elements has them
-  const auto row_of = [&](int e) { return lane / 4 + e / 2 * 8; };
-  const auto unit_of = [&](int e) { return first_unit + lane % 4 * 2 + e % 2; };
+  for (int i = tid; i < 4 * units * kUnits; i += static_cast<int>(blockDim.x)) {
+    const int part = i / (units * kUnits), unit = rank * units * kUnits + i % (units * kUnits);
+    const bool real = f.bias && part < kWidth<K> && unit < loop.hidden;
+    biases[i] = real ? f.bias[kWidth<K> * column + part * loop.hidden + unit] : 0.f;
+  }
+  // this thread's elements, as Tile::for_elements has them: two units of two rows
+  const int unit = first_unit + lane % 4 * 2;
+  const auto row_of = [&](int half) { return first_row + lane / 4 + half * 8; };
+  float h[4], c[4];
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    const bool real = first_row + row_of(e) < loop.batch && unit_of(e) < loop.hidden;
-    const int64_t at = (first_state + first_row + row_of(e)) * hidden + unit_of(e);
+    const bool real = row_of(e / 2) < loop.batch && block < all;
+    const int64_t at = (first_state + row_of(e / 2)) * hidden + unit + e % 2;
     h[e] = real ? to_float(h0[at]) : 0.f;
     c[e] = real && K == Kind::lstm ? f.c[at] : 0.f;
   }
@@ -62,23 +69,31 @@ __global__ void __launch_bounds__(kTileThreads, 1) recurrent_cluster_forward_ker
   if (block >= all) return;
 
   const Turns turns = loop.turns();
+  Visit v{}, next{};
+  float x[G][4], x_next[G][4];
+  const auto fetch = [&](int64_t turn) {  // a step ahead: this memory is far
+    if (turn >= turns.last) return;
+    next = visit(loop.offsets, loop.steps, turn, loop.reverse());
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool real = row_of(half) < next.rows;
+      const float* const from_x = f.x + (first_token + next.offset + row_of(half)) * (G * hidden) + unit;
+#pragma unroll
+      for (int gate = 0; gate < G; ++gate) {
+        const Pair<float> p = real ? load_pair(from_x + gate * hidden) : Pair<float>{};
+        x_next[gate][2 * half] = p.v[0], x_next[gate][2 * half + 1] = p.v[1];
+      }
+    }
+  };
+  fetch(turns.first);
   int k = 0;
   for (int64_t turn = turns.first; turn < turns.last; ++turn, ++k) {
-    const Visit v = visit(loop.offsets, loop.steps, turn, loop.reverse());
-    float x[G][4], inner[4];  // with the bias; inner: a GRU's fourth part.  Before the wait: this memory is far
+    v = next;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int64_t r = first_row + row_of(e);
-      const bool real = r < v.rows && unit_of(e) < loop.hidden;
+    for (int gate = 0; gate < G; ++gate)
 #pragma unroll
-      for (int gate = 0; gate < G; ++gate)
-        x[gate][e] = real ? f.x[(first_token + v.offset + r) * (G * hidden) + gate * hidden + unit_of(e)] : 0.f;
-      float bias[4];
-      load_bias<K>(bias, f.bias, loop.hidden, kWidth<K> * column + min(unit_of(e), loop.hidden - 1));
-#pragma unroll
-      for (int gate = 0; gate < G; ++gate) x[gate][e] += bias[gate];
-      inner[e] = K == Kind::gru ? bias[3] : 0.f;
-    }
+      for (int e = 0; e < 4; ++e) x[gate][e] = x_next[gate][e];
+    fetch(turn + 1);
     if (k > 0) {
       mbar_wait_cluster(full + 8 * (k & 1), (k - 1) >> 1 & 1);
       if (tid == 0) mbar_arrive_expect_tx(full + 8 * (k & 1), bytes);  // for the step after the next
@@ -108,55 +123,61 @@ __global__ void __launch_bounds__(kTileThreads, 1) recurrent_cluster_forward_ker
     CellResult found[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int u = min(unit_of(e), loop.hidden - 1);
-      const float bias[4] = {0.f, 0.f, 0.f, inner[e]};
-      float gates[G], products[G];
+      float bias[4], gates[G], products[G];
+#pragma unroll
+      for (int part = 0; part < 4; ++part)
+        bias[part] = biases[part * units * kUnits + warp * kUnits + lane % 4 * 2 + e % 2];
 #pragma unroll
       for (int gate = 0; gate < G; ++gate) gates[gate] = x[gate][e], products[gate] = sum[gate][e];
-      const Peephole peephole = load_peephole(f.peephole, loop.hidden, 3 * column + u);
+      const Peephole peephole = load_peephole(f.peephole, loop.hidden, 3 * column + unit + e % 2);
       found[e] = cell_forward<K, false>(gates, bias, products, peephole, h[e], c[e], false);
-      if (first_row + row_of(e) < v.rows && unit_of(e) < loop.hidden) {  // otherwise the state stays as it was
+      if (row_of(e / 2) < v.rows) {  // otherwise the state stays as it was
         h[e] = to_float(from_float<T>(found[e].h));
         c[e] = found[e].c;
       }
     }
+    const uint32_t words[2] = {pack2<T>(h[0], h[1]), pack2<T>(h[2], h[3])};
     if (turn + 1 < turns.last) {  // the four lanes of a row put 8 units together and share out the blocks
-      const uint32_t low = pack2<T>(h[0], h[1]), high = pack2<T>(h[2], h[3]);
       uint4 rows[2];
-      rows[0].x = __shfl_sync(kAllLanes, low, 0, 4), rows[0].y = __shfl_sync(kAllLanes, low, 1, 4);
-      rows[0].z = __shfl_sync(kAllLanes, low, 2, 4), rows[0].w = __shfl_sync(kAllLanes, low, 3, 4);
-      rows[1].x = __shfl_sync(kAllLanes, high, 0, 4), rows[1].y = __shfl_sync(kAllLanes, high, 1, 4);
-      rows[1].z = __shfl_sync(kAllLanes, high, 2, 4), rows[1].w = __shfl_sync(kAllLanes, high, 3, 4);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        rows[half].x = __shfl_sync(kAllLanes, words[half], 0, 4),
+        rows[half].y = __shfl_sync(kAllLanes, words[half], 1, 4);
+        rows[half].z = __shfl_sync(kAllLanes, words[half], 2, 4),
+        rows[half].w = __shfl_sync(kAllLanes, words[half], 3, 4);
+      }
       __syncwarp();  // a lane's bytes tell that the whole warp has read the old state: its buffer may be filled again
       const int other = ~k & 1;
       const uint32_t to = states + static_cast<uint32_t>((other * kTileRows + lane / 4) * pitch_h + first_unit) * 2;
-      for (int there = lane % 4; there < used; there += 4) {
+#pragma unroll
+      for (int n = 0; n < kClusterMost / 4; ++n) {
+        const int there = lane % 4 + 4 * n;
+        if (there >= used) break;
         const uint32_t bar = map_cluster(full + 8 * other, there);
         st_async(map_cluster(to, there), rows[0], bar);
         st_async(map_cluster(to + static_cast<uint32_t>(16 * pitch_h), there), rows[1], bar);
       }
     }
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int64_t r = first_row + row_of(e), u = unit_of(e), token = v.offset + r;
-      if (r >= v.rows || u >= hidden) continue;
+    for (int half = 0; half < 2; ++half) {
+      const int64_t r = row_of(half), token = v.offset + r;
+      if (r >= v.rows) continue;
       if (f.kept) {
+        Kept<T, K>* const kept = static_cast<Kept<T, K>*>(f.kept) + (first_token + token) * (4 * hidden) + unit;
 #pragma unroll
         for (int part = 0; part < 4; ++part)
-          static_cast<Kept<T, K>*>(f.kept)[(first_token + token) * (4 * hidden) + part * hidden + u] =
-              from_float<Kept<T, K>>(found[e].kept[part]);
-        if (K == Kind::lstm) f.cells[(first_token + token) * hidden + u] = c[e];
+          store_pair(kept + part * hidden, found[2 * half].kept[part], found[2 * half + 1].kept[part]);
+        if (K == Kind::lstm) store_pair(f.cells + (first_token + token) * hidden + unit, c[2 * half], c[2 * half + 1]);
       }
-      const T now = from_float<T>(h[e]);
-      static_cast<T*>(f.output)[token * pitch + column + u] = now;
-      if (r >= v.staying) static_cast<T*>(f.h_n)[(first_state + r) * hidden + u] = now;
+      *reinterpret_cast<uint32_t*>(static_cast<T*>(f.output) + token * pitch + column + unit) = words[half];
+      if (r >= v.staying)
+        *reinterpret_cast<uint32_t*>(static_cast<T*>(f.h_n) + (first_state + r) * hidden + unit) = words[half];
     }
   }
   if constexpr (K == Kind::lstm) {
 #pragma unroll
     for (int e = 0; e < 4; ++e)
-      if (first_row + row_of(e) < loop.batch && unit_of(e) < loop.hidden)
-        f.c[(first_state + first_row + row_of(e)) * hidden + unit_of(e)] = c[e];
+      if (row_of(e / 2) < loop.batch) f.c[(first_state + row_of(e / 2)) * hidden + unit + e % 2] = c[e];
   }
 }
 

@@ -72,37 +72,6 @@ struct BackwardLoop {
   bool relu;
 };
 
-// What the backward of one element takes from the forward; names as in cell_backward.
-struct CellInputs {
-  float kept[4], c, before, y;
-};
-
-template <class T, Kind K>
-__device__ __forceinline__ CellInputs load_inputs(const BackwardLoop& f, const Visit& v, int64_t row, int64_t unit) {
-  const int64_t hidden = f.loop.hidden, pitch = f.loop.pitch(), first = f.loop.first_token();
-  const int64_t token = first + v.offset + row;
-  const int column = f.loop.first_column();
-  const T* output = static_cast<const T*>(f.output);
-  CellInputs in{};
-  if constexpr (K != Kind::rnn) {
-#pragma unroll
-    for (int part = 0; part < 4; ++part)
-      in.kept[part] = to_float(static_cast<const Kept<T, K>*>(f.kept)[token * (4 * hidden) + part * hidden + unit]);
-  }
-  const int64_t initial = (f.loop.first_state() + row) * hidden + unit;
-  const int64_t earlier = (v.previous + row) * pitch + column + unit;
-  if constexpr (K == Kind::lstm) {
-    in.c = f.cells[token * hidden + unit];
-    in.before = row < v.begun ? f.cells[(first + v.previous + row) * hidden + unit]
-                              : to_float(static_cast<const T*>(f.c0)[initial]);
-  } else if constexpr (K == Kind::gru) {
-    in.before = to_float(row < v.begun ? output[earlier] : static_cast<const T*>(f.h0)[initial]);
-  } else {
-    in.y = to_float(output[(v.offset + row) * pitch + column + unit]);
-  }
-  return in;
-}
-
 template <class F>
 void dispatch_cell(int cell, DType dtype, F&& f) {
   dispatch(dtype, [&](auto t) {

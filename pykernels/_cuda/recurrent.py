@@ -41,8 +41,8 @@ CLUSTER_FASTER: dict[tuple[str, torch.dtype], tuple[int, int]] = {}
 def run_as(way: str) -> Iterator[None]:
     """Runs every recurrent loop of this process in one of the WAYS.
 
-    Calls raise RuntimeError where it cannot be: too large a hidden size, or for "cluster" another cell than LSTM and
-    GRU, float32, a GPU that is not sm_90. ValueError: no such way.
+    Calls raise RuntimeError where it cannot be: too large a hidden size, or for "cluster" one that is no multiple of 8,
+    another cell than LSTM and GRU, float32, a GPU that is not sm_90. ValueError: no such way.
     """
     global WAY
     if way not in WAYS:
@@ -99,8 +99,15 @@ def _cluster_weights(w: Tensor, cluster: int, units: int) -> Tensor:
     return _packed_weights(split.reshape(ways * cluster, 1, hidden, -1), cluster * units)
 
 
+def _aligned(t: Tensor | None) -> Tensor | None:
+    """t, where two elements can be read at once; what operators save is, a view that a caller made may not be."""
+    return t if t is None or t.data_ptr() % 8 == 0 else t.clone()
+
+
 def _cluster_reason(ext: Extension, kind: str, x: Tensor) -> str | None:
-    """Why no hidden size can run in clusters here, or None."""
+    """Why this cannot run in clusters here, whatever shared memory holds, or None; x: a state."""
+    if x.shape[-1] % 8:
+        return f"clusters run hidden sizes that are multiples of 8, not {x.shape[-1]}"
     if kind not in ("lstm", "gru"):
         return f"clusters run LSTM and GRU, not {kind} RNN"
     if x.dtype == torch.float32:
@@ -164,13 +171,15 @@ class _Floor(Floor, RowsFloor):
     def backward(self, b: Backward) -> bool:
         (ways, batch, hidden), steps, device = b.h0.shape, b.steps, b.h0.device
         plan = self._plan(b.kind, True, b.h0)
+        kept, cells, output = b.kept, b.cells, b.output
         if plan[0] == WAYS["cluster"]:
+            kept, cells, output = _aligned(kept), _aligned(cells), _aligned(output)
             weights = _cluster_weights(b.w_hh.view(ways, GATES[b.kind], hidden, hidden), plan[1], plan[2])
         else:
             weights = _packed_weights(b.w_hh.mT.unsqueeze(1), plan[1] * plan[2])
         tiles = steps.tile_steps(_ROWS, device)
         self.ext.call(
-            "recurrent_backward", weights, b.dy, b.dh, b.peephole, b.h0, b.c0, b.output, b.kept, b.cells, b.dgates,
+            "recurrent_backward", weights, b.dy, b.dh, b.peephole, b.h0, b.c0, output, kept, cells, b.dgates,
             b.carry, steps.offsets_on(device), tiles, tiles.new_zeros(ways, tiles.shape[0]), b.dy.stride(1),
             b.dy.stride(0), batch, len(steps.sizes), b.dgates.shape[1], hidden, ways, *plan, _CELLS[b.kind], b.h0.dtype,
         )  # fmt: skip
