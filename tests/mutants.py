@@ -98,6 +98,15 @@ def flags_of(objects: Path, unit: str) -> str:
     return found.group(1)
 
 
+def linked(objects: Path) -> list[Path]:
+    """What the last build made the module of; the folder may hold objects of earlier ones."""
+    text = (objects.parent / "build.ninja").read_text()
+    found = re.search(r"^build \S*_emulator_ext\S*: link (.*)$", text, re.MULTILINE)
+    if found is None:
+        sys.exit("the last build has no emulator")
+    return [objects.parent / name for name in found.group(1).split()]
+
+
 def verdict(objects: Path, file: str, text: str, work: Path) -> str:
     unit, arguments = SUBJECTS[file]
     (work / file).write_text(text)
@@ -105,7 +114,7 @@ def verdict(objects: Path, file: str, text: str, work: Path) -> str:
     flags = flags_of(objects, unit).replace(str(ROOT / "csrc"), str(work / "csrc")).replace("-Werror", "-w")
     mutant, so = work / "mutant.o", work / "mutant.so"
     subprocess.run(["g++", *flags.split(), "-c", source, "-o", mutant], check=True)
-    others = sorted(o for o in objects.glob("*.o") if o.name != f"{unit}.o")
+    others = [o for o in linked(objects) if o.name != f"{unit}.o"]
     subprocess.run(["g++", "-shared", *others, mutant, "-ldl", "-o", so], check=True)
     code = RUN.format(root=str(ROOT), so=str(so), arguments=arguments)
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
