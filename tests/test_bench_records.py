@@ -23,7 +23,7 @@ from pykernels.cli.bench import compare, exchange, page, take
 from pykernels.testing import limits
 from pykernels.testing.bench import Row
 from pykernels.testing.spec import ROOMS, load
-from pykernels.testing.step import load_steps
+from pykernels.testing.step import Provider, Step, load_steps
 from pykernels.testing.targets import TARGETS, result
 from pykernels.testing.timing import Timing, one_thread
 
@@ -91,6 +91,30 @@ def test_calls_of_one_name_are_timed_once() -> None:
     plan = take.everything(specs, [torch.float32], [], None)
     names = [take.label(spec) for spec in plan.calls]
     assert len(names) == len(set(names)) < len(specs) and all(spec.peer for spec in plan.calls)
+
+
+def test_a_run_of_steps_and_words_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*arguments: Any, **options: Any) -> Any:
+        raise ModuleNotFoundError("no gensim", name="gensim")
+
+    def make() -> dict[str, Provider]:
+        x = torch.ones(1 << 12)
+        return {name: Provider(lambda: x.exp(), lambda: [x]) for name in ("pykernels", "eager")}
+
+    monkeypatch.setattr(take.words, "measure", gone)
+    monkeypatch.setattr(
+        take, "probe", lambda device, seconds: limits.Limits(device, copy=1e10, flops={"float32": 1e11})
+    )
+    steps = [Step("s", "1", make, flops=lambda: 1 << 12), Step("fbgemm's", "1", gone)]
+    found, rows = take.record(take.Plan([], steps, [], ["CBOW, negative sampling"]), take.Effort(5, 0.0), "cpu", None)
+    first, second = json.loads(json.dumps(found))["rows"]
+    assert (
+        first["correct"]
+        and first["limit"]["bound"] == "products"
+        and first["peak"] == {"pykernels": 1 << 14, "eager": 1 << 14}
+    )
+    assert second["seconds"] == {} and second["failures"] == ["gensim is not installed"] and len(rows) == 2
+    assert found["word2vec"] == {"rows": [], "failures": ["word2vec: gensim is not installed"]}
 
 
 def test_every_page_that_explains_a_target_has_the_place() -> None:
