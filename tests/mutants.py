@@ -29,6 +29,7 @@ TILES = [*ATTENTION, "differ or (masks_by_position and 64) or wide_heads or any_
 
 WARPGROUPS = ["tests/test_attention_sm90.py", "-p", "tests.conftest", "-k"]
 FORWARD = [*WARPGROUPS, "masks_by_position and 64 or padding or any_order and 64"]
+GRADIENTS = [*WARPGROUPS, "gradients and 64 or packed_sequences and 64 or any_order and 64"]
 
 SAMPLED = ["tests/test_sampled_kernels.py", "-p", "tests.conftest", "-k"]
 SHARED = [*SAMPLED, "emulator and (chunks or wide)"]
@@ -44,6 +45,8 @@ SUBJECTS = {
     "csrc/cuda/attention_forward.cu": ("attention_forward.cu", TILES),
     "csrc/cuda/attention_forward_sm90.cu": ("attention_forward_sm90.cu", FORWARD),
     "csrc/cuda/attention_sm90.h": ("attention_forward_sm90.cu", FORWARD),
+    "csrc/cuda/attention_dkdv_sm90.cu": ("attention_dkdv_sm90.cu", GRADIENTS),
+    "csrc/cuda/attention_dq_sm90.cu": ("attention_dq_sm90.cu", GRADIENTS),
     "csrc/cuda/attention_head.h": ("attention_forward.cu", TILES),
     "csrc/cuda/products.h": ("attention_dq.cu", TILES),
     "csrc/cuda/collectives.cu": ("collectives.cu", [COLLECTIVES, "-k", "ldmatrix or cp_async or grid_sync"]),

@@ -67,15 +67,22 @@ def test_masks_by_position(size: int, options: dict[str, Any]) -> None:
     assert_forward(tensors((330, 530) if size < 256 else (140, 340), size=size), **options)
 
 
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("size", (64, 128))
+def test_gradients(size: int, position: str) -> None:
+    """Two query heads on a key head: both rings turn more than once."""
+    assert_close(tensors((170, 330 if size == 64 else 210), size), **POSITIONS[position])
+
+
 def test_queries_that_see_nothing() -> None:
-    """Whole tiles of them, between tiles that see keys."""
+    """Whole tiles of them, between tiles that see keys; and keys that nobody sees."""
     for size in (64, 128):
-        assert_forward(tensors((450, 70), size, torch.float16), causal=True)
+        assert_close(tensors((450, 70), size, torch.float16), causal=True)
         assert_forward(tensors((130, 333), size, torch.float16), window=(0, 0), causal="top_left")
 
 
 def test_sizes_that_are_not_the_instantiations() -> None:
-    assert_forward(tensors((70, 150), 40, torch.float16, value_size=24), causal=True)
+    assert_close(tensors((70, 150), 40, torch.float16, value_size=24), causal=True)
     assert_forward(tensors((70, 150), 80, torch.bfloat16, value_size=136))
 
 
@@ -107,17 +114,24 @@ def test_packed_sequences_do_not_see_each_other(size: int) -> None:
     q, k, v = (x[0].detach().transpose(0, 1).contiguous() for x in tensors((230, 400), size))
     sinks = torch.randn(2, device=DEVICE)
     packed = {"cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1], "causal": True, "sinks": sinks}
-    assert_forward([q, k, v], **packed)
-    clean = pk.attention(q, k, v, backend=BACKEND, **packed)
-    other = [x.detach().clone() for x in (q, k, v)]
-    other[0][170:] = other[1][60:] = other[2][60:] = torch.nan
-    assert torch.equal(pk.attention(*other, backend=BACKEND, **packed)[:170], clean[:170])
+    assert_close([x.requires_grad_() for x in (q, k, v)], **packed)
+    dout = torch.randn_like(q)
+    results = []
+    for filling in (0.0, torch.nan):
+        given = [x.detach().clone() for x in (q, k, v, dout)]
+        for x, first in zip(given, (170, 60, 60, 170), strict=True):
+            x[first:] = filling
+        leaves = [x.requires_grad_() for x in given[:3]]
+        out = pk.attention(*leaves, backend=BACKEND, **packed)
+        dq, dk, dv = torch.autograd.grad(out, leaves, given[3])
+        results.append((out[:170], dq[:170], dk[:60], dv[:60]))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 def test_many_packed_sequences() -> None:
-    ends = torch.arange(0, 3 * 41, 3, device=DEVICE)
-    q, k, v = (torch.randn(120, 1, 64, device=DEVICE).half() for _ in range(3))
-    assert_forward([q, k, v], cu_seqlens_q=ends, cu_seqlens_k=ends)
+    ends = torch.arange(0, 3 * 35, 3, device=DEVICE)
+    q, k, v = (torch.randn(102, 1, 64, device=DEVICE).half().requires_grad_() for _ in range(3))
+    assert_close([q, k, v], cu_seqlens_q=ends, cu_seqlens_k=ends)
 
 
 @pytest.mark.parametrize("hidden", ("padding", "window", "top_left", "bias"))
@@ -134,8 +148,11 @@ def test_hidden_keys_may_hold_anything(hidden: str) -> None:
     results = []
     for filling in (0.0, torch.nan, torch.inf):
         leaves = [x.masked_fill(~seen[:, None], filling) if n else x for n, x in enumerate((q, k, v))]
-        results.append(pk.attention(*leaves, backend=BACKEND, **options))
-    assert all(torch.equal(results[0], other) for other in results[1:])
+        leaves = [x.requires_grad_() for x in leaves]
+        out = pk.attention(*leaves, backend=BACKEND, **options)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), leaves)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_nan_in_a_key_that_is_seen_shows() -> None:
@@ -159,17 +176,30 @@ def test_expanded_inputs() -> None:
     assert torch.equal(pk.attention(q, k.expand(1, 2, 90, 64), v.expand(1, 2, 90, 64), backend=BACKEND), whole)
 
 
+def test_only_what_is_wanted_is_written() -> None:
+    inputs = tensors((40, 70))
+    everything = torch.autograd.grad(pk.attention(*inputs, backend=BACKEND).sin().sum(), inputs)
+    for n, x in enumerate(inputs):
+        out = pk.attention(*(y if m == n else y.detach() for m, y in enumerate(inputs)), backend=BACKEND)
+        assert torch.equal(torch.autograd.grad(out.sin().sum(), x)[0], everything[n])
+
+
 @EMULATED
 @pytest.mark.parametrize("size", (64, 128))
 def test_any_order_of_threads_and_any_number_of_blocks(size: int) -> None:
-    inputs = [x.detach() for x in tensors((290, 270), size)]
+    inputs = tensors((200, 150), size)
     assert extension.module is not None
-    first = pk.attention(*inputs, causal=True, backend=BACKEND)
-    for order, blocks in ((1, 3), (7, 1), (0, 132)):
+
+    def results() -> list[Tensor]:
+        out = pk.attention(*inputs, window=(100, 90), backend=BACKEND)
+        return [out, *torch.autograd.grad(out.sin().sum(), inputs)]
+
+    first = results()
+    for order, blocks in ((1, 132), (7, 1)):
         extension.module.set_order(order)
         resident(blocks)
         try:
-            assert torch.equal(first, pk.attention(*inputs, causal=True, backend=BACKEND))
+            assert all(torch.equal(a, b) for a, b in zip(first, results(), strict=True))
         finally:
             extension.module.set_order(0)
 
@@ -180,7 +210,8 @@ def test_explain_says_which_kernels() -> None:
     def kernels(**options: Any) -> str:
         return explain(pk.attention, q, q, q, backend=BACKEND, **options).kernels
 
-    assert kernels(softcap=2.0) == "kernels for sm_90a"
+    assert kernels(causal=True) == "kernels for sm_90a"
+    assert kernels(softcap=2.0).startswith("kernels for sm_90a; backward those for every GPU")
     assert "dropout" in kernels(dropout_p=0.5)
     wide = torch.randn(1, 2, 30, 160, device=DEVICE).half()
     assert "above 128" in explain(pk.attention, wide, wide, wide, softcap=2.0, backend=BACKEND).kernels

@@ -73,6 +73,8 @@ void bind_attention(pybind11::module_& m) {
   def_attention(m, "attention_rows", &attention_rows);
   def_attention(m, "attention_dq", &attention_dq);
   def_attention(m, "attention_dkdv", &attention_dkdv);
+  def_attention(m, "attention_dq_sm90", &attention_dq_sm90);
+  def_attention(m, "attention_dkdv_sm90", &attention_dkdv_sm90);
   def_attention(m, "attention_dbias", &attention_dbias);
   def_attention(m, "attention_dbias_rows", &attention_dbias_rows);
   def_decode(m, "attention_decode", &attention_decode);

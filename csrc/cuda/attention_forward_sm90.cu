@@ -42,45 +42,6 @@ struct Bars {
   uint64_t full_q, empty_q, landed, full_k[4], full_v[4], empty_k[4], empty_v[4];
 };
 
-// A tile of V.  Rows whose keys nobody sees are set to 0 on their way in: they may be NaN, which a weight of 0 does not
-// silence, and packed they belong to another sequence.  By the whole warp.
-template <class C>
-__device__ __forceinline__ void load_values(const Attention& a, const Head& x, unsigned char* tile,
-                                            const TensorMap& map, int j0, uint32_t landed, int& landings,
-                                            uint32_t full) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int count = static_cast<int>(min(a.n.lk - x.k_first - j0, int64_t{C::BN}));  // TMA reads zeros beyond these
-  const uint8_t* seen = a.seen ? a.seen + x.b * a.n.seen[0] + x.h * a.n.seen[1] + j0 * a.n.seen[2] : nullptr;
-  uint32_t hidden[C::BN / kWarp];
-  bool some = false;
-#pragma unroll
-  for (int i = 0; i < C::BN / kWarp; ++i) {
-    const int j = i * kWarp + lane;
-    bool hide = j0 + j < x.seen.begin || j0 + j >= x.seen.end;
-    if (seen && !hide) hide = !seen[j * a.n.seen[2]];
-    hidden[i] = __ballot_sync(kAllLanes, j < count && hide);
-    some |= hidden[i] != 0;
-  }
-  const uint32_t arrival = some ? landed : full;
-  if (lane == 0) {
-    mbar_arrive_expect_tx(arrival, C::kStepBytes);
-    load_panels<C::BN, C::D>(smem_addr(tile), map, x.k_first + j0, x.h / static_cast<int>(a.n.group), a.cu_q ? 0 : x.b,
-                             arrival);
-  }
-  if (!some) return;
-  mbar_wait(landed, landings++ & 1);
-#pragma unroll
-  for (int i = 0; i < C::BN / kWarp; ++i)
-    for (uint32_t left = hidden[i]; left; left &= left - 1)
-#pragma unroll
-      for (int p = 0; p < C::D / kPanel; ++p)
-        *reinterpret_cast<uint32_t*>(tile + p * tile_bytes(C::BN, kPanel) +
-                                     (i * kWarp + __ffs(static_cast<int>(left)) - 1) * 128 + lane * 4) = 0;
-  fence_proxy_async();
-  __syncwarp();
-  if (lane == 0) mbar_arrive(full);
-}
-
 // Keys that the rows of the block's tile see.
 template <class C>
 __device__ __forceinline__ Interval key_tiles(const Head& x) {
@@ -143,8 +104,14 @@ __global__ void __launch_bounds__(ForwardShape<D, GENERAL>::kThreads, 1)
         const Interval tiles = key_tiles<C>(x);
         for (int i = tiles.end - 1; i >= tiles.begin; --i, slot.next()) {
           mbar_wait(bar(bars->empty_v[slot.at]), slot.parity ^ 1);
-          load_values<C>(a, x, raw + kGroups * C::kOwnBytes + (kStages + slot.at) * C::kStepBytes, maps.v, i * BN,
-                         bar(bars->landed), visits, bar(bars->full_v[slot.at]));
+          const int j0 = i * BN;
+          const auto hides = [&](int j) {
+            if (j0 + j < x.seen.begin || j0 + j >= x.seen.end) return true;
+            return a.seen && !a.seen[x.b * a.n.seen[0] + x.h * a.n.seen[1] + (j0 + j) * a.n.seen[2]];
+          };
+          load_without<BN, D>(raw + kGroups * C::kOwnBytes + (kStages + slot.at) * C::kStepBytes, maps.v,
+                              x.k_first + j0, x.h / group, a.cu_q ? 0 : x.b, a.n.lk - x.k_first - j0,
+                              bar(bars->full_v[slot.at]), bar(bars->landed), visits, hides);
         }
       }
     }
@@ -342,7 +309,7 @@ void attention_forward_sm90(const Attention& a, void* out, float* lse, float* ls
   const DeviceGuard guard(a.q);
   const ForwardOutputs o{out, lse, lse_low, sinks, out_n, lse_n};
   const int64_t widest = max(a.n.d, a.n.dv);
-  const bool general = a.bias || a.mask || a.seen || a.slopes || a.x.softcap != 0.f || !(a.x.scale > 0.f);
+  const bool general = !plain(a);
   if (a.seed || widest > (general ? 128 : 256) || a.n.lk < 1)
     throw std::invalid_argument("attention: not for the kernels of sm_90a");
   dispatch(dtype, [&](auto tag) {

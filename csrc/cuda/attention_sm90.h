@@ -16,6 +16,11 @@ constexpr double kLn2 = 0.6931471805599453;
 
 __host__ __device__ constexpr int tile_bytes(int rows, int columns) { return rows * columns * 2; }
 
+// Scores are the products times a positive scale, masked by position alone.
+inline bool plain(const Attention& a) {
+  return !(a.bias || a.mask || a.seen || a.slopes || a.seed) && a.x.softcap == 0.f && a.x.scale > 0.f;
+}
+
 // A place in a ring of N slots, and the parity of this turn around it.
 template <int N>
 struct Slot {
@@ -52,7 +57,7 @@ template <bool OF_KEYS>
 __device__ __forceinline__ bool take(const Attention& a, const Schedule& order, int turn, Head& kept) {
   Head found;
   if (!locate<OF_KEYS>(a, order.rows, order.heads, order.reversed, found, order.index(turn))) return false;
-  if constexpr (!OF_KEYS) place(a, found);
+  place(a, found);
   __syncwarp();  // every lane is done with the last one
   if (threadIdx.x % kWarp == 0) kept = found;
   __syncwarp();
@@ -78,6 +83,42 @@ __device__ __forceinline__ void load_panels(uint32_t tile, const TensorMap& map,
 #pragma unroll
   for (int p = 0; p < COLUMNS / kPanel; ++p)
     tma_load_4d(tile + p * tile_bytes(ROWS, kPanel), map, p * kPanel, static_cast<int>(row), head, b, full);
+}
+
+// By a whole warp: a tile into a slot, announced by one arrival at `full`.  Rows that `hides` names are set to 0 on
+// their way: they may be NaN, which a weight of 0 does not silence, and packed they may be another sequence's. `there`:
+// rows of the tile before the tensor's end.  landed: this warp's own, for tiles with such rows; landings: how many so
+// far.
+template <int ROWS, int COLUMNS, class Hides>
+__device__ __forceinline__ void load_without(unsigned char* tile, const TensorMap& map, int64_t row, int head, int b,
+                                             int64_t there, uint32_t full, uint32_t landed, int& landings,
+                                             Hides hides) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  uint32_t hidden[ROWS / kWarp];
+  bool some = false;
+#pragma unroll
+  for (int i = 0; i < ROWS / kWarp; ++i) {
+    const int r = i * kWarp + lane;
+    hidden[i] = __ballot_sync(kAllLanes, r < there && hides(r));
+    some |= hidden[i] != 0;
+  }
+  const uint32_t arrival = some ? landed : full;
+  if (lane == 0) {
+    mbar_arrive_expect_tx(arrival, tile_bytes(ROWS, COLUMNS));
+    load_panels<ROWS, COLUMNS>(smem_addr(tile), map, row, head, b, arrival);
+  }
+  if (!some) return;
+  mbar_wait(landed, landings++ & 1);
+#pragma unroll
+  for (int i = 0; i < ROWS / kWarp; ++i)
+    for (uint32_t left = hidden[i]; left; left &= left - 1)
+#pragma unroll
+      for (int p = 0; p < COLUMNS / kPanel; ++p)
+        *reinterpret_cast<uint32_t*>(tile + p * tile_bytes(ROWS, kPanel) +
+                                     (i * kWarp + __ffs(static_cast<int>(left)) - 1) * 128 + lane * 4) = 0;
+  fence_proxy_async();
+  __syncwarp();
+  if (lane == 0) mbar_arrive(full);
 }
 
 // 2^x without the special-function unit, to float32's rounding for x <= 0; 0 from -127 on down, NaN for NaN.  x = n + f

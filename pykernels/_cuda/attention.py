@@ -46,8 +46,11 @@ def describe(
     scale: float,
 ) -> str:
     """Which kernels would serve a call with `keys` keys, for `explain`. given: bias, masks or slopes as tensors."""
-    reason = _not_for_sm90(ext, "attention_forward", query, value, keys, given, softcap, dropout_p, scale)
-    return "kernels for sm_90a" if reason is None else f"kernels for every GPU; not those for sm_90a: {reason}"
+    call = query, value, keys, given, softcap, dropout_p, scale
+    forward, backward = (_not_for_sm90(ext, f"attention_{way}", *call) for way in ("forward", "backward"))
+    if forward is not None:
+        return f"kernels for every GPU; not those for sm_90a: {forward}"
+    return "kernels for sm_90a" + (f"; backward those for every GPU: {backward}" if backward is not None else "")
 
 
 def _not_for_sm90(
@@ -70,6 +73,8 @@ def _not_for_sm90(
         return "they have no dropout"
     if keys == 0 or query.numel() == 0:
         return "they need queries and keys"
+    if kernel == "attention_backward" and (general or widest > 128):
+        return "their backward has masks by position alone, and head sizes up to 128"
     if general and widest > 128:
         return "head sizes above 128 with bias, masks, slopes, softcap or a scale that is not positive"
     return _sm90.declined(ext, query.device, kernel, query.dtype, 64 if widest <= 64 else 128 if widest <= 128 else 256)
@@ -173,6 +178,11 @@ def attention_backward(
             dsinks.copy_(dlse.sum([d for d in range(dlse.dim()) if d != 1]) if size.lq else torch.zeros_like(dsinks))
         return dq, dk, dv, dbias, dsinks
     masks = mask, key_padding_mask, prefix_length, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed
+    given = any(x is not None for x in (bias, mask, key_padding_mask, alibi_slopes))
+    other = _not_for_sm90(ext, "attention_backward", query, value, size.lk, given, softcap, dropout_p, scale)
+    kernels = "_sm90" if other is None else ""
+    if kernels:
+        query, key, value, dout = (launching.unexpanded(x) for x in (query, key, value, dout))
     query, key, value, dout, out = (launching.in_rows(x) for x in (query, key, value, dout, out))
     options = causal, window_left, window_right, softcap, dropout_p, scale
     shared = launching.shared_arguments(query, key, value, bias, masks, options, size)
@@ -183,17 +193,18 @@ def attention_backward(
         "attention_rows", *shared, dout, out, lse, lse_low, dlse, base, delta, launching.strides(dout),
         launching.strides(out), launching.row_strides(dlse), launching.row_strides(lse), query.dtype,
     )  # fmt: skip
-    given = dout, base, delta
+    of_rows = dout, base, delta
     if output_mask[0]:
         written = launching.out_rows(dq)
         ext.call(
-            "attention_dq", *shared, *given, written, launching.strides(dout), launching.strides(written), query.dtype
-        )
+            f"attention_dq{kernels}", *shared, *of_rows, written, launching.strides(dout), launching.strides(written),
+            query.dtype,
+        )  # fmt: skip
         launching.copy_back(dq, written)
     if output_mask[1] or output_mask[2]:
         made = [launching.out_rows(x) if m else None for x, m in zip((dk, dv), output_mask[1:3], strict=True)]
         rows = tuple((0, 0, 0) if x is None else launching.strides(x) for x in made)
-        ext.call("attention_dkdv", *shared, *given, *made, launching.strides(dout), *rows, query.dtype)
+        ext.call(f"attention_dkdv{kernels}", *shared, *of_rows, *made, launching.strides(dout), *rows, query.dtype)
         for x, y in zip((dk, dv), made, strict=True):
             if y is not None:
                 launching.copy_back(x, y)
@@ -203,7 +214,7 @@ def attention_backward(
         batch, heads, height, width = dbias.shape
         if width > 1:
             bias_shape = batch, heads, height, width
-            ext.call("attention_dbias", *shared, *given, dbias, launching.strides(dout), *bias_shape, query.dtype)
+            ext.call("attention_dbias", *shared, *of_rows, dbias, launching.strides(dout), *bias_shape, query.dtype)
         else:
             sums = torch.where(lse == -torch.inf, 0.0, dlse + share * delta)
             sums = (sums.t() if packed else sums).contiguous()

@@ -26,6 +26,7 @@ ARCHITECTURES = {80: "80", 90: "90a"}
 RULES: dict[str, Rules] = {
     # One block, whose warpgroups overlap each other; the general ones take whatever the features of a call cost.
     r"attention_fwd_sm90_kernel<\w+, \d+, false>": Rules(tensor_cores=True, tensor_share=0.98, beside=0.98),
+    r"attention_bwd_\w+_sm90_kernel<": Rules(tensor_cores=True, tensor_share=0.98, beside=0.98),
     r"attention_fwd_sm90_kernel<": Rules(tensor_cores=True, tensor_share=0.7, beside=0.98),
     # mma.sync on every target. By their registers two blocks share a multiprocessor.
     r"attention_fwd_kernel<\w+, (64|128),": Rules(warp_mma=True, blocks=2),

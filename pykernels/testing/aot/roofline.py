@@ -63,12 +63,11 @@ def hopper(loop: Sequence[sass.Instruction], warps: int) -> Estimate:
 
 
 def beside(loop: Sequence[sass.Instruction]) -> float | None:
-    """Share of the exponentials between the wait that leaves one group of products running and the wait for it; None
-    without such waits. ptxas may move work below a wait without saying so, and then nothing overlaps."""
-    waits = {
-        n: [i for i, x in enumerate(loop) if "DEPBAR" in x.opcode and f"gsb0, 0x{n}" in x.operands] for n in (0, 1)
-    }
+    """Share of the exponentials made while a group of products runs: the last wait before them leaves one in flight.
+    None without such waits. ptxas may move work below a wait without saying so, and then nothing overlaps."""
+    waits = [(i, "gsb0, 0x0" not in x.operands) for i, x in enumerate(loop) if "DEPBAR" in x.opcode]
     exponentials = [i for i, x in enumerate(loop) if x.opcode.startswith("MUFU.EX2")]
-    if not waits[0] or not waits[1] or not exponentials:
+    if not any(leaves for _, leaves in waits) or not exponentials:
         return None
-    return sum(waits[1][0] < i < waits[0][-1] for i in exponentials) / len(exponentials)
+    last = [next((leaves for at, leaves in reversed(waits) if at < i), waits[-1][1]) for i in exponentials]
+    return sum(last) / len(last)

@@ -27,7 +27,7 @@ class Rules:
     warp_mma: bool = False  #: mma.sync is used, which is one instruction on every target
     mma_efficiency: float = 0.0  #: useful over issued flops of the hot loop (`Entry.loop_flops`), sm_90
     tensor_share: float = 0.0  #: least tensor-core share of the hot loop where everything overlaps, sm_90
-    beside: float = 0.0  #: share of the loop's exponentials that run beside its last product, sm_90
+    beside: float = 0.0  #: share of the loop's exponentials made while a product runs, sm_90
     occupancy: float = 0.0  #: share of a multiprocessor's warps
     blocks: int = 1  #: blocks on one multiprocessor
     barriers: int | None = None  #: most barriers of a block
@@ -92,7 +92,7 @@ class Row:
     issue_share: float | None = None  #: of the instructions the chip can issue while these bytes move
     roofline: float | None = None  #: tensor-core share of the hot loop without any overlap, sm_90
     overlapped: float | None = None  #: the same where everything overlaps
-    beside: float | None = None  #: exponentials between the waits for the loop's last two products
+    beside: float | None = None  #: share of the exponentials made while a product runs
     bound: str = ""
     mma_efficiency: float | None = None
     warnings: list[str] = dataclasses.field(default_factory=list)
