@@ -91,8 +91,7 @@ def targets_table() -> str:
 def rooms_table() -> str:
     """One line a room, for the first page of the docs."""
     lines = [
-        "One thread of a CPU, best peer's time / ours, over the rows that have a target "
-        "([every row](performance.md)):",
+        "One thread of a CPU, best peer's time / ours, over the rows that have a target ([every row](performance.md)):",
         "",
         "| room | rows | slowest | median | fastest | targets met |",
         "|---|---|---|---|---|---|",
