@@ -36,6 +36,7 @@ class Row:
         saved: provider -> bytes kept for backward beyond the inputs.
         peak: provider -> the most bytes allocated at once beyond the inputs; of forward+backward and of steps.
         beside: times that were not taken in turns with ours ("eager, tuned malloc").
+        reads: nearly all bytes moved are read.
         failures: of the check, or of a peer that could not be compiled ("compile: ...").
     """
 
@@ -53,6 +54,7 @@ class Row:
     failures: list[str] = field(default_factory=list)
     correct: bool = True
     room: str = ""
+    reads: bool = False
 
     @property
     def peer(self) -> str | None:
@@ -83,8 +85,11 @@ class Row:
         return self.flops / self.seconds[OURS].median if self.flops and OURS in self.seconds else None
 
     def limited(self, limits: Limits | None) -> tuple[str, float] | None:
-        """What bounds this row from below, "memory" or "products", and the share of that bound's speed we reach."""
+        """What bounds this row from below, "memory", "reading" it or "products", and the share of that bound's speed we
+        reach."""
         shares = {"memory": self.of_limit} if self.of_limit else {}
+        if self.reads and self.bandwidth and limits and limits.read:
+            shares["reading"] = self.bandwidth / limits.read
         peak = limits.flops.get(self.dtype) if limits else None
         if self.rate and peak:
             shares["products"] = self.rate / peak
@@ -154,7 +159,9 @@ def _rows(
     inputs = case.make(dtype, device)
     served = explain(spec.function, **inputs, **case.options, backend=backend).backend
     name = str(dtype).removeprefix("torch.")
-    found = [Row(label, case.label, name, direction, served, room=spec.room) for direction in directions]
+    found = [
+        Row(label, case.label, name, direction, served, room=spec.room, reads=spec.reads) for direction in directions
+    ]
     failures = _failures(spec, case, served, dtype, inputs, device)
     if failures:
         for row in found:
@@ -169,7 +176,7 @@ def _rows(
         row.moved = moved.get(row.direction) or sum(moved.values()) or None
         row.flops = flops.get(row.direction) or sum(flops.values()) or None
         functions = {provider: call.direction(row.direction) for provider, call in calls.items()}
-        if row.moved:
+        if row.moved and not row.reads:
             functions[COPY] = copy_function(row.moved, device)
         row.seconds = measure(functions, rounds, seconds=seconds, device=device)
         row.saved = {provider: call.saved for provider, call in calls.items() if provider in (OURS, "eager")}
@@ -255,7 +262,7 @@ def _providers(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what it does not trace
                 call = Call(torch.compile(eager, mode=mode, dynamic=False), case, inputs, dy)
-                call.both()
+                call.both() if spec.differentiable else call.forward()
         except Exception as error:  # the compiler needs a C++ compiler (CPU) or triton (GPU) of its own
             unavailable.append(f"{provider}: {type(error).__name__}: {str(error).splitlines()[0]}")
         else:
@@ -266,7 +273,7 @@ def _providers(
 def _tiny(spec: OpSpec, case: Case) -> Case:
     """The case's options at a shape of 2 x 4 (of more dimensions: at most 4 in each); where shapes depend on one
     another (the weights of a cell), the smallest ordinary case of the contract."""
-    dependent = spec.name in ("bias_activation_dropout", "dot_interaction", "mlp", "prelu", "swish")
+    dependent = spec.name in ("bias_activation_dropout", "dot_interaction", "mlp", "prelu", "swish", "attention_decode")
     if spec.room in ("recurrent", "sampled_softmax") or dependent:
         ordinary = [c for c in spec.cases if all(math.prod(x.shape) for x in c.inputs.values())]
         return min(ordinary, key=lambda c: sum(math.prod(x.shape) for x in c.inputs.values()))
@@ -279,7 +286,7 @@ def overhead(spec: OpSpec, case: Case, rounds: int = 20) -> dict[str, dict[str, 
     """What a call costs when there is next to nothing to compute.
 
     Returns:
-        "no grad", "forward", "forward+backward" -> {"pykernels", "eager"} -> Timing.
+        "no grad" and, of what has gradients, "forward", "forward+backward" -> {"pykernels", "eager"} -> Timing.
     """
     tiny = _tiny(spec, case)
     inputs = tiny.make(torch.float32)
@@ -297,6 +304,8 @@ def overhead(spec: OpSpec, case: Case, rounds: int = 20) -> dict[str, dict[str, 
         calls = {OURS: Call(ours, tiny, inputs), "eager": Call(eager, tiny, inputs)}
         with torch.no_grad():
             found["no grad"] = measure({name: call.forward for name, call in calls.items()}, rounds)
+        if not spec.differentiable:
+            return found
         found["forward"] = measure({name: call.forward for name, call in calls.items()}, rounds)
         found["forward+backward"] = measure({name: call.both for name, call in calls.items()}, rounds)
     return found

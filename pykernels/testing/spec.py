@@ -135,6 +135,7 @@ class OpSpec:
             dtype. None here: "default" for every row.
         rowwise: rows of the (only) input do not meet, so a benchmark row of more than 4 Mi elements is checked against
             the oracle on its first 256 rows, and all of it, bit by bit, against the same call on 256 rows at a time.
+        reads: nearly all bytes moved are read: a benchmark row's limit is the speed of reading, not of copying.
         wrap: for functions that take lists or nested states of tensors: makes one of the case's arguments from the
             function (and from the reference), giving one tensor or a flat tuple. `peer` takes the case's as it is.
     """
@@ -155,6 +156,7 @@ class OpSpec:
     timed_peer: Callable[..., Any] | None = None
     compiled: Callable[[Case, torch.dtype], tuple[str, ...] | None] | None = None
     rowwise: bool = False
+    reads: bool = False
 
     @property
     def function(self) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from .tables import SHORT
 
 Record = dict[str, Any]
 _ROOMS = {"activation": "c0", "attention": "c1", "recurrent": "c2", "embedding": "c3", "sampled_softmax": "c4"}
-_BOUNDS = {"memory": "a copy's speed", "products": "the best matrix product"}
+_BOUNDS = {"memory": "a copy's speed", "reading": "the speed of reading", "products": "the best matrix product"}
 _ROOM_OF = {target.op: target.record for target in TARGETS}
 _STYLE = f"""<style>{PALETTE}
 .plots {{ display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); }}

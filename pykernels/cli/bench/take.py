@@ -77,7 +77,8 @@ def everything(
             for case in spec.bench:
                 own = _modes(spec, case, dtype)
                 if own is not None:
-                    jobs.append(Job(spec, case, dtype, own if modes is None else modes))
+                    directions = bench.DIRECTIONS if spec.differentiable else bench.DIRECTIONS[:1]
+                    jobs.append(Job(spec, case, dtype, own if modes is None else modes, directions))
     first = {label(spec): spec for spec in reversed(specs)}  # of a name: the projected LSTM's calls are the LSTM's
     return Plan(jobs, steps, [spec for spec in specs if first[label(spec)] is spec])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -129,3 +130,29 @@ def flops(case: Case, dtype: torch.dtype) -> dict[str, int]:
     lengths = case.make(torch.float32)["cache_lengths"]
     query, value = case.inputs["query"].shape, case.inputs["value_cache"].shape
     return {"forward": 2 * int(lengths.sum()) * query[1] * query[2] * (query[3] + value[3])}
+
+
+def _full(label: str, query: Shape, cache: Shape, lengths: tuple[int, ...], blocks: int | None = None) -> Case:
+    """With given lengths: what a benchmark row moves should not be drawn."""
+    made = case(label, query, cache, blocks=blocks)
+    return Case(label, {**made.inputs, "cache_lengths": Fixed((len(lengths),), dtype=torch.int32, values_=lengths)})
+
+
+@dataclass(frozen=True)
+class Fixed(Input):
+    """These numbers."""
+
+    values_: tuple[int, ...] = ()
+
+    def make(self, generator: torch.Generator, dtype: torch.dtype, device: str) -> Tensor:
+        return torch.tensor(self.values_, dtype=self.dtype, device=device)
+
+
+#: Caches past the share of the processor's cache that one tenant gets; the last is ragged, its lengths add up to half.
+BENCH = (
+    _full("8 heads of 64, 4 x 8192", (4, 8, 1, 64), (4, 8, 8192, 64), (8192,) * 4),
+    _full("32 heads on 8 of 128, 2 x 8192", (2, 32, 1, 128), (2, 8, 8192, 128), (8192,) * 2),
+    _full("the same, in blocks of 16", (2, 32, 1, 128), (512, 8, 16, 128), (8192,) * 2, 1024),
+    _full("the same, 4 queries", (2, 32, 4, 128), (2, 8, 8192, 128), (8192,) * 2),
+    _full("32 heads on 8 of 128, ragged", (4, 32, 1, 128), (4, 8, 8192, 128), (8192, 1000, 7000, 192)),
+)
