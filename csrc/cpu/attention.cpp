@@ -4,7 +4,6 @@
 #include <ATen/ExpandUtils.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/cpu/Utils.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/where.h>
@@ -13,9 +12,7 @@
 
 #include <array>
 #include <cmath>
-#include <cstdlib>
 #include <optional>
-#include <string_view>
 #include <vector>
 
 #include "attention_tensors.h"
@@ -27,21 +24,6 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-bool amx() {
-  // init_amx asks the operating system for the tile registers; it says no where there are none. Who names the
-  // capability avx512 to torch gets no more than that here too.
-  static const bool found = [] {
-    const char* const named = std::getenv("ATEN_CPU_CAPABILITY");
-    return isa() == Isa::kAvx512 && !(named && std::string_view(named) == "avx512") &&
-           __builtin_cpu_supports("avx512bf16") && at::cpu::init_amx();
-  }();
-  return found;
-}
-
-const AttentionKernels& kernels(Element element) {
-  return element == Element::kBFloat16 && amx() ? *attention_kernels_amx() : vector_kernels();
-}
 
 // Packed sequences of one query each are not worth a path of their own.
 bool one_query(const AttentionArgs& a) { return a.q_length == 1 && !a.q_ends; }
@@ -262,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& ke
   a.lse_low = lse_low.mutable_data_ptr<float>();
   if (one_query(a)) {
     a.splits = 1;
-    const AttentionKernels& kernel = vector_kernels();
+    const AttentionKernels& kernel = decode_kernels(a);
     const size_t bytes = kernel.decode_bytes(a);
     at::parallel_for(0, a.batch * a.kv_heads, 1, [&](int64_t begin, int64_t end) {
       void* const memory = scratch(bytes);

@@ -5,6 +5,8 @@
 //
 // Measured: the tile unit shares an execution port with the vector units, so little of the softmax hides behind the
 // products; with real data it also makes the processor lower its frequency by a third.
+#include <utility>
+
 #include "amx.h"
 #include "attention_rows.h"
 
@@ -87,12 +89,13 @@ PK_INLINE int64_t share_of(int64_t steps, int64_t products) { return (steps + pr
 #include "attention_amx_forward.inc"
 
 #include "attention_amx_backward.inc"
+#include "attention_amx_decode.inc"
 
 }  // namespace
 
 const AttentionKernels* attention_kernels_amx() {
-  static constexpr AttentionKernels kernels{kForwardQ, forward_bytes, backward_bytes, forward, backward,
-                                            find_seen, nullptr,       nullptr,        nullptr, nullptr};
+  static constexpr AttentionKernels kernels{kForwardQ, forward_bytes,    backward_bytes, forward,      backward,
+                                            find_seen, amx_decode_bytes, amx_decode,     decode_merge, decode_part};
   return &kernels;
 }
 

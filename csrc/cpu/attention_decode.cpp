@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor> attention_decode(const Tensor& query, const Tensor& k
   a.out = strided(out);
   a.lse = {lse.mutable_data_ptr(), lse.stride(0), lse.stride(1), lse.stride(2)};
   a.splits = num_splits ? num_splits : default_splits(a);
-  const AttentionKernels& kernel = vector_kernels();
+  const AttentionKernels& kernel = decode_kernels(a);
   const size_t bytes = kernel.decode_bytes(a);
   const int64_t owners = a.batch * a.kv_heads;
   Tensor parts;

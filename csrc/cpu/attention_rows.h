@@ -21,6 +21,17 @@ struct Arena {
   }
 };
 
+struct Factor {  // a number in two floats: rounded to one it would be an error that all scores share
+  float high, low;
+  explicit Factor(double x) : high(static_cast<float>(x)), low(static_cast<float>(x - high)) {}
+};
+
+// What q is multiplied with when it is packed: the product is then a score in units of log 2, or the argument of the
+// cap.
+PK_INLINE Factor query_factor(const AttentionArgs& a) {
+  return Factor(a.softcap > 0.f ? a.scale / a.softcap : a.scale / kLn2);
+}
+
 PK_INLINE int64_t lse_index(const AttentionArgs& a, const Head& x, int64_t i) {
   return x.b * a.lse.batch + x.h * a.lse.head + (x.q_start + i) * a.lse.row;
 }

@@ -1,6 +1,10 @@
 // What the attention room's operators do alike with tensors: element types, strides, layouts of outputs.
 #pragma once
+#include <ATen/cpu/Utils.h>
 #include <ATen/ops/empty.h>
+
+#include <cstdlib>
+#include <string_view>
 
 #include "attention_kernels.h"
 #include "isa.h"
@@ -13,6 +17,26 @@ using OptionalTensor = std::optional<Tensor>;
 inline const AttentionKernels& vector_kernels() {
   TORCH_CHECK(isa() != Isa::kNone, "pykernels: ", isa_refusal());
   return isa() == Isa::kAvx2 ? *attention_kernels_avx2() : *attention_kernels_avx512();
+}
+
+inline bool amx() {
+  // init_amx asks the operating system for the tile registers; it says no where there are none. Who names the
+  // capability avx512 to torch gets no more than that here too.
+  static const bool found = [] {
+    const char* const named = std::getenv("ATEN_CPU_CAPABILITY");
+    return isa() == Isa::kAvx512 && !(named && std::string_view(named) == "avx512") &&
+           __builtin_cpu_supports("avx512bf16") && at::cpu::init_amx();
+  }();
+  return found;
+}
+
+inline const AttentionKernels& kernels(Element element) {
+  return element == Element::kBFloat16 && amx() ? *attention_kernels_amx() : vector_kernels();
+}
+
+// Tile registers take the columns of a group together, with nothing of their own.
+inline const AttentionKernels& decode_kernels(const AttentionArgs& a) {
+  return a.bias.data || a.mask.data || a.dropout ? vector_kernels() : kernels(a.element);
 }
 
 inline Element element_of(const Tensor& x, const char* name) {
