@@ -19,22 +19,26 @@ STATE := .venv
 endif
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
-.PHONY: demo test bench lint gpu docs wheel build build-all clean
+.PHONY: demo test bench lint lint-text lint-kernels gpu docs wheel build build-all clean
 
 demo: $(STATE)/.built-cpu
 	$(PY) -m pykernels demo --report demo.html
 
-test: $(STATE)/.built-all
+test: $(STATE)/.built-all $(STATE)/.extras
 	$(PY) -m pytest -q -n $(WORKERS) --dist loadgroup tests
 
 bench: $(STATE)/.built-cpu
 	$(PY) -m pykernels bench --html bench.html $(BENCH_ARGS)
 
-lint: $(STATE)/.built-all
+lint: lint-text lint-kernels
+
+lint-text: $(STATE)/.extras
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/clang-format" --dry-run --Werror $(wildcard csrc/*/*)
+
+lint-kernels: $(STATE)/.built-all $(STATE)/.extras
 	$(PY) -m pykernels.testing.aot
 
 gpu:
@@ -52,7 +56,7 @@ wheel: $(STATE)/.packages
 	PYKERNELS_BUILD=auto $(PY) -m pip wheel . --no-build-isolation --no-deps -w dist
 
 build: $(STATE)/.built-cpu
-build-all: $(STATE)/.built-all
+build-all: $(STATE)/.built-all $(STATE)/.extras
 
 # What would fail minutes later, said at once and with the way out.
 $(STATE)/.packages: pyproject.toml
@@ -74,8 +78,14 @@ $(STATE)/.built-cpu: $(STATE)/.packages $(SOURCES)
 
 $(STATE)/.built-all: $(STATE)/.packages $(SOURCES)
 	@echo "Compiling the CPU kernels, the emulator and, where nvcc is found, the CUDA kernels (some minutes, once)"
-	PYKERNELS_BUILD=all $(PY) -m pip install -q -e ".[test,lint]" --no-build-isolation
-	@touch $@ $(STATE)/.built-cpu
+	@PYKERNELS_BUILD=all $(PY) setup.py -q build_ext --inplace > $(STATE)/build.log 2>&1 \
+	|| { cat $(STATE)/build.log; exit 1; }
+	@touch $@
+
+# Of its own, so that under -j the compilers work while pip waits for the network.
+$(STATE)/.extras: $(STATE)/.packages pyproject.toml
+	PYKERNELS_BUILD=none $(PY) -m pip install -q -e ".[test,lint]" --no-build-isolation
+	@touch $@
 
 clean:
 	rm -rf build dist *.egg-info pykernels/*.so pykernels/_cpu_ext.torch .venv

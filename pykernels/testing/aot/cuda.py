@@ -102,8 +102,8 @@ def run(compiler: str, source: Path, target: int) -> list[Row]:
         logs = dict(_LOG.findall(code.log))
         functions = sass.disassemble(code.cubin.read_bytes()) if logs else []
     rows = []
-    for function in functions:
-        row = Row(source.name, readable(function.name), target)
+    for function, name in zip(functions, readable([f.name for f in functions]), strict=True):
+        row = Row(source.name, name, target)
         warps = -(-code.threads.get(function.name, 1024) // 32)
         measure.from_function(row, function, warps, function.shared, logs.get(function.name, ""))
         row.seconds = (time.perf_counter() - start) / len(functions)
@@ -165,18 +165,22 @@ def _output(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True)
 
 
-def readable(name: str) -> str:
-    """The demangled name without its parameter list."""
+def readable(names: Sequence[str]) -> list[str]:
+    """The demangled names without their parameter lists."""
     if shutil.which("c++filt") is None:
-        return name
-    text = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
+        return list(names)
+    text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    return [_without_parameters(name) for name in text.split("\n")[: len(names)]]
+
+
+def _without_parameters(name: str) -> str:
     depth = 0
-    for i, character in enumerate(text):
+    for i, character in enumerate(name):
         depth += (character == "<") - (character == ">")
-        if character == "(" and depth == 0 and not text.startswith("(anonymous", i):
-            text = text[:i]
+        if character == "(" and depth == 0 and not name.startswith("(anonymous", i):
+            name = name[:i]
             break
-    return text.removeprefix("void ").replace("(anonymous namespace)::", "")
+    return name.removeprefix("void ").replace("(anonymous namespace)::", "")
 
 
 def _beside(compiler: str) -> Path:
