@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._segments import Segments, key_dtype
 from . import _lib
 from ._embedding_forward import Bags, bag_of, id_at, report_id
-from ._segment import Segments
 
 
 @triton.jit
@@ -61,8 +61,7 @@ def sort(
     """The positions of a call, sorted stably by id. what: the code that invalid ids are reported with, 0 for none."""
     n, device = bags.n if bags.count else 0, bags.ids.device
     record = bags.record(what)
-    dtype = torch.int32 if rows < 2**31 else torch.int64  # half the passes of the sort
-    keys = torch.empty(n, dtype=dtype, device=device)
+    keys = torch.empty(n, dtype=key_dtype(rows), device=device)
     if n == 0:
         return Segments(rows, keys, keys)
     blocks, block = (triton.cdiv(n, 1024),), min(1024, triton.next_power_of_2(n))

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._sampled import Shared
 from . import _lib
 from ._sampled_softmax_gather import softplus
 
@@ -22,43 +23,13 @@ CHUNK = 64 << 20  #: bytes that the gradient of a chunk's logits may take
 PLANES = tl.constexpr(4)  #: what a part of the classes tells: m, sum of exp(z - m), z of the target, smoothing
 
 
-class Shared(NamedTuple):
-    """The classes of one call.
-
-    Attributes:
-        ids: of the sample, (K,); None where the classes are all rows of `weight`.
-        log: what is taken from the logits of the sample, (K,), or None.
-        labels: int (B, T) whose equals are left out of the sample, or (B,) targets, or None.
-        factors: (V,) class weights of label smoothing, or None.
-    """
-
-    input: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    ids: Tensor | None
-    log: Tensor | None
-    labels: Tensor | None
-    factors: Tensor | None
-    kind: str  #: "softmax" or "logistic"
-    smooth: bool = False
-
-    @property
-    def count(self) -> int:
-        return self.weight.shape[0] if self.ids is None else self.ids.shape[0]
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        bias_step = 0 if self.bias is None else self.bias.stride(0)
-        hits = 0 if self.labels is None or self.ids is None else self.labels.shape[1]
-        return (
-            self.input, self.weight, self.bias, self.ids, self.log, self.labels, self.factors, self.input.shape[0],
-            self.count, self.input.shape[1], self.weight.shape[0], *self.input.stride(), *self.weight.stride(),
-            bias_step, hits,
-        )  # fmt: skip
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        return {"KIND": self.kind, "PRECISION": precision(self.input)}
+def _arguments(shared: Shared) -> tuple[Any, ...]:
+    """What all kernels over shared classes are told."""
+    x, w = shared.input, shared.weight
+    return (
+        x, w, shared.bias, shared.ids, shared.log, shared.labels, shared.factors, x.shape[0], shared.count, x.shape[1],
+        w.shape[0], *x.stride(), *w.stride(), shared.bias_step, shared.hits,
+    )  # fmt: skip
 
 
 def precision(x: Tensor) -> str:
@@ -243,7 +214,7 @@ def _tiles(shared: Shared) -> dict[str, int]:
     return {**sides, "COLS": _side(cols, 32 if wide else 64)}
 
 
-def forward(shared: Shared) -> Tensor:
+def forward(shared: Shared, smooth: bool = False) -> Tensor:
     """(parts, 4, B), of the planes that `logits_fwd_kernel` writes."""
     rows, count = shared.input.shape[0], shared.count
     tiles = _tiles(shared)
@@ -251,8 +222,8 @@ def forward(shared: Shared) -> Tensor:
     parts, turns = _parts(blocks, triton.cdiv(count, tiles["CLASSES"]), shared.input)
     partial = torch.empty((parts, 4, rows), dtype=torch.float32, device=shared.input.device)
     _lib.launch(
-        logits_fwd_kernel, (blocks, parts), shared.input, partial, turns * tiles["CLASSES"], *shared.arguments,
-        **shared.constants, SMOOTH=shared.smooth, **tiles, num_stages=3,
+        logits_fwd_kernel, (blocks, parts), shared.input, partial, turns * tiles["CLASSES"], *_arguments(shared),
+        KIND=shared.kind, PRECISION=precision(shared.input), SMOOTH=smooth, **tiles, num_stages=3,
     )  # fmt: skip
     return partial
 
@@ -300,7 +271,8 @@ def backward(
         grid = triton.cdiv(rows, tiles["ROWS"]), triton.cdiv(length, tiles["CLASSES"])
         _lib.launch(
             logits_bwd_kernel, grid, x, dz, begin, length, statistics, statistics[:, 1:], factors.scale, factors.own,
-            factors.even, statistics.stride(0), *shared.arguments, **shared.constants, **tiles, num_stages=3,
+            factors.even, statistics.stride(0), *_arguments(shared), KIND=shared.kind, PRECISION=kind,
+            **tiles, num_stages=3,
         )  # fmt: skip
         chunk = slice(begin, begin + length)
         if dinput is not None and shared.ids is None:

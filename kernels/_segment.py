@@ -9,13 +9,12 @@ the ids and on nothing else, and nothing is asked of the device: sizes follow fr
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._segments import Segments
 from . import _lib
 from ._embedding_update import Rule, update_row
 
@@ -147,33 +146,6 @@ def chunk_length(n: int) -> int:
     It must not depend on the device: the sums are grouped by it.
     """
     return min(max(triton.next_power_of_2(triton.cdiv(n, 2048)), 32), 1024)
-
-
-class Segments(NamedTuple):
-    """Positions sorted by id.
-
-    Attributes:
-        keys: the ids, ascending; `rows` for entries that add to no row.
-        ranks: how many different ids come before each entry's, where the rows are to be adjacent.
-        source: the row of dy of each entry; factor: what it is multiplied by; place: its place in its bag.
-    """
-
-    rows: int
-    keys: Tensor
-    source: Tensor
-    factor: Tensor | None = None
-    place: Tensor | None = None
-    ranks: Tensor | None = None
-
-
-def adjacent(segments: Segments) -> tuple[Segments, Tensor]:
-    """With ranks, and the different ids, ascending. Their number is the shape of the result, so it is read here."""
-    keys = segments.keys
-    begins = torch.ones_like(keys, dtype=torch.bool)
-    torch.ne(keys[1:], keys[:-1], out=begins[1:])
-    ranks = begins.cumsum(0, dtype=torch.int32).sub_(1)
-    unique = keys[begins & (keys < segments.rows)]
-    return segments._replace(ranks=ranks), unique.long()
 
 
 def sum_rows(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._segments import Segments, adjacent
 from . import _embedding_forward as forward
 from . import _lib
 from . import _segment as segment
@@ -170,19 +171,19 @@ def embedding_update(
     segment.sum_rows(dy, segments, weight, maxima, by_frequency, chosen)
 
 
-def _sort_bags(bags: Bags, rows: int, padding: int, mode: str, scale: Tensor | None, what: int = 0) -> segment.Segments:
+def _sort_bags(bags: Bags, rows: int, padding: int, mode: str, scale: Tensor | None, what: int = 0) -> Segments:
     scale = None if scale is None else scale.reshape(-1).contiguous()
     return sort(bags, rows, padding, mode, scale, what)
 
 
-def _dense(dy: Tensor, segments: segment.Segments, maxima: Tensor | None, by_frequency: bool) -> Tensor:
+def _dense(dy: Tensor, segments: Segments, maxima: Tensor | None, by_frequency: bool) -> Tensor:
     out = dy.new_zeros((segments.rows, dy.shape[1]))
     segment.sum_rows(dy, segments, out, maxima, by_frequency)
     return out
 
 
-def _sparse(dy: Tensor, segments: segment.Segments, maxima: Tensor | None, by_frequency: bool) -> tuple[Tensor, Tensor]:
-    segments, unique = segment.adjacent(segments)
+def _sparse(dy: Tensor, segments: Segments, maxima: Tensor | None, by_frequency: bool) -> tuple[Tensor, Tensor]:
+    segments, unique = adjacent(segments)
     values = dy.new_empty((unique.numel(), dy.shape[1]))
     segment.sum_rows(dy, segments, values, maxima, by_frequency)
     return unique.unsqueeze(0), values

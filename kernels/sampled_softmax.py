@@ -9,19 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._sampled import Floor, Mask, Shared
+from .._segments import Segments
 from . import _lib, _segment
 from . import _sampled_softmax_draw as draws
 from . import _sampled_softmax_gather as gather
 from . import _sampled_softmax_tiles as tiles
-from ._sampled_softmax_tiles import Factors, Shared
+from ._sampled_softmax_tiles import Factors
 
 __all__ = [
     "candidate_sample", "linear_rows_backward", "linear_rows_forward", "logistic_rows_forward", "row_gradient",
     "row_gradient_sparse", "sampled_rows_backward", "sampled_rows_backward_sparse", "sampled_rows_forward",
     "unsupported",
 ]  # fmt: skip
-
-Mask = tuple[bool, bool, bool]
 
 
 def unsupported(x: Tensor, *features: str) -> str | None:
@@ -32,190 +32,51 @@ def unsupported(x: Tensor, *features: str) -> str | None:
     return _lib.unsupported_tensor(x if x.is_floating_point() else x.new_empty(0, dtype=torch.float32))
 
 
-def _by_class(values: Tensor, source: Tensor, ids: Tensor, factor: Tensor | None, rows: int) -> _segment.Segments:
-    """Entries sorted stably by class: each adds factor * values[source] to the row of its id."""
-    inside = (ids >= 0) & (ids < rows)
-    keys = torch.where(inside, ids, rows).to(torch.int32 if rows < 2**31 else torch.int64)
-    keys, order = torch.sort(keys, stable=True)
-    return _segment.Segments(rows, keys, source[order], None if factor is None else factor[order])
+class _Floor(Floor):
+    def sum_rows(self, values: Tensor, segments: Segments, out: Tensor) -> None:
+        _segment.sum_rows(values, segments, out, None, False)
+
+    def true_logits(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, true_log: Tensor | None, out: Tensor
+    ) -> None:
+        gather.true_logits(input, weight, bias, labels, true_log, out)
+
+    def losses(self, sample: Shared, statistics: Tensor) -> Tensor:
+        true, partial = statistics[:, 2:], tiles.forward(sample)
+        if sample.kind == "logistic":
+            # softplus(z) - z / T of a label; F.softplus rounds to z beyond 20, which is exact there in float32
+            own = torch.nn.functional.softplus(true) - true / true.shape[1]
+            return own.sum(1) + partial[:, 0].sum(0)
+        highest = torch.maximum(true.amax(1), partial[:, 0].amax(0))
+        base = torch.where(highest == -torch.inf, 0, highest)
+        total = (true - base[:, None]).exp().sum(1) + (partial[:, 1] * (partial[:, 0] - base).exp()).sum(0)
+        statistics[:, 0], statistics[:, 1] = base, total
+        return total.log() - (true - base[:, None]).mean(1)
+
+    def slopes(self, dloss: Tensor, statistics: Tensor, count: int, kind: str) -> Tensor:
+        true = statistics[:, 2:]
+        share = torch.sigmoid(true) if kind == "logistic" else (true - statistics[:, :1]).exp() / statistics[:, 1:2]
+        return (dloss.unsqueeze(1) * (share - 1 / count)).contiguous()
+
+    def gradients(
+        self, sample: Shared, dloss: Tensor, statistics: Tensor, mask: Mask, drows: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return tiles.backward(sample, Factors(statistics, dloss), mask, drows)
+
+    def add_rows(self, out: Tensor, weight: Tensor, ids: Tensor, factor: Tensor) -> None:
+        gather.add_weighted_rows(out, weight, ids, factor)
 
 
-def _dense(values: Tensor, segments: _segment.Segments, dtype: torch.dtype) -> Tensor:
-    out = values.new_zeros((segments.rows, values.shape[1]), dtype=dtype)
-    _segment.sum_rows(values, segments, out, None, False)
-    return out
-
-
-def _sparse(values: Tensor, segments: _segment.Segments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    segments, unique = _segment.adjacent(segments)
-    out = values.new_empty((unique.numel(), values.shape[1]), dtype=dtype)
-    _segment.sum_rows(values, segments, out, None, False)
-    return unique.unsqueeze(0), out
+_floor = _Floor()
+row_gradient, row_gradient_sparse = _floor.row_gradient, _floor.row_gradient_sparse
+sampled_rows_forward, sampled_rows_backward = _floor.sampled_rows_forward, _floor.sampled_rows_backward
+sampled_rows_backward_sparse = _floor.sampled_rows_backward_sparse
 
 
 def logistic_rows_forward(
     input: Tensor, weight: Tensor, ids: Tensor, signs: Tensor | None, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return gather.logistic(input, weight, ids, signs, gradients)
-
-
-def _row_entries(dloss: Tensor, ids: Tensor, coefficient: Tensor, input: Tensor, rows: int) -> _segment.Segments:
-    count = ids.shape[1]
-    source = torch.arange(ids.numel(), device=ids.device) // max(count, 1)
-    factor = (coefficient * dloss.unsqueeze(1)).reshape(-1)
-    return _by_class(input, source, ids.reshape(-1), factor, rows)
-
-
-def row_gradient(dloss: Tensor, input: Tensor, ids: Tensor, coefficient: Tensor, rows: int) -> Tensor:
-    return _dense(input, _row_entries(dloss, ids, coefficient, input, rows), input.dtype)
-
-
-def row_gradient_sparse(
-    dloss: Tensor, input: Tensor, ids: Tensor, coefficient: Tensor, rows: int
-) -> tuple[Tensor, Tensor]:
-    return _sparse(input, _row_entries(dloss, ids, coefficient, input, rows), input.dtype)
-
-
-def _sample(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    sampled: Tensor,
-    sampled_log: Tensor | None,
-    kind: str,
-    remove_hits: bool,
-) -> Shared:
-    hits = labels.contiguous() if remove_hits else labels.new_empty((1, 0))
-    log = None if sampled_log is None else sampled_log.contiguous()
-    return Shared(input, weight, bias, sampled.contiguous(), log, hits, None, kind)
-
-
-def sampled_rows_forward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    sampled: Tensor,
-    true_log: Tensor | None,
-    sampled_log: Tensor | None,
-    kind: str,
-    remove_hits: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, count = labels.shape
-    statistics = torch.zeros((batch, 2 + count), dtype=torch.float32, device=input.device)
-    kept = statistics.new_empty((batch, sampled.shape[0]) if keep else (0,))
-    if batch == 0:
-        return statistics.new_empty(0), statistics, kept
-    true = statistics[:, 2:]
-    own_log = None if true_log is None else true_log.contiguous()
-    gather.true_logits(input, weight, bias, labels.contiguous(), own_log, true)
-    partial = tiles.forward(_sample(input, weight, bias, labels, sampled, sampled_log, kind, remove_hits))
-    if kind == "logistic":
-        # softplus(z) - z / T of a label; F.softplus rounds to z beyond 20, which is exact there in float32
-        own = torch.nn.functional.softplus(true) - true / count
-        return own.sum(1) + partial[:, 0].sum(0), statistics, kept
-    highest = torch.maximum(true.amax(1), partial[:, 0].amax(0))
-    base = torch.where(highest == -torch.inf, 0, highest)
-    total = (true - base[:, None]).exp().sum(1) + (partial[:, 1] * (partial[:, 0] - base).exp()).sum(0)
-    statistics[:, 0], statistics[:, 1] = base, total
-    return total.log() - (true - base[:, None]).mean(1), statistics, kept
-
-
-def _sampled_gradients(
-    dloss: Tensor,
-    statistics: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    sampled: Tensor,
-    sampled_log: Tensor | None,
-    kind: str,
-    remove_hits: bool,
-    mask: Mask,
-) -> tuple[Tensor, tuple[Tensor, _segment.Segments] | None, Tensor]:
-    """Gradients of input and bias, and the entries that make weight's."""
-    batch, count = labels.shape
-    needs_bias = bias is not None and mask[2]
-    nothing, rows = input.new_empty(0), weight.shape[0]
-    dloss, labels, true = dloss.contiguous(), labels.contiguous(), statistics[:, 2:]
-    if kind == "logistic":
-        share = torch.sigmoid(true)
-    else:
-        share = (true - statistics[:, :1]).exp() / statistics[:, 1:2]
-    own = (dloss.unsqueeze(1) * (share - 1 / count)).contiguous()
-    shared = _sample(input, weight, bias, labels, sampled, sampled_log, kind, remove_hits)
-    of_sample = torch.zeros((shared.count, input.shape[1]), dtype=torch.float32, device=input.device)
-    wanted = (mask[0], mask[1], needs_bias)
-    dinput, dshared = None, None
-    if batch:
-        dinput, dshared = tiles.backward(shared, Factors(statistics, dloss), wanted, of_sample if mask[1] else None)
-        if dinput is not None:
-            gather.add_weighted_rows(dinput, weight, labels, own)
-            dinput = dinput.to(input.dtype)
-    elif mask[0]:
-        dinput = torch.zeros_like(input)
-    ids = torch.cat([labels.reshape(-1).long(), sampled.long()])
-    dbias = nothing
-    if needs_bias:
-        shares = [own.reshape(-1), of_sample.new_zeros(shared.count) if dshared is None else dshared]
-        values = torch.cat(shares).unsqueeze(1)
-        entries = _by_class(values, torch.arange(ids.numel(), device=ids.device), ids, None, rows)
-        dbias = _dense(values, entries, input.dtype).squeeze(1)
-    entry = None
-    if mask[1]:
-        values = torch.cat([input.float(), of_sample])
-        rows_of_labels = torch.arange(labels.numel(), device=ids.device) // count
-        rows_of_sample = torch.arange(shared.count, device=ids.device) + batch
-        factor = torch.cat([own.reshape(-1), torch.ones_like(of_sample[:, 0])])
-        source = torch.cat([rows_of_labels, rows_of_sample])
-        entry = values, _by_class(values, source, ids, factor, rows)
-    return nothing if dinput is None else dinput, entry, dbias
-
-
-def sampled_rows_backward(
-    dloss: Tensor,
-    statistics: Tensor,
-    logits: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    sampled: Tensor,
-    true_log: Tensor | None,
-    sampled_log: Tensor | None,
-    kind: str,
-    remove_hits: bool,
-    output_mask: Mask,
-) -> tuple[Tensor, Tensor, Tensor]:
-    given = (input, weight, bias, labels, sampled, sampled_log, kind, remove_hits)
-    dinput, entries, dbias = _sampled_gradients(dloss, statistics, *given, output_mask)
-    return dinput, input.new_empty(0) if entries is None else _dense(*entries, weight.dtype), dbias
-
-
-def sampled_rows_backward_sparse(
-    dloss: Tensor,
-    statistics: Tensor,
-    logits: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    sampled: Tensor,
-    true_log: Tensor | None,
-    sampled_log: Tensor | None,
-    kind: str,
-    remove_hits: bool,
-    output_mask: Mask,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = (input, weight, bias, labels, sampled, sampled_log, kind, remove_hits)
-    dinput, entries, dbias = _sampled_gradients(dloss, statistics, *given, output_mask)
-    if entries is None:
-        nothing = input.new_empty(0)
-        return dinput, torch.empty((1, 0), dtype=torch.int64, device=input.device), nothing, dbias
-    return dinput, *_sparse(*entries, weight.dtype), dbias
 
 
 def _kept(target: Tensor, class_weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -243,8 +104,8 @@ def linear_rows_forward(
         return statistics.new_empty(0), statistics
     factors = None if class_weight is None else class_weight.contiguous()
     smooth = label_smoothing != 0
-    shared = Shared(input, weight, bias, None, None, target.contiguous(), factors, "softmax", smooth)
-    partial = tiles.forward(shared)
+    shared = Shared(input, weight, bias, None, None, target.contiguous(), factors, "softmax")
+    partial = tiles.forward(shared, smooth)
     highest = partial[:, 0].amax(0)
     base = torch.where(highest == -torch.inf, 0, highest)
     total = (partial[:, 1] * (partial[:, 0] - base).exp()).sum(0)

@@ -54,13 +54,23 @@ FLOORS = {
     # floor: what of pykernels it may import (prefixes), beside its own package's helpers
     "pykernels.reference": ("pykernels.reference",),
     "pykernels._packed": ("pykernels._packed",),
-    "pykernels._triton": ("pykernels._triton", "pykernels._errors", "pykernels._packed"),
+    "pykernels._sampled": ("pykernels._sampled", "pykernels._segments"),
+    "pykernels._segments": ("pykernels._segments",),
+    "pykernels._triton": (
+        "pykernels._triton",
+        "pykernels._errors",
+        "pykernels._packed",
+        "pykernels._sampled",
+        "pykernels._segments",
+    ),
     "pykernels._cuda": (
         "pykernels._cuda",
         "pykernels._cuda_ext",
         "pykernels._emulator_ext",
         "pykernels._errors",
         "pykernels._packed",
+        "pykernels._sampled",
+        "pykernels._segments",
     ),
     "pykernels._cpu": ("pykernels._cpu", "pykernels._cpu_ext"),
     "pykernels.ops": (

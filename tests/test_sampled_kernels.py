@@ -123,15 +123,15 @@ def test_what_is_refused(floor: str) -> None:
         F.linear_cross_entropy(X[0], W, TARGET[0], backend=floor)
 
 
-FLOOR, TILES = "sampled_softmax", "_sampled_softmax_tiles"
+FLOOR, TILES, BOTH = "sampled_softmax", "_sampled_softmax_tiles", "pykernels._sampled"
 
 #: mistake -> (operator, case, module and function that is replaced, by what)
 MISTAKES: dict[str, tuple[str, str, str, str, Any]] = {
     "hits stay in the sum": (
-        "sampled_softmax_loss", "hits-removed", FLOOR, "_sample", lambda right, *a: right(*a[:-1], False),
+        "sampled_softmax_loss", "hits-removed", BOTH, "_sample", lambda right, *a: right(*a[:-1], False),
     ),
     "hits removed that should stay": (
-        "nce_loss", "hits-kept", FLOOR, "_sample", lambda right, *a: right(*a[:-1], True),
+        "nce_loss", "hits-kept", BOTH, "_sample", lambda right, *a: right(*a[:-1], True),
     ),
     "one part of the classes forgotten": (
         "linear_cross_entropy", "tiles", TILES, "forward", lambda right, *a: right(*a)[:-1],
@@ -144,8 +144,8 @@ MISTAKES: dict[str, tuple[str, str, str, str, Any]] = {
         "linear_cross_entropy", "smooth", FLOOR + ".tiles", "weights_of_parts", lambda right, *a: right(*a) * 0.9,
     ),
     "slopes left out of the table's gradient": (
-        "negative_sampling_loss", "sample", FLOOR, "_by_class",
-        lambda right, values, source, ids, factor, rows: right(values, source, ids, None, rows),
+        "negative_sampling_loss", "sample", BOTH, "by_row",
+        lambda right, ids, source, factor, rows: right(ids, source, None, rows),
     ),
     "labels left out of the input's gradient": (
         "nce_loss", "labels", FLOOR + ".gather", "add_weighted_rows", lambda right, *a: None,
@@ -159,7 +159,7 @@ def _without(launcher: str) -> Any:
 
 CUDA_MISTAKES: dict[str, tuple[str, str, str, str, Any]] = {
     "hits stay in the sum": (
-        "sampled_softmax_loss", "hits-removed", FLOOR, "_sample", lambda right, *a: right(*a[:-1], False),
+        "sampled_softmax_loss", "hits-removed", BOTH, "_sample", lambda right, *a: right(*a[:-1], False),
     ),
     "one part of the classes forgotten": (
         "linear_cross_entropy", "smooth", TILES, "forward", lambda right, *a: right(*a)[:-1],
@@ -173,8 +173,8 @@ CUDA_MISTAKES: dict[str, tuple[str, str, str, str, Any]] = {
         lambda right, *a: right(*a) * torch.tensor([1.0, 1, 1, 1, 0.9], device=DEVICE)[:, None],
     ),
     "slopes left out of the table's gradient": (
-        "negative_sampling_loss", "sample", FLOOR, "_by_class",
-        lambda right, source, ids, factor, rows: right(source, ids, None, rows),
+        "negative_sampling_loss", "sample", BOTH, "by_row",
+        lambda right, ids, source, factor, rows: right(ids, source, None, rows),
     ),
     "labels left out of the input's gradient": (
         "nce_loss", "labels", "_extension.Extension", "call", _without("sampled_softmax_add_rows"),
@@ -194,8 +194,8 @@ def test_a_planted_mistake_is_found(floor: str, mistake: str, monkeypatch: pytes
     operator, label, module, function, wrong = (MISTAKES if floor == "triton" else CUDA_MISTAKES)[mistake]
     spec = next(s for s in load("sampled_softmax") if s.name == operator)
     case = next(c for c in spec.cases if c.label == label)
-    name, *inner = module.split(".")
-    place = import_module(f"{PACKAGES[floor]}.{name}")
+    name, *inner = [module] if module == BOTH else module.split(".")
+    place = import_module(name if module == BOTH else f"{PACKAGES[floor]}.{name}")
     for part in inner:
         place = getattr(place, part)
     right = getattr(place, function)

@@ -2,53 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._sampled import Shared
 from ._extension import Extension
 
 CHUNK = 64 << 20  #: bytes that the gradient of a chunk's logits may take, and as much again for its transpose
 PLANES = 5  #: csrc/cuda/sampled_softmax.h
 
 
-@dataclass(frozen=True)
-class Shared:
-    """The classes of one call.
+def _tensors(shared: Shared) -> tuple[Any, ...]:
+    return shared.input, shared.weight, shared.bias, shared.ids, shared.log, shared.labels, shared.factors
 
-    Attributes:
-        ids: of the sample, (K,); None where the classes are all rows of `weight`.
-        log: what is taken from the logits of the sample, (K,), or None.
-        labels: int (B, T) whose equals are left out of the sample, or (B,) targets.
-        factors: (V,) float32 class weights, or None.
-    """
 
-    input: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    ids: Tensor | None
-    log: Tensor | None
-    labels: Tensor
-    factors: Tensor | None
-    kind: str  #: "softmax" or "logistic"
-
-    @property
-    def count(self) -> int:
-        return self.weight.shape[0] if self.ids is None else self.ids.shape[0]
-
-    @property
-    def tensors(self) -> tuple[Any, ...]:
-        return self.input, self.weight, self.bias, self.ids, self.log, self.labels, self.factors
-
-    @property
-    def sizes(self) -> tuple[Any, ...]:
-        return (
-            narrow(self.ids), narrow(self.labels), self.input.shape[0], self.count, self.input.shape[1],
-            self.weight.shape[0], *self.input.stride(), *self.weight.stride(),
-            0 if self.bias is None else self.bias.stride(0), 0 if self.ids is None else self.labels.shape[1],
-        )  # fmt: skip
+def _sizes(shared: Shared) -> tuple[Any, ...]:
+    x, w = shared.input, shared.weight
+    return (
+        narrow(shared.ids), narrow(shared.labels), x.shape[0], shared.count, x.shape[1], w.shape[0], *x.stride(),
+        *w.stride(), shared.bias_step, shared.hits,
+    )  # fmt: skip
 
 
 def narrow(ids: Tensor | None) -> bool:
@@ -73,7 +48,7 @@ def forward(ext: Extension, shared: Shared, smooth: bool = False) -> Tensor:
     parts, turns = _parts(ext, -(-x.shape[0] // (64 if x.dtype == torch.float32 else 128)), -(-shared.count // 64), x)
     partial = torch.empty((parts, PLANES, x.shape[0]), dtype=torch.float32, device=x.device)
     ext.call(
-        "sampled_softmax_logits", *shared.tensors, partial, *shared.sizes, turns * 64, parts,
+        "sampled_softmax_logits", *_tensors(shared), partial, *_sizes(shared), turns * 64, parts,
         shared.kind == "logistic", smooth, exact(x), x.dtype,
     )  # fmt: skip
     return partial
@@ -147,8 +122,8 @@ def backward(
         transposed = _room_for(length, rows, x) if dweight is not None else None
         widths = (0 if t is None else t.stride(0) for t in (dz, transposed))
         ext.call(
-            "sampled_softmax_slopes", *shared.tensors, slopes.dloss, slopes.statistics, slopes.all, dz, transposed,
-            *shared.sizes, begin, length, slopes.statistics.stride(0), *widths, slopes.ignored, slopes.smoothing,
+            "sampled_softmax_slopes", *_tensors(shared), slopes.dloss, slopes.statistics, slopes.all, dz, transposed,
+            *_sizes(shared), begin, length, slopes.statistics.stride(0), *widths, slopes.ignored, slopes.smoothing,
             slopes.z_loss, shared.kind == "logistic", exact(x), x.dtype,
         )  # fmt: skip
         if shares is not None and dz is not None:

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._segments import Segments, adjacent, key_dtype
 from ._embedding_bags import Bags, flat
 from ._embedding_quantized import embedding_bag_quantized_forward, quantize_rows_forward
 from ._extension import DTYPE_CODES, Extension
-from ._segment import Segments, adjacent, either, key_dtype, partial
+from ._segment import either, partial
 
 __all__ = [
     "dot_interaction_backward", "dot_interaction_forward",

@@ -12,19 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._sampled import Floor, Mask, Shared
+from .._segments import Segments
 from . import _sampled_softmax_tiles as tiles
 from ._extension import DTYPE_CODES, Extension
-from ._sampled_softmax_tiles import Shared, Slopes, narrow
-from ._segment import Segments, adjacent, either, key_dtype, partial
+from ._sampled_softmax_tiles import Slopes, narrow
+from ._segment import either, partial
 
 __all__ = [
     "candidate_sample", "linear_rows_backward", "linear_rows_forward", "logistic_rows_forward", "row_gradient",
     "row_gradient_sparse", "sampled_rows_backward", "sampled_rows_backward_sparse", "sampled_rows_forward",
     "unsupported",
 ]  # fmt: skip
-
-Mask = tuple[bool, bool, bool]
-Entries = tuple[Tensor, Segments]
 
 
 def unsupported(ext: Extension, x: Tensor, *features: str) -> str | None:
@@ -41,39 +40,76 @@ def unsupported(ext: Extension, x: Tensor, *features: str) -> str | None:
     return ext.device_reason(x.device)
 
 
-def _by_class(source: Tensor, ids: Tensor, factor: Tensor | None, rows: int) -> Segments:
-    """Entries sorted stably by class: each adds factor * values[source] to the row of its id."""
-    keys = torch.where((ids >= 0) & (ids < rows), ids, rows).to(key_dtype(rows))
-    keys, order = torch.sort(keys, stable=True)
-    return Segments(rows, keys, source[order], None if factor is None else factor[order])
+class _Floor(Floor):
+    def __init__(self, ext: Extension) -> None:
+        self.ext = ext
 
+    def sum_rows(self, values: Tensor, segments: Segments, out: Tensor) -> None:
+        n, cols = segments.keys.numel(), values.shape[1]
+        length, left = partial(segments, cols)
+        keys, entries = either(segments.keys), (segments.ranks, segments.source, segments.factor)
+        if values.dtype == out.dtype:
+            self.ext.call(
+                "embedding_sum_rows", *keys, *entries, None, None, values, out, left, n, segments.rows, cols,
+                *values.stride(), length, False, out.dtype,
+            )  # fmt: skip
+        else:
+            self.ext.call(
+                "sampled_softmax_sum_rows", *keys, *entries, values, out, left, n, segments.rows, cols, length,
+                out.dtype,
+            )  # fmt: skip
 
-def _sum_rows(ext: Extension, values: Tensor, segments: Segments, out: Tensor) -> None:
-    n, cols = segments.keys.numel(), values.shape[1]
-    length, left = partial(segments, cols)
-    keys, entries = either(segments.keys), (segments.ranks, segments.source, segments.factor)
-    if values.dtype == out.dtype:
-        ext.call(
-            "embedding_sum_rows", *keys, *entries, None, None, values, out, left, n, segments.rows, cols,
-            *values.stride(), length, False, out.dtype,
+    def true_logits(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, true_log: Tensor | None, out: Tensor
+    ) -> None:
+        self.ext.call(
+            "sampled_softmax_true_logits", input, weight, bias, labels, true_log, out, narrow(labels), *input.shape,
+            labels.shape[1], weight.shape[0], *input.stride(), *weight.stride(), 0 if bias is None else bias.stride(0),
+            out.stride(0), input.dtype,
         )  # fmt: skip
-    else:
-        ext.call(
-            "sampled_softmax_sum_rows", *keys, *entries, values, out, left, n, segments.rows, cols, length, out.dtype
-        )
+
+    def losses(self, sample: Shared, statistics: Tensor) -> Tensor:
+        batch, width = statistics.shape
+        loss, found = statistics.new_empty(batch), tiles.forward(self.ext, sample)
+        given = (batch, found.shape[0], width - 2, sample.kind == "logistic")
+        self.ext.call("sampled_softmax_join_sample", found, statistics, loss, *given)
+        return loss
+
+    def slopes(self, dloss: Tensor, statistics: Tensor, count: int, kind: str) -> Tensor:
+        own = dloss.new_empty((dloss.shape[0], count))
+        self.ext.call("sampled_softmax_own", dloss, statistics, own, *own.shape, kind == "logistic")
+        return own
+
+    def gradients(
+        self, sample: Shared, dloss: Tensor, statistics: Tensor, mask: Mask, drows: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return tiles.backward(self.ext, sample, Slopes(dloss, statistics), mask, drows)
+
+    def add_rows(self, out: Tensor, weight: Tensor, ids: Tensor, factor: Tensor) -> None:
+        self.ext.call(
+            "sampled_softmax_add_rows", weight, ids, factor, out, narrow(ids), *out.shape, ids.shape[1],
+            weight.shape[0], *weight.stride(), weight.dtype,
+        )  # fmt: skip
 
 
-def _dense(ext: Extension, values: Tensor, segments: Segments, dtype: torch.dtype) -> Tensor:
-    out = values.new_zeros((segments.rows, values.shape[1]), dtype=dtype)
-    _sum_rows(ext, values, segments, out)
-    return out
+def row_gradient(ext: Extension, *given: Any) -> Tensor:
+    return _Floor(ext).row_gradient(*given)
 
 
-def _sparse(ext: Extension, values: Tensor, segments: Segments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    segments, unique = adjacent(segments)
-    out = values.new_empty((unique.numel(), values.shape[1]), dtype=dtype)
-    _sum_rows(ext, values, segments, out)
-    return unique.unsqueeze(0), out
+def row_gradient_sparse(ext: Extension, *given: Any) -> tuple[Tensor, Tensor]:
+    return _Floor(ext).row_gradient_sparse(*given)
+
+
+def sampled_rows_forward(ext: Extension, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _Floor(ext).sampled_rows_forward(*given)
+
+
+def sampled_rows_backward(ext: Extension, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _Floor(ext).sampled_rows_backward(*given)
+
+
+def sampled_rows_backward_sparse(ext: Extension, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _Floor(ext).sampled_rows_backward_sparse(*given)
 
 
 def logistic_rows_forward(
@@ -89,162 +125,6 @@ def logistic_rows_forward(
         weight.shape[0], *input.stride(), *weight.stride(), input.dtype,
     )  # fmt: skip
     return loss, coefficient, unit
-
-
-def _row_entries(dloss: Tensor, ids: Tensor, coefficient: Tensor, rows: int) -> Segments:
-    source = torch.arange(ids.numel(), device=ids.device) // max(ids.shape[1], 1)
-    return _by_class(source, ids.reshape(-1), (coefficient * dloss.unsqueeze(1)).reshape(-1), rows)
-
-
-def row_gradient(ext: Extension, dloss: Tensor, input: Tensor, ids: Tensor, coefficient: Tensor, rows: int) -> Tensor:
-    return _dense(ext, input, _row_entries(dloss, ids, coefficient, rows), input.dtype)
-
-
-def row_gradient_sparse(
-    ext: Extension, dloss: Tensor, input: Tensor, ids: Tensor, coefficient: Tensor, rows: int
-) -> tuple[Tensor, Tensor]:
-    return _sparse(ext, input, _row_entries(dloss, ids, coefficient, rows), input.dtype)
-
-
-def _sample(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    sampled: Tensor,
-    sampled_log: Tensor | None,
-    kind: str,
-    remove_hits: bool,
-) -> Shared:
-    hits = labels.contiguous() if remove_hits else labels.new_empty((1, 0))
-    log = None if sampled_log is None else sampled_log.contiguous()
-    return Shared(input, weight, bias, sampled.contiguous(), log, hits, None, kind)
-
-
-def sampled_rows_forward(
-    ext: Extension,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    sampled: Tensor,
-    true_log: Tensor | None,
-    sampled_log: Tensor | None,
-    kind: str,
-    remove_hits: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, count = labels.shape
-    statistics = torch.empty((batch, 2 + count), dtype=torch.float32, device=input.device)
-    loss, kept = statistics.new_empty(batch), statistics.new_empty((batch, sampled.shape[0]) if keep else (0,))
-    if batch == 0:
-        return loss, statistics, kept
-    labels, logistic = labels.contiguous(), kind == "logistic"
-    ext.call(
-        "sampled_softmax_true_logits", input, weight, bias, labels,
-        None if true_log is None else true_log.contiguous(), statistics[:, 2:], narrow(labels), *input.shape, count,
-        weight.shape[0], *input.stride(), *weight.stride(), 0 if bias is None else bias.stride(0),
-        statistics.stride(0), input.dtype,
-    )  # fmt: skip
-    shared = _sample(input, weight, bias, labels, sampled, sampled_log, kind, remove_hits)
-    found = tiles.forward(ext, shared)
-    ext.call("sampled_softmax_join_sample", found, statistics, loss, batch, found.shape[0], count, logistic)
-    return loss, statistics, kept
-
-
-def _sampled_gradients(
-    ext: Extension,
-    dloss: Tensor,
-    statistics: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    sampled: Tensor,
-    sampled_log: Tensor | None,
-    kind: str,
-    remove_hits: bool,
-    mask: Mask,
-) -> tuple[Tensor, Entries | None, Tensor]:
-    """Gradients of input and bias, and the entries that make weight's."""
-    (batch, count), (rows, cols) = labels.shape, weight.shape
-    needs_bias, nothing, device = bias is not None and mask[2], input.new_empty(0), input.device
-    dloss, labels, statistics = dloss.contiguous(), labels.contiguous(), statistics.contiguous()
-    shared = _sample(input, weight, bias, labels, sampled, sampled_log, kind, remove_hits)
-    own = torch.empty((batch, count), dtype=torch.float32, device=device)
-    values = own.new_empty((batch + shared.count, cols)) if mask[1] else None
-    dinput, dshared = torch.zeros_like(input, dtype=torch.float32), own.new_zeros(shared.count)
-    if values is not None:
-        values[:batch] = input
-        if batch == 0:
-            values.zero_()
-    if batch:
-        ext.call("sampled_softmax_own", dloss, statistics, own, batch, count, kind == "logistic")
-        of_sample = None if values is None else values[batch:]
-        found = tiles.backward(ext, shared, Slopes(dloss, statistics), (mask[0], mask[1], needs_bias), of_sample)
-        dshared = dshared if found[1] is None else found[1]
-        if found[0] is not None:
-            dinput = found[0]
-            ext.call(
-                "sampled_softmax_add_rows", weight, labels, own, dinput, narrow(labels), batch, cols, count, rows,
-                *weight.stride(), weight.dtype,
-            )  # fmt: skip
-    ids = torch.cat([labels.reshape(-1).long(), sampled.long()])
-    dbias, entries = nothing, None
-    if needs_bias:
-        shares = torch.cat([own.reshape(-1), dshared]).unsqueeze(1)
-        by_class = _by_class(torch.arange(ids.numel(), device=device), ids, None, rows)
-        dbias = _dense(ext, shares, by_class, input.dtype).squeeze(1)
-    if values is not None:
-        source = torch.arange(labels.numel() + shared.count, device=device)
-        source = torch.where(source < labels.numel(), source // max(count, 1), source - (labels.numel() - batch))
-        entries = values, _by_class(source, ids, torch.cat([own.reshape(-1), torch.ones_like(dshared)]), rows)
-    return dinput.to(input.dtype) if mask[0] else nothing, entries, dbias
-
-
-def sampled_rows_backward(
-    ext: Extension,
-    dloss: Tensor,
-    statistics: Tensor,
-    logits: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    sampled: Tensor,
-    true_log: Tensor | None,
-    sampled_log: Tensor | None,
-    kind: str,
-    remove_hits: bool,
-    output_mask: Mask,
-) -> tuple[Tensor, Tensor, Tensor]:
-    given = (input, weight, bias, labels, sampled, sampled_log, kind, remove_hits)
-    dinput, entries, dbias = _sampled_gradients(ext, dloss, statistics, *given, output_mask)
-    return dinput, input.new_empty(0) if entries is None else _dense(ext, *entries, weight.dtype), dbias
-
-
-def sampled_rows_backward_sparse(
-    ext: Extension,
-    dloss: Tensor,
-    statistics: Tensor,
-    logits: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    sampled: Tensor,
-    true_log: Tensor | None,
-    sampled_log: Tensor | None,
-    kind: str,
-    remove_hits: bool,
-    output_mask: Mask,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = (input, weight, bias, labels, sampled, sampled_log, kind, remove_hits)
-    dinput, entries, dbias = _sampled_gradients(ext, dloss, statistics, *given, output_mask)
-    if entries is None:
-        nothing = input.new_empty(0)
-        return dinput, torch.empty((1, 0), dtype=torch.int64, device=input.device), nothing, dbias
-    return dinput, *_sparse(ext, *entries, weight.dtype), dbias
 
 
 def _all_classes(
