@@ -65,15 +65,9 @@ def run(command: list[str], seconds: float, **environment: str) -> dict[str, Any
     }
 
 
-def capability() -> tuple[int, int]:
-    import torch
-
-    return torch.cuda.get_device_capability()
-
-
 def step_build(seconds: float) -> dict[str, Any]:
     """The CUDA module for this GPU alone, and the CPU module; no pip, no network."""
-    major, minor = capability()
+    major, minor = _capability()
     number = f"{major}.{minor}" + ("a" if (major, minor) == (9, 0) else "")
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     return run(command, seconds, TORCH_CUDA_ARCH_LIST=number, PYKERNELS_BUILD="auto")
@@ -143,7 +137,7 @@ def step_bench(seconds: float) -> dict[str, Any]:
     found: dict[str, Any] = {"exit_code": 0, "rows": []}
     deadline = time.monotonic() + seconds
     jobs = [(room, b, d) for d in ("bfloat16", "float32") for b in ("triton", "cuda") for room in served(b)]
-    jobs[:0] = [("attention", "cuda-sm90", "bfloat16")] if capability() == (9, 0) else []
+    jobs[:0] = [("attention", "cuda-sm90", "bfloat16")] if _capability() == (9, 0) else []
     for room, backend, dtype in jobs:
         command = [sys.executable, "-m", "pykernels", "bench", room, "--json", "--device", "cuda"]
         command += ["--dtype", dtype, "--backend", backend.removesuffix("-sm90"), "--seconds", "0.15"]

@@ -28,8 +28,8 @@ ATTENTION = ["tests/test_attention_cuda.py", "-p", "tests.conftest", "-k"]
 TILES = [*ATTENTION, "differ or (masks_by_position and 64) or wide_heads or any_order"]
 
 WARPGROUPS = ["tests/test_attention_sm90.py", "-p", "tests.conftest", "-k"]
-FORWARD = [*WARPGROUPS, "masks_by_position and 64 or padding or any_order and 64"]
-GRADIENTS = [*WARPGROUPS, "gradients and 64 or packed_sequences and 64 or any_order and 64"]
+FORWARD = [*WARPGROUPS, "masks_by_position and 64 or padding or any_order"]
+GRADIENTS = [*WARPGROUPS, "gradients and 64 or packed_sequences and 64 or any_order"]
 
 SAMPLED = ["tests/test_sampled_kernels.py", "-p", "tests.conftest", "-k"]
 SHARED = [*SAMPLED, "emulator and (chunks or wide)"]

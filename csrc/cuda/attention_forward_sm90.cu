@@ -134,6 +134,7 @@ __global__ void __launch_bounds__(ForwardShape<D, GENERAL>::kThreads, 1)
   };
   const auto issue_output = [&](int slot) {
     const uint64_t v = wgmma_desc_at(v_desc, slot * C::kStepBytes);
+    wgmma_fence();
 #pragma unroll
     for (int n = 0; n < C::kParts; ++n)
 #pragma unroll
@@ -234,7 +235,6 @@ __global__ void __launch_bounds__(ForwardShape<D, GENERAL>::kThreads, 1)
         touch_output();
         wgmma_fence();
         issue_scores(slot.at);
-        wgmma_fence();
         issue_output(before);
         if (wg + 1 < kGroups || i > tiles.begin) named_barrier_arrive(wg + 1 < kGroups ? wg + 2 : 1, 2 * kWarpgroup);
         wgmma_wait<1>();
@@ -255,7 +255,6 @@ __global__ void __launch_bounds__(ForwardShape<D, GENERAL>::kThreads, 1)
       }
       release(bars->empty_q);
       touch_output();
-      wgmma_fence();
       issue_output(slot.at);
       wgmma_wait<0>();
       touch_output();
