@@ -306,12 +306,13 @@ class Benchmark:
 def test_pytest_benchmark_drives_every_room(room: str, script: Any) -> None:
     module = script(f"benchmark_{room}")
     rows = script("rows")
-    chosen = next(one.args[1] for one in module.test_speed.pytestmark if one.args[0] == "row")
-    names = [rows._name(row) for row in chosen]
-    assert len(names) == len(set(names)) and all(spec.room == room for spec, _, _ in chosen)
+    mark = next(one for one in module.test_speed.pytestmark if "row" in one.args[0])
+    chosen, names = [row for row, _ in mark.args[1]], [f"{rows._name(row)}-{way}" for row, way in mark.args[1]]
+    assert mark.kwargs["ids"] == names and len(names) == len(set(names))
+    assert all(spec.room == room for spec, _, _ in chosen)
     assert hasattr(module, "test_step") == bool(load_steps(room))
     if room == "activation":
-        row = chosen[names.index("relu-32x4096-float32")]
+        row = chosen[names.index("relu-32x4096-float32-forward")]
         for provider in ("pykernels", "torch"):
             benchmark = Benchmark()
             with one_thread():
