@@ -32,12 +32,7 @@ def same_device(function: str, name: str, value: Tensor, other_name: str, other:
 
 def readable(ids: Tensor) -> bool:
     """Whether a check may look at the values: an eager CPU tensor, where looking costs no synchronisation."""
-    return (
-        type(ids) is Tensor
-        and ids.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not functorch_active()
-    )
+    return type(ids) is Tensor and ids.is_cpu and not is_compiling() and not functorch_active()
 
 
 def in_range(function: str, name: str, ids: Tensor, count: int) -> None:
