@@ -12,17 +12,21 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // elements a thread must have to be worth waking
 
+// By sign bits alone, which vectors of any instruction set can do: of a negative id, and of what an id too large
+// leaves.
 template <class Id>
 bool all_within(const Id* ids, int64_t count, int64_t rows) {
   using Unsigned = std::make_unsigned_t<Id>;
-  // A negative id is at least 2^31 (2^63) as an unsigned one, and no non-negative id reaches that.
-  const auto bound = static_cast<Unsigned>(std::min<int64_t>(rows, std::numeric_limits<Id>::max()));
-  const bool any_fits = rows > std::numeric_limits<Id>::max();
+  if (rows == 0) return count == 0;
+  const auto most = static_cast<Unsigned>(std::min<int64_t>(rows - 1, std::numeric_limits<Id>::max()));
   std::atomic<bool> good{true};
   at::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
-    Unsigned largest = 0;
-    for (int64_t i = begin; i < end; ++i) largest = std::max(largest, static_cast<Unsigned>(ids[i]));
-    if (any_fits ? largest > bound : largest >= bound) good.store(false, std::memory_order_relaxed);
+    Unsigned signs = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const auto id = static_cast<Unsigned>(ids[i]);
+      signs |= id | (most - id);
+    }
+    if (signs >> (8 * sizeof(Id) - 1)) good.store(false, std::memory_order_relaxed);
   });
   return good.load();
 }

@@ -143,9 +143,61 @@ def _bags(count: int, bags: int, length: int, size: int, rule: str) -> Callable[
     return make
 
 
+def _fbgemm_packed(packed: Tensor, bits: int, ids: Tensor, length: int) -> Callable[[], Tensor]:
+    """FBGEMM's table-batched bags for inference, of the same codes; scale and bias are float16 there."""
+    from fbgemm_gpu.split_embedding_configs import SparseType  # type: ignore[import-not-found]
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+    from fbgemm_gpu.split_table_batched_embeddings_ops_inference import (  # type: ignore[import-not-found]
+        IntNBitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    kind = {8: SparseType.INT8, 4: SparseType.INT4}[bits]
+    table = [("", packed.shape[0], SIZE, kind, EmbeddingLocation.HOST)]
+    module = IntNBitTableBatchedEmbeddingBagsCodegen(table, device="cpu", output_dtype=SparseType.FP32)
+    module.initialize_weights()
+    numbers = packed[:, -bits:].contiguous().view(torch.float32 if bits == 8 else torch.float16)
+    module.assign_embedding_weights([(packed[:, :-bits].contiguous(), numbers.half().view(torch.uint8))])
+    flat, offsets = ids.reshape(-1).int(), torch.arange(0, ids.numel() + 1, length, dtype=torch.int32)
+    return lambda: module(flat, offsets)  # type: ignore[no-any-return]
+
+
+def _packed_bags(bits: int, rows: int, bags: int, length: int) -> Callable[[], dict[str, Provider]]:
+    """Sums of rows of one packed table, whose scales and biases are float16 numbers for all."""
+
+    def make() -> dict[str, Provider]:
+        packed = functional.quantize_rows(_table(rows).detach(), bits)
+        if bits == 8:
+            numbers = packed[:, -8:].contiguous().view(torch.float32).half().float()
+            packed[:, -8:] = numbers.view(torch.uint8)
+        ids = torch.randint(0, rows, (bags, length), generator=torch.Generator().manual_seed(14))
+        flat, offsets, operators = ids.view(-1), torch.arange(0, ids.numel(), length), torch.ops.quantized
+        stock: Any = {
+            8: operators.embedding_bag_byte_rowwise_offsets,
+            4: operators.embedding_bag_4bit_rowwise_offsets,
+        }[bits]
+        calls: dict[str, Callable[[], Tensor]] = {
+            "pykernels": lambda: functional.embedding_bag_quantized(packed, ids, bits=bits),
+            "eager": lambda: stock(packed, flat, offsets),
+            "fbgemm": _fbgemm_packed(packed, bits, ids, length),
+        }
+        return {name: Provider(call, lambda call=call: [call()]) for name, call in calls.items()}  # type: ignore[misc]
+
+    return make
+
+
+def _packed_bytes(bits: int, bags: int, length: int) -> Callable[[], int]:
+    """Rows and ids in, sums out."""
+    return lambda: bags * (length * (SIZE * bits // 8 + bits + 8) + SIZE * 4)
+
+
 def _bytes(positions: int, size: int, copies: int) -> Callable[[], int]:
     """Rows of dy or of the table that are read once for each position, and `copies` rows for each different id."""
     return lambda: (positions + copies * zipf(positions).unique().numel()) * size * 4
+
+
+def _packed(bits: int, rows: int, name: str) -> Step:
+    make, moved = _packed_bags(bits, rows, 4096, 20), _packed_bytes(bits, 4096, 20)
+    return Step(f"quantised bag sum, {bits} bits", f"{name}x{SIZE}-4096x20", make, moved)
 
 
 STEPS = (
@@ -154,4 +206,5 @@ STEPS = (
     Step("bag step, SGD", "100kx128-2048x32-zipf", _bags(1, 2048, 32, SIZE, "sgd"), _bytes(65536, SIZE, 2)),
     Step("bag step, row-wise Adagrad", "100kx128-2048x32-zipf", _bags(1, 2048, 32, SIZE, "rowwise_adagrad")),
     Step("8 tables step, SGD", "8x100kx64-2048x8-zipf", _bags(8, 2048, 8, 64, "sgd")),
+    *(_packed(bits, rows, name) for rows, name in ((1_000_000, "1M"), (2_000, "2k")) for bits in (8, 4)),
 )
