@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _lib
 
-WIDEST = 8192  #: columns that one program can hold, which the mean over a row asks for
+WIDEST = 8192  #: columns that one program holds; row-wise Adagrad on wider rows goes twice over the gradients
 
 
 @triton.jit
@@ -24,13 +24,20 @@ def round_stochastically(x, seed_ptr, offset):
 
 
 @triton.jit
-def update_row(g, key, exists, mask, weight_ptr, rule, cols, col, RULE: tl.constexpr):
+def update_row(g, key, target, exists, mask, weight_ptr, rule, cols, col, RULE: tl.constexpr):
+    """target: the rank of the row among those that are touched, where rules need it."""
     weight_row, state_ptr, second_ptr, seed_ptr, lr, decay, eps, one_minus_beta1, beta2, one_minus_beta2, scale2 = rule
     weight = weight_ptr + key * weight_row + col
     w = tl.load(weight, mask=mask, other=0.0).to(tl.float32)
     g += tl.where(decay != 0.0, decay * w, 0.0)  # not 0 times infinity
     place = key * cols + col
-    if RULE == "sgd":
+    if RULE == "rowwise_squares":  # this program's share, in the place of a second state
+        share = target * tl.num_programs(1) + tl.program_id(1)
+        tl.store(second_ptr + share, tl.sum(tl.where(mask, g * g, 0.0), 0), mask=exists)
+        return
+    if RULE == "rowwise_scaled":
+        step = g * tl.load(second_ptr + target * tl.num_programs(1), mask=exists, other=0.0)
+    elif RULE == "sgd":
         step = lr * g
     elif RULE == "adagrad":
         s = tl.load(state_ptr + place, mask=mask, other=1.0) + g * g
@@ -52,6 +59,26 @@ def update_row(g, key, exists, mask, weight_ptr, rule, cols, col, RULE: tl.const
     if seed_ptr is not None:
         w = round_stochastically(w, seed_ptr, place)
     tl.store(weight, w.to(weight_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rowwise_state_kernel(
+    keys_ptr, ranks_ptr, rule, n, rows, cols, tiles,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Between the passes over wide rows: at the first entry of each run its row's state, and what scales its step."""
+    _, state_ptr, squares_ptr, _, lr, _, eps, _, _, _, _ = rule
+    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(keys_ptr + entry, mask=entry < n, other=rows).to(tl.int64)
+    before = tl.load(keys_ptr + entry - 1, mask=(entry > 0) & (entry < n), other=-1).to(tl.int64)
+    first = (key < rows) & (key != before)
+    shares = squares_ptr + tl.load(ranks_ptr + entry, mask=first, other=0).to(tl.int64) * tiles
+    total = tl.zeros((BLOCK,), tl.float32)
+    for tile in range(tiles):
+        total += tl.load(shares + tile, mask=first, other=0.0)
+    s = tl.load(state_ptr + key, mask=first, other=1.0) + total / cols
+    tl.store(state_ptr + key, s, mask=first)
+    tl.store(shares, lr / (tl.sqrt(s) + eps), mask=first)
 
 
 class Rule(NamedTuple):

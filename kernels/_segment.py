@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._segments import Segments
+from .._segments import Segments, ranked
 from . import _lib
-from ._embedding_update import Rule, update_row
+from ._embedding_update import WIDEST, Rule, rowwise_state_kernel, update_row
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def finish(total, key, target, count, out_ptr, rule, rows, cols, col, BY_FREQUEN
     if RULE == "none":
         tl.store(out_ptr + target * cols + col, total.to(out_ptr.dtype.element_ty), mask=mask)
     else:
-        update_row(total, key, key < rows, mask, out_ptr, rule, cols, col, RULE)
+        update_row(total, key, target, key < rows, mask, out_ptr, rule, cols, col, RULE)
 
 
 @triton.jit
@@ -163,6 +163,9 @@ def sum_rows(
     n, cols = segments.keys.numel(), dy.shape[1]
     if n == 0 or cols == 0:
         return
+    if rule is not None and rule.whole_rows and cols > WIDEST:
+        _step_wide_rows(dy, segments, out, maxima, by_frequency, rule)
+        return
     maxima = None if segments.place is None or maxima is None else maxima.contiguous()
     length = chunk_length(n)
     chunks = triton.cdiv(n, length)
@@ -170,7 +173,9 @@ def sum_rows(
     width = max(32, triton.next_power_of_2(cols))
     joined = triton.next_power_of_2(cols)
     if rule is None or not rule.whole_rows:
-        width, joined = min(128 if dy.dtype == torch.float32 else 256, width), min(128, joined)
+        width, joined = _width(dy, cols), min(128, joined)
+    if rule is not None and rule.name.startswith("rowwise_s"):
+        joined = width  # both kernels have the same share of a row
     options = {
         "SPARSE": segments.ranks is not None,
         "BY_FREQUENCY": by_frequency,
@@ -188,3 +193,24 @@ def sum_rows(
             partial, numbers, *sizes, length, **options, HEADS=min(32, max(1, 4096 // joined)), COLS=joined,
             num_warps=4 if joined <= 1024 else 16,
         )  # fmt: skip
+
+
+def _step_wide_rows(
+    dy: Tensor, segments: Segments, table: Tensor, maxima: Tensor | None, by_frequency: bool, rule: Rule
+) -> None:
+    """Row-wise Adagrad on rows that no program holds: the mean square of each row's gradient, then the step."""
+    (n, cols), (segments, _) = (segments.keys.numel(), dy.shape[1]), ranked(segments)
+    tiles = triton.cdiv(cols, _width(dy, cols))
+    squares = torch.empty((n, tiles), dtype=torch.float32, device=dy.device)
+    rule = rule._replace(name="rowwise_squares", second_state=squares)
+    sum_rows(dy, segments, table, maxima, by_frequency, rule)
+    _lib.launch(
+        rowwise_state_kernel, (triton.cdiv(n, 128),), dy, segments.keys, segments.ranks, rule.arguments(table), n,
+        segments.rows, cols, tiles, BLOCK=128,
+    )  # fmt: skip
+    sum_rows(dy, segments, table, maxima, by_frequency, rule._replace(name="rowwise_scaled"))
+
+
+def _width(dy: Tensor, cols: int) -> int:
+    """Columns of a program where it need not have all of a row."""
+    return min(128 if dy.dtype == torch.float32 else 256, max(32, triton.next_power_of_2(cols)))

@@ -18,7 +18,7 @@ from ._embedding_interaction import dot_interaction_backward, dot_interaction_fo
 from ._embedding_multi import embedding_bag_multi_forward
 from ._embedding_quantized import embedding_bag_quantized_forward, quantize_rows_forward
 from ._embedding_segment import sort
-from ._embedding_update import WIDEST, Rule
+from ._embedding_update import Rule
 
 __all__ = [
     "dot_interaction_backward",
@@ -38,12 +38,15 @@ __all__ = [
 ]  # fmt: skip
 
 
+_SERVED = frozenset(("quantised rows", "samples of more than 160 KiB"))
+
+
 def unsupported(x: Tensor, *features: str) -> str | None:
     """Why these kernels cannot serve tables of this device and dtype, or a call with these features, or None."""
-    quantised = features[:1] == ("quantised rows",) and x.dtype == torch.uint8
-    features = features[quantised:]
-    if features:
-        return f"the Triton kernels of embedding do not serve {' and '.join(features)}"
+    quantised = "quantised rows" in features and x.dtype == torch.uint8
+    refused = [feature for feature in features if feature not in _SERVED]
+    if refused:
+        return f"the Triton kernels of embedding do not serve {' and '.join(refused)}"
     return _lib.unsupported_tensor(x.new_empty(0, dtype=torch.float32) if quantised else x)
 
 
@@ -160,8 +163,6 @@ def embedding_update(
 ) -> None:
     rows, cols = weight.shape
     chosen = Rule(rule, lr, weight_decay, eps, beta1, beta2, step, state, second_state, seed)
-    if chosen.whole_rows and cols > WIDEST:
-        raise NotImplementedError(f"the Triton kernel of row-wise Adagrad takes up to {WIDEST} columns, not {cols}")
     if mode == "none":
         segments = sort(_lookup(ids), rows, padding_idx, what=what)
         dy = dy.reshape(ids.numel(), cols)

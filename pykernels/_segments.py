@@ -39,8 +39,14 @@ def by_row(ids: Tensor, source: Tensor, factor: Tensor | None, rows: int) -> Seg
 
 def adjacent(segments: Segments) -> tuple[Segments, Tensor]:
     """With ranks, and the different rows, ascending. Their number is a shape of the result, so it is read here."""
+    with_ranks, begins = ranked(segments)
+    unique = segments.keys[begins & (segments.keys < segments.rows)].long()
+    return with_ranks, unique
+
+
+def ranked(segments: Segments) -> tuple[Segments, Tensor]:
+    """With ranks, and which entries are the first of their row: nothing is read here."""
     keys = segments.keys
     begins = torch.ones_like(keys, dtype=torch.bool)
     torch.ne(keys[1:], keys[:-1], out=begins[1:])
-    unique = keys[begins & (keys < segments.rows)].long()
-    return segments._replace(ranks=begins.cumsum(0, dtype=torch.int32).sub_(1)), unique
+    return segments._replace(ranks=begins.cumsum(0, dtype=torch.int32).sub_(1)), begins

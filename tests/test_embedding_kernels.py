@@ -15,6 +15,7 @@ import pykernels as pk
 from pykernels import _errors
 from pykernels._cuda import embedding as cuda
 from pykernels._cuda._extension import Extension
+from pykernels._triton import _segment
 from pykernels._triton import embedding as triton_floor
 from pykernels.ops.embedding import _functions as fn
 from pykernels.ops.embedding import interaction
@@ -138,10 +139,12 @@ def test_stochastic_rounding_draws_the_documented_words(backend: str) -> None:
     assert torch.equal(weight, expected)
 
 
-@pytest.mark.parametrize("columns", (1, 64, 200, 512))
+@pytest.mark.parametrize("columns", (1, 64, 200, 261, 512, 516))
 @pytest.mark.parametrize("backend", KERNELS)
-def test_rowwise_adagrad_of_every_width(backend: str, columns: int) -> None:
-    """A warp with one, two and four vectors a lane; a run that crosses chunks, so that both kernels step rows."""
+def test_rowwise_adagrad_of_every_width(backend: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warp with one, two and four vectors a lane; a run that crosses chunks, so that both kernels step rows. Wider
+    rows (Triton's limit is lowered) in two passes, the second of them with the sums of squares of the first."""
+    monkeypatch.setattr(_segment, "WIDEST", 512)
     for dtype, step in ((torch.float32, 1), (torch.bfloat16, 2)):
         ids = torch.cat([torch.full((70,), 1), torch.tensor([0, 3, 3])]).to(DEVICE)
         weight = torch.randn(4, columns, device=DEVICE).to(dtype)
@@ -166,6 +169,18 @@ def test_ids_beyond_the_last_offset_are_in_no_bag(backend: str) -> None:
     dscale = kernels.embedding_bag_backward_weights(dy, ids, weight, offsets, "sum", True, -1)
     expected = torch.cat([(dy[[0, 0, 1]] * weight[1:4]).sum(1), torch.zeros(2, device=DEVICE)])
     torch.testing.assert_close(dscale, expected)
+
+
+def test_a_sample_that_fits_no_block_is_refused_by_cuda_alone() -> None:
+    """Before any kernel runs, and told by explain; the others serve it."""
+    for features, size, large in ((26, 1500, False), (26, 1505, True), (280, 8, True)):
+        dense, sparse = torch.zeros(1, size, device=DEVICE), torch.zeros(1, features, size, device=DEVICE)
+        for backend in BACKENDS:
+            if large and backend in ("cuda", "emulator"):
+                with pytest.raises(pk.BackendError, match="samples of more than 160 KiB"):
+                    pk.explain(pk.functional.dot_interaction, dense, sparse, backend=backend)
+            else:
+                assert pk.explain(pk.functional.dot_interaction, dense, sparse, backend=backend).backend == backend
 
 
 SPECS = {(spec.name, spec.cases[0].options.get("mode")): spec for spec in reversed(load("embedding"))}

@@ -40,13 +40,16 @@ void embedding_sum_rows(const int32_t* keys, const int64_t* wide_keys, const int
                         int64_t chunk_length, bool by_frequency, DType dtype, void* stream);
 
 // Rows of `weight` step by the sums of their rows of dy; rule: sgd, adagrad, rowwise_adagrad, adam.  State: (rows,
-// cols), for rowwise_adagrad (rows); seed: one int64 for stochastic rounding, or null.
-void embedding_update(const int32_t* keys, const int64_t* wide_keys, const int64_t* source, const float* factor,
-                      const int32_t* place, const int32_t* maxima, const void* dy, void* weight, float* state,
-                      float* second_state, const int64_t* seed, float* partial, int64_t n, int64_t rows, int64_t cols,
-                      int64_t dy_row, int64_t dy_col, int64_t weight_row, int64_t chunk_length, bool by_frequency,
-                      const std::string& rule, float lr, float weight_decay, float eps, float one_minus_beta1,
-                      float beta2, float one_minus_beta2, float scale2, DType dtype, void* stream);
+// cols), for rowwise_adagrad (rows); seed: one int64 for stochastic rounding, or null.  With ranks (of each entry: how
+// many different keys come before it) row-wise Adagrad takes rows of any width, in two passes; second_state then is
+// room for a float for each entry and each 32 columns of a row.
+void embedding_update(const int32_t* keys, const int64_t* wide_keys, const int32_t* ranks, const int64_t* source,
+                      const float* factor, const int32_t* place, const int32_t* maxima, const void* dy, void* weight,
+                      float* state, float* second_state, const int64_t* seed, float* partial, int64_t n, int64_t rows,
+                      int64_t cols, int64_t dy_row, int64_t dy_col, int64_t weight_row, int64_t chunk_length,
+                      bool by_frequency, const std::string& rule, float lr, float weight_decay, float eps,
+                      float one_minus_beta1, float beta2, float one_minus_beta2, float scale2, DType dtype,
+                      void* stream);
 
 // Bags of many tables side by side in out (bags, width).  tables: ten int64 a table: the addresses of ids, table,
 // offsets (or 0) and factors (or 0), length, n, rows, cols, row stride, first column.  most_cols: of any of them.

@@ -141,21 +141,71 @@ struct RowStep {
   }
 };
 
+// Row-wise Adagrad on rows wider than a warp holds goes twice over the gradients.  A kernel of its own, an element a
+// lane: within Step it would cost the other rules a sixth of their warps.
+template <class T>
+struct WideStep {
+  static constexpr bool kWholeRow = false;
+  Table<T> table;
+  float* squares;  // of each row that is touched, in the order of their keys: a share for every 32 columns
+  int64_t tiles;
+  bool scaled;  // the second pass: the row's first share is what scales its step
+
+  __device__ __forceinline__ void operator()(const float (&total)[1][1], const Columns<1, 1>& at, int64_t key,
+                                             int64_t target) const {
+    const int64_t col = at[0];
+    T* const to = table.weight + key * table.row + col;
+    const float old = to_float(*to), decay = table.numbers.weight_decay;
+    const float g = total[0][0] + (decay != 0.f ? decay * old : 0.f);
+    if (scaled) {
+      float w[1] = {old - squares[target * tiles] * g};
+      table.template write<1>(key, col, at.cols, w);
+      return;
+    }
+    const int lane = threadIdx.x % kWarp;  // lanes beyond the columns are gone
+    const int64_t left = at.cols - col + lane;
+    const int lanes = left < kWarp ? static_cast<int>(left) : kWarp;
+    const uint32_t here = lanes < kWarp ? (1u << lanes) - 1 : kAllLanes;
+    float sum = g * g;
+#pragma unroll
+    for (int o = kWarp / 2; o; o >>= 1) {
+      const float other = __shfl_sync(here, sum, lane + o < lanes ? lane + o : lane);
+      sum += lane + o < lanes ? other : 0.f;
+    }
+    if (lane == 0) squares[target * tiles + col / kWarp] = sum;
+  }
+};
+
+// Between the passes: at the first entry of each run its row's state, and what scales its step.
+__global__ void rowwise_state_kernel(const Keys keys, const int32_t* ranks, float* state, float* squares,
+                                     const UpdateNumbers n, int64_t entries, int64_t rows, int64_t cols,
+                                     int64_t tiles) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= entries || keys[i] >= rows || (i > 0 && keys[i - 1] == keys[i])) return;
+  float* const shares = squares + ranks[i] * tiles;
+  float sum = 0.f;
+  for (int64_t t = 0; t < tiles; ++t) sum += shares[t];
+  const float s = state[keys[i]] + sum / static_cast<float>(cols);
+  state[keys[i]] = s;
+  shares[0] = n.lr / (sqrtf(s) + n.eps);
+}
+
 }  // namespace
 
-void embedding_update(const int32_t* keys, const int64_t* wide_keys, const int64_t* source, const float* factor,
-                      const int32_t* place, const int32_t* maxima, const void* dy, void* weight, float* state,
-                      float* second_state, const int64_t* seed, float* partial, int64_t n, int64_t rows, int64_t cols,
-                      int64_t dy_row, int64_t dy_col, int64_t weight_row, int64_t chunk_length, bool by_frequency,
-                      const std::string& rule, float lr, float weight_decay, float eps, float one_minus_beta1,
-                      float beta2, float one_minus_beta2, float scale2, DType dtype, void* stream) {
+void embedding_update(const int32_t* keys, const int64_t* wide_keys, const int32_t* ranks, const int64_t* source,
+                      const float* factor, const int32_t* place, const int32_t* maxima, const void* dy, void* weight,
+                      float* state, float* second_state, const int64_t* seed, float* partial, int64_t n, int64_t rows,
+                      int64_t cols, int64_t dy_row, int64_t dy_col, int64_t weight_row, int64_t chunk_length,
+                      bool by_frequency, const std::string& rule, float lr, float weight_decay, float eps,
+                      float one_minus_beta1, float beta2, float one_minus_beta2, float scale2, DType dtype,
+                      void* stream) {
   if (n <= 0 || cols <= 0) return;
   const DeviceGuard guard(weight);
   const Kind kind = kind_of(rule);
   dispatch(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Segment<T> s{{keys, wide_keys}, nullptr, source, factor, place,  maxima, static_cast<const T*>(dy),
-                       partial,           n,       rows,   cols,   dy_row, dy_col, chunk_length,
+    const Segment<T> s{{keys, wide_keys}, ranks, source, factor, place,  maxima, static_cast<const T*>(dy),
+                       partial,           n,     rows,   cols,   dy_row, dy_col, chunk_length,
                        by_frequency,      {}};
     const Table<T> table{static_cast<T*>(weight),
                          weight_row,
@@ -164,6 +214,14 @@ void embedding_update(const int32_t* keys, const int64_t* wide_keys, const int64
                          seed,
                          {lr, weight_decay, eps, one_minus_beta1, beta2, one_minus_beta2, scale2},
                          kind};
+    if (ranks) {
+      const int64_t tiles = ceil_div(cols, int64_t{kWarp});
+      launch_segments<T, 1, 1, false>(s, WideStep<T>{table, second_state, tiles, false}, stream);
+      launch(rowwise_state_kernel, static_cast<unsigned>(ceil_div(n, int64_t{256})), 256, 0, stream, s.keys, ranks,
+             state, second_state, table.numbers, n, rows, cols, tiles);
+      launch_segments<T, 1, 1, false>(s, WideStep<T>{table, second_state, tiles, true}, stream);
+      return;
+    }
     const bool vectors = whole_vectors<T>(dy, dy_row, dy_col, cols) && whole_vectors<T>(weight, weight_row, 1, cols) &&
                          (kind == Kind::kRowwiseAdagrad || (aligned16(state) && aligned16(second_state)));
     dispatch_width<T>(vectors, [&](auto width) {
@@ -176,10 +234,7 @@ void embedding_update(const int32_t* keys, const int64_t* wide_keys, const int64
       else if (cols <= kWarp * W * kMost)
         launch_segments<T, W, kMost, false>(s, RowStep<T>{table}, stream);
       else
-        throw std::invalid_argument(
-            "row-wise Adagrad on CUDA takes up to 512 columns, 256 where rows are not whole "
-            "multiples of 16 bytes; this table has " +
-            std::to_string(cols));
+        throw std::invalid_argument("row-wise Adagrad takes ranks for " + std::to_string(cols) + " columns");
     });
   });
 }

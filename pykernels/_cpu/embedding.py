@@ -12,6 +12,7 @@ import torch
 _BUILD = import_module(".._cpu_ext", __package__).build_info()
 
 _REFUSAL: str = _BUILD["isa_refusal"]
+_SERVED = frozenset(("quantised rows", "samples of more than 160 KiB"))
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
@@ -19,12 +20,12 @@ def unsupported(x: torch.Tensor, *features: str) -> str | None:
     """Why these kernels cannot serve a table of this device and dtype, or one of the features; None: they can."""
     if x.device.type != "cpu":
         return f"the native CPU kernels take CPU tensors, not {x.device.type}"
-    quantised = features[:1] == ("quantised rows",) and x.dtype == torch.uint8
+    quantised = "quantised rows" in features and x.dtype == torch.uint8
     if x.dtype not in _DTYPES and not quantised:
         return f"the native CPU kernels take float32, float64, bfloat16 and float16, not {x.dtype}"
     if type(x).__name__ == "DTensor":
         return "the native CPU kernels have no sharding rule for DTensor"
-    features = features[quantised:]
-    if features:
-        return f"the native CPU kernels do not serve {' and '.join(features)}"
+    refused = [feature for feature in features if feature not in _SERVED]
+    if refused:
+        return f"the native CPU kernels do not serve {' and '.join(refused)}"
     return _REFUSAL or None

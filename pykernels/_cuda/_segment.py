@@ -12,6 +12,12 @@ def either(keys: Tensor) -> tuple[Tensor | None, Tensor | None]:
     return (keys, None) if keys.dtype == torch.int32 else (None, keys)
 
 
+def whole_vectors(x: Tensor, vector: int) -> bool:
+    """Whether the rows of x are whole vectors of 16 bytes, of so many elements, and begin on them."""
+    rows = x.stride(1) == 1 and x.shape[1] % vector == 0 and x.stride(0) % vector == 0
+    return rows and x.data_ptr() % 16 == 0
+
+
 def _chunk_length(n: int) -> int:
     """Entries of a chunk: some 2000 chunks to fill a GPU, and of the longest run so few partial sums to add.
 

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._segments import Segments, adjacent, key_dtype
+from .._segments import Segments, adjacent, key_dtype, ranked
 from ._embedding_bags import Bags, flat
 from ._embedding_quantized import embedding_bag_quantized_forward, quantize_rows_forward
 from ._extension import DTYPE_CODES, Extension
-from ._segment import either, partial
+from ._segment import either, partial, whole_vectors
 
 __all__ = [
     "dot_interaction_backward", "dot_interaction_forward",
@@ -29,15 +29,15 @@ def unsupported(ext: Extension, x: Tensor, *features: str) -> str | None:
     """Why `ext` cannot serve tables of the dtype and device of x, or a call with these features, or None."""
     if not ext.available:
         return ext.reason
-    quantised = features[:1] == ("quantised rows",) and x.dtype == torch.uint8
-    features = features[quantised:]
+    quantised = "quantised rows" in features and x.dtype == torch.uint8
+    refused = [feature for feature in features if feature != "quantised rows"]
     if x.dtype not in DTYPE_CODES and not quantised:
         return f"the CUDA kernels take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
     device = "cpu" if ext.name == "_emulator_ext" else "cuda"
     if x.device.type != device:
         return f"{ext.name} serves {device} tensors, not {x.device.type} ones"
-    if features:
-        return f"the CUDA kernels of embedding do not serve {' and '.join(features)}"
+    if refused:
+        return f"the CUDA kernels of embedding do not serve {' and '.join(refused)}"
     return ext.device_reason(x.device)
 
 
@@ -246,11 +246,17 @@ def embedding_update(
     dy = dy.reshape(bags.count, cols)
     length, left = partial(segments, cols)
     maxima = None if segments.place is None or maxima is None else maxima.contiguous()
-    scale2 = 1.0
+    scale2, ranks = 1.0, None
+    if rule == "rowwise_adagrad" and cols > 256:  # what one warp holds of a row, or twice that in vectors
+        vector = 16 // weight.element_size()
+        vectors = whole_vectors(weight, vector) and whole_vectors(dy, vector)
+        if cols > (512 if vectors else 256):
+            ranks = ranked(segments)[0].ranks
+            second_state = dy.new_empty((segments.keys.numel(), -(-cols // 32)), dtype=torch.float32)
     if rule == "adam":
         lr, scale2 = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
     ext.call(
-        "embedding_update", *either(segments.keys), segments.source, segments.factor, segments.place, maxima, dy,
+        "embedding_update", *either(segments.keys), ranks, segments.source, segments.factor, segments.place, maxima, dy,
         weight, state, second_state, seed, left, segments.keys.numel(), rows, cols, *dy.stride(), weight.stride(0),
         length, by_frequency, rule, lr, weight_decay, eps, 1 - beta1, beta2, 1 - beta2, scale2, weight.dtype,
     )  # fmt: skip

@@ -91,10 +91,17 @@ def dot_interaction(
         raise ValueError(
             f"{name}(): argument 'sparse' must have the shape ({batch}, F, {size}), not {tuple(sparse.shape)}"
         )
-    backend = ROOM.resolve(name, backend, dense)
+    backend = ROOM.resolve(name, backend, dense, *_features(dense, sparse, self_interaction))
     if backend == "reference":
         return reference.dot_interaction(dense, sparse, self_interaction)
     if torch.is_grad_enabled() and (dense.requires_grad or sparse.requires_grad):
         result: Tensor = DotInteraction.apply(backend, dense, sparse, self_interaction)
         return result
     return dot_interaction_forward[backend](dense, sparse, self_interaction)
+
+
+def _features(dense: Tensor, sparse: Tensor, self_interaction: bool) -> tuple[str, ...]:
+    """What a kernel that keeps a sample and the gradients of its products in a block's memory cannot serve."""
+    rows, cols = sparse.shape[1] + 1, dense.shape[1]
+    pairs = rows * (rows - 1) // 2 + rows * self_interaction
+    return ("samples of more than 160 KiB",) if 4 * (rows * (cols + 1) + pairs) > 160 * 1024 else ()

@@ -33,6 +33,9 @@ PASSES = {"segment_kernel": SEGMENT, "": Rules()}
 #: The random words of stochastic rounding, in what is made once per run: 8 bytes are spilled on sm_80, not in the loop.
 UPDATES = {"segment_kernel": dataclasses.replace(SEGMENT, spill_bytes=8), "": Rules()}
 
+#: So are 32 bytes where a run ends with the sum of its squares over a program.
+WIDE_UPDATES = {"segment_kernel": dataclasses.replace(SEGMENT, spill_bytes=32), "": Rules()}
+
 
 def call(operator: str, *args: Any) -> Callable[[], Any]:
     return lambda: getattr(room("embedding"), operator)(*args)
@@ -70,6 +73,11 @@ def entries(name: str) -> Iterator[Entry]:
         given = weight, *states, ids, torch.empty(IDS, cols, dtype=dtype)
         arguments = *given, None, None, None, "none", False, -1, False
         yield entry(f"embedding update {rule}", UPDATES, call("embedding_update", *arguments, *numbers))
+    if name == "bfloat16":  # rows that no program holds: two passes
+        given = torch.empty(IDS, 16384, dtype=dtype), narrow[:IDS], None, ids, torch.empty(IDS, 16384, dtype=dtype)
+        numbers = "rowwise_adagrad", 0.1, 0.1, 1e-8, 0.9, 0.99, 3, None, 1
+        wide_rows = call("embedding_update", *given, None, None, None, "none", False, -1, False, *numbers)
+        yield Entry("embedding update rowwise_adagrad wide", wide_rows, WIDE_UPDATES, (90,))
     bags = [torch.zeros(BAGS, 20, dtype=torch.int64)] * 3
     several = call("embedding_bag_multi_forward", bags, [None] * 3, [weight] * 3, [], "sum", False, False, 1)
     yield entry("embedding bag multi", GATHER, several)
