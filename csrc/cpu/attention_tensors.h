@@ -34,9 +34,10 @@ inline const AttentionKernels& kernels(Element element) {
   return element == Element::kBFloat16 && amx() ? *attention_kernels_amx() : vector_kernels();
 }
 
-// Tile registers take the columns of a group together, with nothing of their own.
+// Tile registers take the columns of a group together, with nothing of their own; one alone would leave them empty.
 inline const AttentionKernels& decode_kernels(const AttentionArgs& a) {
-  return a.bias.data || a.mask.data || a.dropout ? vector_kernels() : kernels(a.element);
+  const bool alone = a.heads == a.kv_heads && a.q_length == 1;
+  return alone || a.bias.data || a.mask.data || a.dropout ? vector_kernels() : kernels(a.element);
 }
 
 inline Element element_of(const Tensor& x, const char* name) {
