@@ -79,7 +79,9 @@ def record(device: torch.device) -> Tensor:
     """The record that kernels on this device write to: int64[8], for as long as the process lives."""
     found = _records.get(device)
     if found is None:
-        found = torch.zeros(WORDS, dtype=torch.int64, pin_memory=device.type == "cuda")
+        # In whatever mode the caller is: an inference tensor could not be emptied outside of it.
+        with torch.inference_mode(False):
+            found = torch.zeros(WORDS, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         found = _records.setdefault(device, found)
     return found
 
@@ -93,9 +95,12 @@ def raise_recorded() -> None:
     """Raises what a record holds by now, without waiting for any device; the record is empty then."""
     for device, found in list(_records.items()):
         if found[0].item() == WRITTEN:
-            what, position, value, bound, table = found[1:6].tolist()
-            found[1:] = 0
-            found[0] = 0  # last: from now on kernels may write again
+            with _lock:  # of two threads that find it one raises
+                state, what, position, value, bound, table = found[:6].tolist()
+                if state != WRITTEN:
+                    continue
+                found[1:] = 0
+                found[0] = 0  # last: from now on kernels may write again
             raise error(device, what, position, value, bound, table)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import BACKENDS, DEVICE
 from torch import Tensor
 
 import pykernels as pk
+from pykernels import _errors
 from pykernels import functional as F
 from pykernels.ops import _ids
 
@@ -281,3 +283,48 @@ def test_opcheck(backend: str) -> None:
     ids = torch.tensor([[0, 3, -100], [2, 1, 3]], device=DEVICE)
     for arguments in (("ids", 4, -100, True), ("counts", 2**63 - 1, 0, False)):
         torch.library.opcheck(_ids._CHECKS[backend], (ids.abs() if arguments[1] > 4 else ids, "f", "a", *arguments))
+
+
+@pytest.fixture
+def no_records() -> Iterator[None]:
+    pk.check_errors()
+    kept = dict(_errors._records)
+    _errors._records.clear()
+    yield
+    _errors._records.clear()
+    _errors._records.update(kept)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, functools.partial(torch.device, "meta")])
+def test_a_record_made_in_any_mode_is_raised_once_outside(mode: Any, no_records: None) -> None:
+    """A server's first call is in inference mode; its record must be emptied by whoever finds it."""
+    with mode():
+        found = _errors.record(torch.device(DEVICE))
+    assert found.device.type == "cpu" and not found.is_inference()
+    found[:4] = torch.tensor([_errors.WRITTEN, _errors._numbers[_errors.Argument("embedding", "input")], 3, 11])
+    with pytest.raises(IndexError, match=r"embedding\(\): argument 'input'.* is 11"):
+        pk.check_errors()
+    pk.check_errors()
+
+
+def test_threads_raise_a_record_once(no_records: None) -> None:
+    """Who comes second finds it empty, and does not make an error of nothing."""
+    found, gate, raised = _errors.record(torch.device(DEVICE)), threading.Barrier(4), []
+
+    def look() -> None:
+        for _ in range(50):
+            if gate.wait(60) == 0:
+                found[2:6] = 7
+                found[0] = _errors.WRITTEN
+            gate.wait(60)
+            try:
+                _errors.raise_recorded()
+            except IndexError as error:
+                raised.append(str(error))
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(raised) == 50 and all("is 7" in text for text in raised)
