@@ -174,7 +174,7 @@ def _update_spec(rule: str) -> OpSpec:
         _update(rule, "sample", (3, 5), 4, 65, weight_decay=0.1),
         _update(rule, "none", (0,), 5, 3),
         _update(rule, "no-columns", (4,), 5, 0),
-        _update(rule, "repeated", (1500,), 3, 7, weight_decay=0.1),
+        _update(rule, "repeated", (600,), 3, 7, weight_decay=0.1),
         _update(rule, "padding", (40,), 6, 130, padding_idx=2),
         _update(rule, "by-frequency", (40,), 6, 17, scale_grad_by_freq=True),
         _update(rule, "dy-expanded", (4, 9), 11, 13, layout="expanded"),
