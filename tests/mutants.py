@@ -31,6 +31,8 @@ WARPGROUPS = ["tests/test_attention_sm90.py", "-p", "tests.conftest", "-k"]
 FORWARD = [*WARPGROUPS, "masks_by_position and 64 or padding or any_order"]
 GRADIENTS = [*WARPGROUPS, "gradients and 64 or packed_sequences and 64 or any_order"]
 
+DECODE = ["tests/test_attention_decode.py", "-p", "tests.conftest", "-k", "emulator and (many_keys or parts_and)"]
+
 SAMPLED = ["tests/test_sampled_kernels.py", "-p", "tests.conftest", "-k"]
 SHARED = [*SAMPLED, "emulator and (chunks or wide)"]
 DRAWS = ["tests/test_samplers.py", "-p", "tests.conftest", "-k", "emulator and (bitwise or any_size)"]
@@ -40,6 +42,7 @@ SUBJECTS = {
     "csrc/emulator/selftest_attention.cu": ("selftest_attention.cu", [BUGS, "-k", "test_attention"]),
     "csrc/emulator/selftest_lstm.cu": ("selftest_lstm.cu", [BUGS, "-k", "test_lstm"]),
     "csrc/cuda/attention_dbias.cu": ("attention_dbias.cu", [*ATTENTION, "bias_over"]),
+    "csrc/cuda/attention_decode.cu": ("attention_decode.cu", DECODE),
     "csrc/cuda/attention_dkdv.cu": ("attention_dkdv.cu", TILES),
     "csrc/cuda/attention_dq.cu": ("attention_dq.cu", TILES),
     "csrc/cuda/attention_forward.cu": ("attention_forward.cu", TILES),
