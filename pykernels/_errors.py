@@ -22,6 +22,7 @@ interpreted Triton's) report the same way; native CPU code raises before it writ
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from torch import Tensor
 
 WORDS = 8
 CHECKS = ("error", "sync", "none")
+_Words = ctypes.c_int64 * WORDS
 WRITTEN = 2  #: word 0 of a record that is to be raised
 
 
@@ -94,13 +96,14 @@ def any_records() -> bool:
 def raise_recorded() -> None:
     """Raises what a record holds by now, without waiting for any device; the record is empty then."""
     for device, found in list(_records.items()):
-        if found[0].item() == WRITTEN:
+        words = _Words.from_address(found.data_ptr())  # not by torch, whose modes (fake tensors, tracing) would see it
+        if words[0] == WRITTEN:
             with _lock:  # of two threads that find it one raises
-                state, what, position, value, bound, table = found[:6].tolist()
+                state, what, position, value, bound, table = words[:6]
                 if state != WRITTEN:
                     continue
-                found[1:] = 0
-                found[0] = 0  # last: from now on kernels may write again
+                words[1:] = [0] * (WORDS - 1)
+                words[0] = 0  # last: from now on kernels may write again
             raise error(device, what, position, value, bound, table)
 
 

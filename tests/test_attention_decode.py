@@ -177,6 +177,16 @@ def test_values_out_of_range_on_the_cpu(backend: str, mistake: str) -> None:
         attention_decode(*inputs, **options, backend=backend)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="what eager mode on the CPU raises; GPUs report")
+@pytest.mark.parametrize("backend", ["reference", *SPEC.kernels[:1]])
+def test_the_widest_window_hides_no_wrong_block(backend: str) -> None:
+    """More queries than keys: the place of the first minus the window is below the least int64."""
+    q, (k, v) = torch.randn(1, 2, 3, 8), torch.randn(2, 4, 2, 4, 8)
+    table = torch.tensor([[99999, 1]], dtype=torch.int32)
+    with pytest.raises(IndexError, match=re.escape("block_table[0, 0] is 99999, which is not in [0, 4)")):
+        attention_decode(q, k, v, torch.tensor([1]), block_table=table, window=(2**63 - 1, 0), backend=backend)
+
+
 @pytest.mark.parametrize("backend", [b for b in SPEC.kernels[1:] if b in BACKENDS])
 @pytest.mark.parametrize("mistake", BAD_VALUES)
 def test_values_out_of_range_are_reported_by_kernels(backend: str, mistake: str) -> None:

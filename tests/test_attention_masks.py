@@ -80,7 +80,7 @@ def test_positions_equal_masks(backend: str, dtype: torch.dtype, lengths: tuple[
 def test_unbounded_window_is_no_window(backend: str) -> None:
     tensors = qkv()
     plain = results(attention, tensors, causal=True, backend=backend)
-    for window in ((-1, -1), (S, S), (10**12, -1)):
+    for window in ((-1, -1), (S, S), (10**12, -1), (2**63 - 1, 2**63 - 1)):
         windowed = results(attention, tensors, causal=True, window=window, backend=backend)
         assert all(torch.equal(a, b) for a, b in zip(plain, windowed, strict=True))
 

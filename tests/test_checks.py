@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import BACKENDS, DEVICE
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pykernels as pk
 from pykernels import _errors
@@ -276,6 +277,15 @@ def test_the_first_is_reported_whatever_the_order(backend: str) -> None:
         check(ends, "f", "ends", "ends", 599, 0, False)
         check(ids[:0], "f", "ids", "ids", 0, -2, False)
         pk.check_errors()
+
+
+def test_records_are_read_beside_the_modes_of_torch() -> None:
+    """Once kernels have asked for a record, checked calls on fake tensors must not hand it to the mode."""
+    _errors.record(torch.device(DEVICE))
+    with FakeTensorMode():
+        ids, weight = torch.zeros(3, dtype=torch.long, device=DEVICE), torch.randn(5, 4, device=DEVICE)
+        assert F.embedding(ids, weight).shape == (3, 4)
+        assert F.negative_sampling_loss(weight[:3], weight, ids, ids[:, None]).dim() == 0
 
 
 @pytest.mark.parametrize("backend", ("reference", *BACKENDS) if DEVICE == "cpu" else BACKENDS)

@@ -127,8 +127,8 @@ Call::Call(const Tensor& query, const Tensor& key, const Tensor& value, const Op
   args.softcap = static_cast<float>(options.softcap);
   args.causal = options.causal != "none";
   args.bottom_right = options.causal != "top_left";
-  args.left = options.window_left;
-  args.right = options.window_right;
+  args.left = side_of(options.window_left);
+  args.right = side_of(options.window_right);
   if (packed) take_sequences(masks);
   take_masks(bias_, masks);
   args.q = strided(q);

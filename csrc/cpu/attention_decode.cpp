@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor> attention_decode(const Tensor& query, const Tensor& k
   a.scale = scale;
   a.softcap = static_cast<float>(softcap);
   a.causal = a.bottom_right = true;
-  a.left = window_left;
+  a.left = side_of(window_left);
   a.right = -1;
   a.keep_scale = 1.f;
   const Cache cache(a, k, cache_lengths, block_table);

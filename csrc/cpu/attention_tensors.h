@@ -3,6 +3,7 @@
 #include <ATen/cpu/Utils.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <string_view>
 
@@ -53,6 +54,9 @@ inline Element element_of(const Tensor& x, const char* name) {
                                   x.scalar_type());
   }
 }
+
+// A side of a window: no sum of it and a position overflows.
+inline int64_t side_of(int64_t window) { return std::min(window, int64_t{1} << 40); }
 
 inline Tensor unit_rows(const Tensor& x) { return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous(); }
 

@@ -280,7 +280,7 @@ def _checked(
     last = lengths.unsqueeze(-1)
     needed = start < last
     if left >= 0:
-        needed = needed & (start + size > last - query.shape[2] - left)
+        needed = needed & (start + size > last - query.shape[2] - min(left, limit))
     used, blocks = torch.where(needed, table, 0), max(key_cache.shape[0], 1)
     if graph:
         return lengths, _ids.checked(backend, "error", NAME, "block_table", used, blocks)
