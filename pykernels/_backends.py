@@ -315,7 +315,8 @@ def _warn_once(backend: str | None, reason: str) -> None:
     if _warned or chosen or "x86-64" in reason:
         return
     _warned = True
-    text = f"pykernels: {reason}. Until then its plain torch reference serves CPU tensors. More: pykernels info"
+    # The reason last: it ends with a command, whose "." must not be followed by another.
+    text = f"pykernels: its plain torch reference serves CPU tensors (more: pykernels info): {reason}"
     warnings.warn(text, stacklevel=4)
 
 

@@ -151,6 +151,7 @@ with warnings.catch_warnings(record=True) as said:
     pk.functional.silu(x)
 (one,) = said
 assert "_cpu_ext is not built" in str(one.message) and "pykernels info" in str(one.message), one
+assert str(one.message).endswith("--no-deps ."), one
 found = pk.explain(pk.functional.gelu, x)
 print(found.backend, "|", found.refused["cpu"], "|", hasattr(torch.ops.pykernels.unary_forward, "cpu"))
 """

@@ -196,6 +196,33 @@ def test_compare_ends_with_1_where_something_was_lost(tmp_path: Path) -> None:
     assert run("bench", "--from", str(new), "--compare", str(old)).exit_code == 1
 
 
+def test_a_loss_does_not_hide_behind_another_backend_or_missing_rows(tmp_path: Path) -> None:
+    """A build that was forgotten serves by the reference; records without a common row are no pass."""
+    old, new = RESULTS / "cpu-attention.json", tmp_path / "new.json"
+    found = slower(record("attention"), "attention", 1.6)
+    for row in found["rows"]:
+        row["backend"] = "reference"
+    new.write_text(json.dumps(found))
+    lost = run("bench", "--from", str(new), "--compare", str(old))
+    assert lost.exit_code == 1 and "gone" not in lost.stdout and "worse" in lost.stdout
+    nothing = run("bench", "--from", str(RESULTS / "cpu-embedding.json"), "--compare", str(old))
+    assert nothing.exit_code == 2 and "no row with a figure in common" in nothing.output
+    alone = {**found, "rows": [{**row, "seconds": {"pykernels": row["seconds"]["pykernels"]}, "ratio": None,
+                                "best_peer": None} for row in found["rows"]]}  # fmt: skip
+    assert {change.verdict for change in compare.compare(alone, record("attention"))} == {"gone"}
+
+
+@pytest.mark.parametrize("option", ["--from", "--compare", "--growth"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in RESULTS.glob("cpu-*.json")))
+def test_every_committed_record_is_read_or_refused(name: str, option: str) -> None:
+    """By one line, not by a traceback."""
+    more = () if option == "--from" else ("--from", str(RESULTS / "cpu-embedding.json"))
+    done = run("bench", option, str(RESULTS / f"{name}.json"), *more, "--json")
+    readable = name == "cpu-scaling" if option == "--growth" else name.removeprefix("cpu-") in ROOMS
+    assert isinstance(done.exception, (SystemExit, type(None))), done.exception
+    assert readable or (done.exit_code == 2 and "not a record of" in done.stderr), done.output
+
+
 @pytest.mark.parametrize(
     "arguments",
     [("--from", "{}", "--quick"), ("--quick", "--dtype", "float32"), ("--compare", "{}"), ("--compare", "no")],

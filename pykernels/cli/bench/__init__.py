@@ -56,7 +56,11 @@ _READ = click.Path(path_type=Path, dir_okay=False, exists=True)
 )
 @click.option("--compare", "older", type=_READ, metavar="FILE", help="Older output of --json; exit code 1 on a loss.")
 @click.option(
-    "--threshold", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="Of a loss in --compare."
+    "--threshold",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.1,
+    show_default=True,
+    help="Of a loss in --compare.",
 )
 @click.option("--absolute", is_flag=True, help="--compare judges our own times, not the ratios against the peers.")
 @json_option
@@ -89,9 +93,10 @@ def command(
     the best matrix product of its dtype.
 
     Exit code 1 when a check fails, or with --compare when a row fell by more than the threshold and the spreads of both
-    runs do not meet; 2 when there is nothing of that name to time.
+    runs do not meet; 2 when there is nothing of that name to time, or nothing to compare.
     """
     before = _read(older) if older else None
+    grown = _read(growth, "studies", "benchmarks/scaling.py") if growth else None
     if sources:
         if exchanged or quick or room or ops:
             raise BadInput("--from reads records: it goes with --html, --plot, --compare and --json only")
@@ -113,7 +118,7 @@ def command(
         folder.mkdir(parents=True, exist_ok=True)
         _plot(folder, record["rows"])
     if html:
-        html.write_text(page.build(records, _read(growth) if growth else None), encoding="utf-8")
+        html.write_text(page.build(records, grown), encoding="utf-8")
     if exchanged:
         exchanged.write_text(json.dumps(exchange.document(rows, record)), encoding="utf-8")
     if as_json:
@@ -140,13 +145,16 @@ def _plan(
     return take.everything(specs, [DTYPES[dtype] for dtype in dtypes or ("float32",)], steps, asked)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, name: str = "rows", made_by: str = "`pykernels bench --json`") -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: not JSON: {error}") from error
-    if not isinstance(record, dict) or not ({"rows", "studies"} & record.keys()):
-        raise BadInput(f"{path}: not a record of `pykernels bench --json`: it has no rows")
+    found = record.get(name) if isinstance(record, dict) else None
+    if not isinstance(found, list) or (
+        name == "rows" and not all({"op", "correct", "ratio"} <= row.keys() for row in found)
+    ):
+        raise BadInput(f"{path}: not a record of {made_by}: it has no such {name}")
     return record
 
 
@@ -167,7 +175,9 @@ def _compared(new: dict[str, Any], old: dict[str, Any], threshold: float, absolu
             out, f"Changed by more than {threshold:.0%} and the spread of both runs: {what}", compare.table(changes)
         )
     counts = {verdict: sum(change.verdict == verdict for change in changes) for verdict in compare.VERDICTS}
-    out.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count) or "nothing to compare")
+    out.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count))
+    if not sum(count for verdict, count in counts.items() if verdict not in ("gone", "new")):
+        raise BadInput("--compare: the two records have no row with a figure in common")
     return bool(counts["worse"] or counts["wrong"])
 
 

@@ -3,6 +3,7 @@ least."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,8 @@ def compare(new: Record, old: Record, threshold: float = 0.1, absolute: bool = F
             found.append(Change(name, peer, a, None, "wrong"))
         elif a and b:
             found.append(Change(name, peer, a, b, _verdict(a, b, threshold)))
+        elif was["spreads"] or now["spreads"]:  # no peer in common
+            found.append(Change(name, peer, a, b, "gone" if was["spreads"] else "new"))
     return sorted(found, key=lambda change: (VERDICTS.index(change.verdict), change.factor or 0.0))
 
 
@@ -72,9 +75,12 @@ def _verdict(old: Spread, new: Spread, threshold: float) -> str:
 
 
 def _figures(record: Record, absolute: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name of a row -> {"best": peer, "spreads": peer -> figure, "wrong": bool}."""
-    for row in record["rows"]:
-        name = " ".join((row["op"], row["shape"], row["dtype"], row["direction"], row["backend"]))
+    """Name of a row -> {"best": peer, "spreads": peer -> figure, "wrong": bool}. The backend is in the name only where
+    a record has several: one that serves in place of another is judged by its speed."""
+    work = [" ".join((row["op"], row["shape"], row["dtype"], row["direction"])) for row in record["rows"]]
+    times = Counter(work)
+    for row, name in zip(record["rows"], work, strict=True):
+        name = f"{name} {row['backend']}" if times[name] > 1 else name
         spreads: dict[str, Spread] = {}
         ours = row["seconds"].get(OURS)
         if ours and absolute:

@@ -55,7 +55,7 @@ def section(out: Console, title: str, table: Table) -> None:
 
 def _speed(rows: list[Record]) -> Table:
     peers = list(dict.fromkeys(name for row in rows for name in row["seconds"] if name not in (OURS, COPY)))
-    beside = list(dict.fromkeys(name for row in rows for name in row["beside"]))
+    beside = list(dict.fromkeys(name for row in rows for name in row.get("beside", ())))
     table = Table(box=None, padding=(0, 1, 0, 0))
     for name in ("op", "shape", ""):
         table.add_column(name)
@@ -68,7 +68,7 @@ def _speed(rows: list[Record]) -> Table:
         if not row["correct"]:
             table.add_row(row["op"], row["shape"], short, Text("CHECK FAILED", style="bold red"))
             continue
-        timings = {**row["seconds"], **row["beside"]}
+        timings = {**row["seconds"], **row.get("beside", {})}
         named = (OURS, *peers, *beside)
         times = [f"{timings[name]['median'] * 1e3:.3g}" if name in timings else "-" for name in named]
         ratio, limit = row["ratio"], row.get("limit")

@@ -211,7 +211,7 @@ def _features(dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def _check_bits(function: str, bits: int) -> None:
-    if bits not in (8, 4):
+    if bits not in (8, 4) or not isinstance(bits, int):  # 8.0 is in (8, 4)
         raise ValueError(f"{function}(): argument 'bits' must be 8 or 4, not {bits!r}")
 
 
