@@ -344,7 +344,7 @@ def default_backend(name: str | None, origin: str) -> Iterator[None]:
 
 @contextmanager
 def sm90_kernels(mode: str) -> Iterator[None]:
-    """Whether the `cuda` backend takes kernels that only GPUs of compute capability 9.0 run, for all threads.
+    """Whether the `cuda` backend takes attention kernels that only GPUs of compute capability 9.0 run, in all threads.
 
     Args:
         mode: "auto" (as outside): where a committed GPU record shows them faster, which is nowhere yet. "always": for

@@ -203,7 +203,7 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[..., Any]]] = {
         lambda p, i: F.embedding_bag_quantized(p, i, per_sample_weights=torch.ones(2, 2)),
     ),
     "dtype": (NotImplementedError, "'dtype' must be", lambda p, i: F.dequantize_rows(p, dtype=torch.int32)),
-    "bits of a float": (ValueError, "'bits' must be 8 or 4, not 8.0", lambda p, i: F.quantize_rows(torch.randn(2, 4), 8.0)),
+    "float": (ValueError, "must be 8 or 4, not 8.0", lambda p, i: F.quantize_rows(torch.randn(2, 4), 8.0)),
     "odd columns": (ValueError, "even number of columns", lambda p, i: F.quantize_rows(torch.randn(2, 3), 4)),
     "1-D": (ValueError, "'weight' must be 2-D, not 1-D", lambda p, i: F.quantize_rows(torch.randn(3))),
     "integers": (NotImplementedError, "int64 is not implemented", lambda p, i: F.quantize_rows(i)),
