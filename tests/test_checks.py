@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -338,3 +339,16 @@ def test_threads_raise_a_record_once(no_records: None) -> None:
     for thread in threads:
         thread.join()
     assert len(raised) == 50 and all("is 7" in text for text in raised)
+
+
+def test_modules_that_take_such_values_have_bounds_check() -> None:
+    words = ("ids", "indices", "target", "lengths", "cu_seqlens", "prefix_length", "offsets", "negatives")
+    found = 0
+    for name in pk.nn.__all__:
+        made = getattr(pk.nn, name)
+        if isinstance(made, type) and any(w in inspect.signature(made.forward).parameters for w in words):
+            assert any("bounds_check" in inspect.signature(kind.__init__).parameters for kind in made.__mro__), name
+            found += 1
+    assert found > 8
+    with pytest.raises(ValueError, match="'bounds_check' must be one of error, sync, none, not 'x'"):
+        pk.nn.CausalSelfAttention(4, 2, bounds_check="x")(torch.zeros(1, 3, 4), prefix_length=1)

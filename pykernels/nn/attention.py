@@ -260,7 +260,7 @@ class CausalSelfAttention(nn.Module):
         rotary_base: rotate query and key by their positions: pairs (x_t, x_{t + head_dim / 2}) by the angle
             `position * rotary_base ** (-2 t / head_dim)`, in float32. 10000.0 is usual; None: no rotation.
         softcap: bounds the scores, as in `attention`.
-        backend: see `pykernels.explain`.
+        bounds_check, backend: as the function's.
 
     Raises:
         ValueError: sizes that are not positive or do not divide; an odd head_dim with rotary_base; `dropout` outside
@@ -285,6 +285,7 @@ class CausalSelfAttention(nn.Module):
         softcap: float | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        bounds_check: str = "error",
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -307,7 +308,8 @@ class CausalSelfAttention(nn.Module):
             raise ValueError(f"CausalSelfAttention: window must not be negative, not {window}")
         self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = embed_dim, num_heads, kv_heads, size
         self.dropout, self.residual_dropout = dropout, residual_dropout
-        self.window, self.rotary_base, self.softcap, self.backend = window, rotary_base, softcap, backend
+        self.window, self.rotary_base, self.softcap = window, rotary_base, softcap
+        self.bounds_check, self.backend = bounds_check, backend
         options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.c_attn = nn.Linear(embed_dim, (num_heads + 2 * kv_heads) * size, **options)
         self.c_proj = nn.Linear(num_heads * size, embed_dim, **options)
@@ -360,6 +362,7 @@ class CausalSelfAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_k=cu_seqlens,
+            bounds_check=self.bounds_check,
             backend=self.backend,
         )
         out = self.c_proj((out if cu_seqlens is not None else out.transpose(1, 2)).flatten(-2))
