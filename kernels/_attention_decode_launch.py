@@ -15,6 +15,7 @@ from ._attention_decode import attention_decode_kernel, attention_decode_merge_k
 from ._attention_place import Numbers, Rows
 
 MOST_SPLITS = 256
+MOST_KEYS = 2**30  #: of a sequence: places of keys are int32
 
 
 class Cache(NamedTuple):
@@ -78,12 +79,13 @@ def attention_decode(
     lse = query.new_empty((batch, heads, lq), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    query, key_cache, value_cache = (_adjacent(x) for x in (query, key_cache, value_cache))
     kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
+    limit = block_size if block_table is None else block_size * block_table.shape[1]
+    if limit > MOST_KEYS:
+        raise NotImplementedError(f"attention_decode: the Triton kernels take up to 2^30 keys a sequence, not {limit}")
+    query, key_cache, value_cache = (_adjacent(x) for x in (query, key_cache, value_cache))
     table = None
-    limit = block_size
     if block_table is not None:
-        limit = block_size * block_table.shape[1]
         block_table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
         table = Rows(block_table, block_table.stride(0), 0, 1)
     half = query.dtype != torch.float32

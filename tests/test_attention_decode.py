@@ -188,6 +188,16 @@ def test_the_widest_window_hides_no_wrong_block(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", [b for b in SPEC.kernels[1:] if b in BACKENDS])
+def test_more_keys_than_kernels_can_count_are_refused(backend: str) -> None:
+    """Of a cache that shares memory, say; places of keys are int32 there."""
+    q, x = torch.randn(1, 2, 1, 8, device=DEVICE), torch.randn(1, 1, 1, 8, device=DEVICE)
+    many, table = x.expand(1, 1, 2**31 + 1, 8), torch.zeros(1, 1, dtype=torch.int32, device=DEVICE).expand(1, 2**31)
+    for cache, options in ((many, {}), (x, {"block_table": table})):
+        with pytest.raises(NotImplementedError, match=r"up to 2\^30 keys a sequence, not 2147483"):
+            attention_decode(q, cache, cache, LENGTHS[-1:], backend=backend, bounds_check="none", **options)
+
+
+@pytest.mark.parametrize("backend", [b for b in SPEC.kernels[1:] if b in BACKENDS])
 @pytest.mark.parametrize("mistake", BAD_VALUES)
 def test_values_out_of_range_are_reported_by_kernels(backend: str, mistake: str) -> None:
     """As on a GPU: such a sequence has no keys, such a block is not seen, and the host is told."""

@@ -10,6 +10,7 @@ from . import _attention_arguments as launching
 from ._extension import Extension
 
 WIDEST, ROWS, KEYS, MOST_SPLITS = 256, 16, 64, 256
+MOST_KEYS = 2**30  #: of a sequence: places of keys are int32
 
 
 def chosen_splits(owners: int, limit: int, multiprocessors: int) -> int:
@@ -44,9 +45,11 @@ def attention_decode(
     lse = query.new_empty((batch, heads, lq), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    query, key_cache, value_cache = (launching.in_rows(x) for x in (query, key_cache, value_cache))
     _, kv_heads, block_size, _ = key_cache.shape
     limit = block_size if block_table is None else block_size * block_table.shape[1]
+    if limit > MOST_KEYS:
+        raise NotImplementedError(f"attention_decode: the CUDA kernels take up to 2^30 keys a sequence, not {limit}")
+    query, key_cache, value_cache = (launching.in_rows(x) for x in (query, key_cache, value_cache))
     if block_table is not None and block_table.stride(-1) != 1:
         block_table = block_table.contiguous()
     group = heads // kv_heads

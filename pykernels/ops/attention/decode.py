@@ -94,7 +94,7 @@ def attention_decode(
 
     Raises:
         TypeError: an argument of another type.
-        NotImplementedError: query not floating point.
+        NotImplementedError: query not floating point; on a GPU, room for more than 2^30 keys a sequence.
         RuntimeError: different dtypes or devices; dimensions, shapes or numbers of heads that do not fit; block_table
             not int32; an argument that requires grad while gradients are recorded.
         ValueError: `window`, `softcap`, `num_splits` or `bounds_check` outside what is allowed above.
