@@ -202,22 +202,32 @@ def test_outputs_loss_and_gradients(transformers: Any, name: str, side: str) -> 
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "bert"])
-def test_generation(transformers: Any, name: str) -> None:
-    """Greedy, a batch padded on the left, past the sliding window; caches that grow, that do not, and none."""
-    model = make(transformers, name)
+def test_generation(transformers: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the sliding window, a batch padded on the left and one without padding (steps by `attention_decode`);
+    caches that grow, that do not, that beams reorder, and none."""
+    from pykernels.integrations.transformers import attention as served
+
+    model, steps = make(transformers, name), []
     given = {key: x for key, x in batch(name, "left").items() if key in ("input_ids", "attention_mask")}
+    decode = served.attention_decode
+    monkeypatch.setattr(served, "attention_decode", lambda *a, **k: steps.append(1) or decode(*a, **k))
 
-    def tokens(**options: Any) -> Tensor:
+    def tokens(padded: bool = True, **options: Any) -> Tensor:
+        mask = given["attention_mask"]
+        chosen = given if padded else {**given, "attention_mask": torch.ones_like(mask)}
         with torch.no_grad():
-            return model.generate(**given, max_new_tokens=9, do_sample=False, **options)
+            return model.generate(**chosen, max_new_tokens=9, do_sample=False, **options)
 
-    expected = tokens()
+    expected, beams, whole = tokens(), tokens(num_beams=2), tokens(padded=False)
     assert len(expected[:, -9:].unique()) > 5, "one token over and over would prove nothing"
     model.set_attn_implementation("pykernels")
     assert torch.equal(tokens(), expected)
     assert torch.equal(tokens(cache_implementation="static"), expected)
     assert torch.equal(tokens(use_cache=False), expected)
-    assert torch.equal(tokens(num_beams=2)[:, :1], expected[:, :1])  # reordered caches run
+    assert torch.equal(tokens(num_beams=2), beams)
+    steps.clear()
+    assert torch.equal(tokens(padded=False), whole)
+    assert len(steps) > 0 or name not in ("llama", "mistral", "gpt2")
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
@@ -312,27 +322,6 @@ def test_masks_that_a_model_computes_with_stay_tensors(transformers: Any) -> Non
     padded = torch.tensor([[False, True, True, True], [True] * 4])
     step = make_mask(2, 1, 8, q_offset=torch.tensor(3), attention_mask=padded)
     assert step.shape == (2, 1, 1, 8) and step[0, 0, 0].tolist() == [False, *[True] * 3, *[False] * 4]
-
-
-def test_a_step_with_a_static_cache_is_told_by_its_length(transformers: Any) -> None:
-    """No dense mask, and results as with one; what the lengths alone do not say goes through `attention`."""
-    from pykernels.integrations.transformers.attention import attention_forward
-    from pykernels.integrations.transformers.masks import Pattern, make_mask
-
-    given = {"q_offset": torch.tensor(3), "attention_mask": torch.ones(2, 4, dtype=torch.bool)}
-    step = make_mask(2, 1, 8, **given)
-    assert isinstance(step, Pattern) and step.lengths.tolist() == [4, 4] and step.shape == (1, 1, 1, 8)
-    dense = make_mask(2, 1, 8, **given, allow_is_causal_skip=False)
-    assert isinstance(dense, Tensor)
-    q, (k, v), bias = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 2, 8, 8), torch.randn(1, 4, 1, 8)
-    k[:, :, 4:] = v[:, :, 4:] = torch.nan
-    module = torch.nn.Module()
-    for options in ({}, {"softcap": 2.0, "s_aux": torch.randn(4)}, {"position_bias": bias}):
-        found, expected = (attention_forward(module, q, k, v, mask, **options)[0] for mask in (step, dense))
-        torch.testing.assert_close(found, expected)
-    leaf = q.clone().requires_grad_()
-    attention_forward(module, leaf, k, v, step)[0].sum().backward()
-    assert leaf.grad.isfinite().all()
 
 
 def test_compiled_whole(transformers: Any) -> None:

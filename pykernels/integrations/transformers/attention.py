@@ -73,16 +73,8 @@ def attention_forward(
     }
     length = key.shape[2]
     if isinstance(attention_mask, Pattern):
-        left, right, keys, options["key_padding_mask"], known, lengths = attention_mask
+        left, right, keys, options["key_padding_mask"], known = attention_mask
         ends = ends if known is None else known
-        if lengths is not None:
-            if position_bias is None and not dropout and not _learns(query, key, value, s_aux):
-                plain = attention_decode(
-                    query, key, value, lengths, softcap=softcap, sinks=s_aux, scale=scaling, backend=backend
-                )
-                return plain.transpose(1, 2).contiguous(), None
-            right = -1
-            options["key_padding_mask"] = torch.arange(keys, device=lengths.device) < lengths.unsqueeze(1)
         if keys > length:
             raise RuntimeError(f"the mask was made for {keys} keys, and there are {length}")
         if keys < length:

@@ -20,8 +20,7 @@ class Pattern(NamedTuple):
     """Query i of n, at p = i + keys - n, may attend to key j iff p - left <= j <= p + right and j is no padding.
 
     left, right: -1 is unbounded. keys: how many are looked at, from the first on. key_padding_mask: (batch, keys),
-    True = real token. ends: of packed sequences, one after another through batch and length, starting with 0. lengths:
-    of a cache that is not full, int32 (batch,): there one query, the last, sees the keys before its entry's length.
+    True = real token. ends: of packed sequences, one after another through batch and length, starting with 0.
 
     A tuple, so that what walks through arguments (checkpointing, FSDP, accelerate) finds the tensors. Models hand it
     from the mask maker to the attention function; one that computes with it as if it were a tensor fails at once.
@@ -32,7 +31,6 @@ class Pattern(NamedTuple):
     keys: int
     key_padding_mask: Tensor | None = None
     ends: Tensor | None = None
-    lengths: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,10 +87,6 @@ def make_mask(
     kind = None if use_vmap else _recognise(mask_function)
     # A tensor as offset is that of a static cache, whose value a graph must not depend on.
     if kind is None or (isinstance(q_offset, Tensor) and (compiling or q_length == 1)):
-        filled = kind == _Kind(True) and q_length == 1 and isinstance(kv_offset, int) and kv_offset == 0
-        if filled and allow_is_causal_skip and isinstance(q_offset, Tensor) and _all_real(attention_mask):
-            lengths = (q_offset.reshape(1) + 1).to(torch.int32).repeat(batch_size)
-            return Pattern(-1, 0, kv_length, lengths=lengths)
         return dense()
     left, right = kind.bounds
     if kind.sequences is not None:
@@ -115,11 +109,6 @@ def make_mask(
     if padding is None and left < 0 and (right < 0 or (kind.causal and keys == q_length)) and keys == kv_length:
         return None
     return Pattern(left, right, keys, padding)
-
-
-def _all_real(padding: Tensor | None) -> bool:
-    """Whether it is known, without a graph that depends on it, that nothing is padding."""
-    return padding is None or (not torch.compiler.is_compiling() and bool(padding.all()))
 
 
 class _Kind(NamedTuple):
