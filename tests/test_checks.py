@@ -24,6 +24,7 @@ B, T, V, D, K = 5, 4, 9, 6, 7
 
 torch.manual_seed(5)
 X, W = torch.randn(B, D), torch.randn(V, D)
+PACKED = F.quantize_rows(W)
 BIAS, CLASS_WEIGHT = torch.randn(V), torch.rand(V)
 NEGATIVES, SHARED = torch.randint(0, V, (B, K)), torch.randint(0, V, (K,))
 COUNTS = torch.arange(V, 0, -1)
@@ -278,6 +279,24 @@ def test_the_first_is_reported_whatever_the_order(backend: str) -> None:
         check(ends, "f", "ends", "ends", 599, 0, False)
         check(ids[:0], "f", "ids", "ids", 0, -2, False)
         pk.check_errors()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on GPUs the reference has torch's own assertions")
+@pytest.mark.parametrize("function", [F.embedding_bag, F.embedding_bag_quantized, F.embedding_bag_multi])
+def test_the_reference_takes_no_wrong_offsets_in_graphs(function: Any) -> None:
+    """Eager calls look themselves; in a graph wrong bags came without a word."""
+    ids, right = torch.tensor([1, 2, 3]), torch.tensor([0, 2, 3])
+    given = {
+        F.embedding_bag: lambda offsets: F.embedding_bag(ids, W, offsets, mode="sum", backend="reference"),
+        F.embedding_bag_quantized: lambda offsets: F.embedding_bag_quantized(PACKED, ids, offsets, backend="reference"),
+        F.embedding_bag_multi: lambda offsets: F.embedding_bag_multi([ids], [offsets], [W], backend="reference"),
+    }[function]
+    torch._dynamo.reset()
+    compiled = torch.compile(given, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(right), given(right))
+    for wrong in ([0, 2, 1], [1, 2, 3], [0, 2, 9]):
+        with pytest.raises(ValueError, match="argument 'offsets'.*must begin with 0, not decrease, and not exceed 3"):
+            compiled(torch.tensor(wrong))
 
 
 def test_records_are_read_beside_the_modes_of_torch() -> None:

@@ -68,6 +68,13 @@ def check_bags(
         raise RuntimeError(f"{argument} must hold at least one element with include_last_offset, not 0")
 
 
+def offsets_for_reference(function: str, input: Tensor, offsets: Tensor | None) -> Tensor | None:
+    """The offsets; in graphs on the CPU looked at on the way: the reference itself would take wrong ones silently."""
+    if offsets is None or offsets.shape[0] == 0:
+        return offsets
+    return _ids.checked("reference", "error", function, "offsets", offsets, input.shape[0], "offsets")
+
+
 def check_offsets(function: str, input: Tensor, offsets: Tensor | None) -> None:
     """Values of the offsets, where they may be read. Where torch raises, its RuntimeError."""
     if offsets is None or offsets.shape[0] == 0 or not _ids.readable(offsets):

@@ -18,6 +18,7 @@ from ._checks import (
     check_padding,
     check_per_sample_weights,
     check_table,
+    offsets_for_reference,
     report_code,
 )
 from ._functions import ROOM, Bag, Lookup, embedding_bag_forward, embedding_forward
@@ -168,7 +169,7 @@ def embedding_bag(
         return reference.embedding_bag(
             input,
             weight,
-            offsets,
+            offsets_for_reference(name, input, offsets),
             max_norm,
             norm_type,
             scale_grad_by_freq,

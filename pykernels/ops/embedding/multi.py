@@ -22,6 +22,7 @@ from ._checks import (
     check_offsets,
     check_per_sample_weights,
     check_table,
+    offsets_for_reference,
     report_code,
 )
 from ._functions import ROOM, BagGrad, bag_gradients, bag_positions
@@ -167,7 +168,7 @@ def embedding_bag_multi(
     if backend == "reference":
         return reference.embedding_bag_multi(
             indices,
-            starts,
+            [offsets_for_reference(name, ids, start) for ids, start in zip(indices, starts, strict=True)],
             weights,
             mode=mode,
             per_sample_weights=per_sample_weights,

@@ -8,7 +8,7 @@ from torch import Tensor
 from ... import reference
 from .. import _check, _ids
 from .._library import define
-from ._checks import before, check_bags, check_offsets, check_padding, report_code
+from ._checks import before, check_bags, check_offsets, check_padding, offsets_for_reference, report_code
 from ._functions import ROOM
 
 __all__ = ["dequantize_rows", "embedding_bag_quantized", "quantize_rows"]
@@ -190,7 +190,7 @@ def embedding_bag_quantized(
         return reference.embedding_bag_quantized(
             packed,
             indices,
-            offsets,
+            offsets_for_reference(name, indices, offsets),
             bits=bits,
             mode=mode,
             per_sample_weights=per_sample_weights,
