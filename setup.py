@@ -149,7 +149,7 @@ def plan() -> tuple[dict[str, str | None], list[str]]:
         for kind in KINDS:
             reasons.setdefault(kind, trouble)
     if torch is None:
-        reasons.setdefault("cpu", "torch is not installed: install it first")
+        reasons.setdefault("cpu", "torch was not found: install it first (outside of pip: build without isolation)")
     elif tuple(int(part) for part in torch[0].split(".")[:2]) < OLDEST_TORCH:
         reasons.setdefault("cpu", f"torch {torch[0]} is too old: {'.'.join(map(str, OLDEST_TORCH))} or later is needed")
     if nvcc is None:
