@@ -186,6 +186,15 @@ def test_a_reference_takes_the_seeds_that_its_operator_takes(seed: int) -> None:
         assert not torch.equal(call(pk.reference, None), call(pk.reference, None)), name
 
 
+def test_a_reference_takes_a_seed_of_any_integer_dtype() -> None:
+    """In int32 the words' products would wrap, and a sampler that draws until it has enough would never end."""
+    drawn = [
+        pk.reference.uniform_candidate_sampler(torch.tensor([[1]]), 1, 3, True, 9, seed=seed)[0]
+        for seed in (3, torch.tensor([3], dtype=torch.int32))
+    ]
+    assert torch.equal(*drawn)
+
+
 def test_an_extension_of_other_sources_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a pull without a build gives, in place of torch's words about schemas."""
 

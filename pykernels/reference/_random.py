@@ -21,7 +21,7 @@ def seed_on(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
-        return seed.to(device).reshape(1)
+        return seed.to(device, torch.int64).reshape(1)
     value = seed & (2**64 - 1)
     return torch.full((1,), value - 2**64 if value >= 2**63 else value, dtype=torch.int64, device=device)
 
