@@ -267,3 +267,21 @@ def test_a_planted_mistake_is_found(mistake: str, monkeypatch: pytest.MonkeyPatc
     wrong = {"cpu": lambda *arguments: MISTAKES[mistake](kernel, *arguments)}
     monkeypatch.setattr(decode, "attention_decode_forward", wrong)
     assert not all(c.passed for case in SPEC.cases for c in check_case(SPEC, case, "cpu", torch.float32))
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_a_paged_cache_without_blocks_serves_empty_sequences(backend: str) -> None:
+    q, cache = torch.randn(2, 4, 1, 16, device=DEVICE), torch.randn(0, 2, 8, 16, device=DEVICE)
+    table, lengths = (torch.zeros(n, dtype=torch.int32, device=DEVICE) for n in ((2, 3), 2))
+    assert not pk.functional.attention_decode(q, cache, cache, lengths, block_table=table, backend=backend).any()
+
+
+def test_the_reference_sees_no_block_that_is_none() -> None:
+    """As the kernels: not another block in its place."""
+    q, cache, lengths = torch.randn(1, 2, 1, 8), torch.randn(3, 2, 4, 8), torch.tensor([8])
+    options = {"backend": "reference", "bounds_check": "none"}
+    found = pk.functional.attention_decode(
+        q, cache, cache, lengths, block_table=torch.tensor([[9, 1]], dtype=torch.int32), **options
+    )
+    expected = pk.functional.attention_decode(q, cache[1:2], cache[1:2], None, **options)
+    torch.testing.assert_close(found, expected)

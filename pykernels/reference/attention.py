@@ -165,9 +165,14 @@ def attention_decode(
     j % block_size of block block_table[b, j // block_size]. num_splits changes nothing here.
     """
     dtype = query.dtype
+    seen = None
     if block_table is not None:
-        blocks = block_table.long().clamp(0, max(key_cache.shape[0] - 1, 0))  # those beyond a length may be anything
-        key_cache, value_cache = (x[blocks].transpose(1, 2).flatten(2, 3) for x in (key_cache, value_cache))
+        real = (block_table >= 0) & (block_table < key_cache.shape[0])  # those beyond a length may be anything
+        blocks, seen = block_table.long().where(real, 0), real.repeat_interleave(key_cache.shape[2], 1)
+        key_cache, value_cache = (
+            (x if x.shape[0] else x.new_zeros(1, *x.shape[1:]))[blocks].transpose(1, 2).flatten(2, 3)
+            for x in (key_cache, value_cache)
+        )
     if dtype in (torch.float16, torch.bfloat16):
         query, key_cache, value_cache = query.float(), key_cache.float(), value_cache.float()
     if cache_lengths is None:
@@ -176,6 +181,8 @@ def attention_decode(
     place = (cache_lengths.long().unsqueeze(-1) + rows)[:, None, :, None]
     distance = torch.arange(key_cache.shape[2], device=query.device) - place
     allowed = distance <= 0
+    if seen is not None:
+        allowed = allowed & seen[:, None, None]
     if window is not None and window[0] >= 0:
         allowed = allowed & (distance >= -window[0])
     bias = None
