@@ -380,3 +380,12 @@ def test_every_record_has_its_command(script: Any) -> None:
     assert {path.stem.removeprefix("cpu-") for path in RESULTS.glob("cpu-*.json")} <= set(commands)
     for command in commands.values():
         assert command[0] == "-m" or (ROOT / command[0]).exists()
+
+
+def test_a_gpu_is_timed_on_shapes_that_fill_it() -> None:
+    specs = [spec for spec in load() if spec.bench]
+    plan = take.everything(specs, [torch.bfloat16], [], None, "cuda")
+    labels = {(job.spec.name, job.case.label) for job in plan.jobs}
+    assert {("lstm", "T1024-B16-H768"), ("swiglu", "8192x8192"), ("embedding_bag", "1Mx128-16384x20")} <= labels
+    assert ("scaled_dot_product_attention", "full-8192x128") in labels
+    assert all(job.case in job.spec.gpu_bench for job in plan.jobs if job.spec.gpu_bench)

@@ -121,6 +121,7 @@ class OpSpec:
         room: its room.
         cases: what the contract is tested on.
         bench: the shapes that are timed.
+        gpu_bench: those that are timed on a GPU, which the others may not fill; none: the same.
         peer: torch's own operator, taking the same arguments (None: torch has none; the reference stands in).
         kernels: backends beside the reference that serve it.
         bytes_moved, flops: of one call, (case, dtype) -> {"forward": n, "backward": n}; memory traffic without caches.
@@ -132,7 +133,7 @@ class OpSpec:
             results that cannot be compared. It takes no `seed`.
         compiled: the modes of torch.compile that a benchmark row is compared with unless the user names some,
             (case, dtype) -> modes; compiling takes longer than all the rest. None for the row: it is not timed in this
-            dtype. None here: "default" for every row.
+            dtype (but those of `gpu_bench` are). None here: "default" for every row.
         rowwise: rows of the (only) input do not meet, so a benchmark row of more than 4 Mi elements is checked against
             the oracle on its first 256 rows, and all of it, bit by bit, against the same call on 256 rows at a time.
         reads: nearly all bytes moved are read: a benchmark row's limit is the speed of reading, not of copying.
@@ -157,6 +158,11 @@ class OpSpec:
     compiled: Callable[[Case, torch.dtype], tuple[str, ...] | None] | None = None
     rowwise: bool = False
     reads: bool = False
+    gpu_bench: tuple[Case, ...] = ()
+
+    def timed(self, device: str) -> tuple[Case, ...]:
+        """The benchmark shapes of a device."""
+        return self.gpu_bench if device.startswith("cuda") and self.gpu_bench else self.bench
 
     @property
     def function(self) -> Callable[..., Any]:

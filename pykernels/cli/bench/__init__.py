@@ -142,7 +142,7 @@ def _plan(
             raise BadInput("--quick has its own operators, dtypes and modes of torch.compile")
         return take.quick(specs, steps, room)
     asked = tuple(mode for mode in modes if mode != "none") if modes else None
-    return take.everything(specs, [DTYPES[dtype] for dtype in dtypes or ("float32",)], steps, asked)
+    return take.everything(specs, [DTYPES[dtype] for dtype in dtypes or ("float32",)], steps, asked, device)
 
 
 def _read(path: Path, name: str = "rows", made_by: str = "`pykernels bench --json`") -> dict[str, Any]:

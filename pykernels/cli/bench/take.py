@@ -68,14 +68,19 @@ def _modes(spec: OpSpec, case: Case, dtype: torch.dtype) -> tuple[str, ...] | No
 
 
 def everything(
-    specs: Sequence[OpSpec], dtypes: Sequence[torch.dtype], steps: Sequence[Step], modes: tuple[str, ...] | None
+    specs: Sequence[OpSpec],
+    dtypes: Sequence[torch.dtype],
+    steps: Sequence[Step],
+    modes: tuple[str, ...] | None,
+    device: str = "cpu",
 ) -> Plan:
-    """Every benchmark case. `modes` of torch.compile in place of those that the specs name."""
+    """Every benchmark case of the device. `modes` of torch.compile in place of those that the specs name."""
     jobs = []
     for dtype in dtypes:
         for spec in specs:
-            for case in spec.bench:
+            for case in spec.timed(device):
                 own = _modes(spec, case, dtype)
+                own = () if own is None and case in spec.gpu_bench else own
                 if own is not None:
                     directions = bench.DIRECTIONS if spec.differentiable else bench.DIRECTIONS[:1]
                     jobs.append(Job(spec, case, dtype, own if modes is None else modes, directions))

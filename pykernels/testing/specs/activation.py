@@ -296,6 +296,9 @@ def _gated_saved(case: Case, dtype: torch.dtype) -> int:
 _ROWS = (32, 256, 2048)
 _BENCH = tuple(Case(f"{r}x4096", {"input": Input((r, 4096))}) for r in _ROWS)
 _BENCH_GATED = tuple(Case(f"{r}x8192", {"gate": Input((r, 8192))}) for r in _ROWS)
+# 64 MiB in bfloat16, more than an H100's second-level cache
+_GPU_BENCH = (Case("8192x4096", {"input": Input((8192, 4096))}),)
+_GPU_BENCH_GATED = (Case("8192x8192", {"gate": Input((8192, 8192))}),)
 
 
 def _rows_of(case: Case) -> int:
@@ -328,10 +331,10 @@ _COMPILED = {"gelu": _compiled_main, "silu": _compiled_main, "geglu": _compiled_
 
 def _unary(name: str, peer: Callable[..., Any] | None, options: Mapping[str, Any] | None = None) -> OpSpec:
     options = options or {}
-    bench = tuple(Case(case.label, case.inputs, options) for case in _BENCH)
+    bench, gpu = (tuple(Case(c.label, c.inputs, options) for c in cases) for cases in (_BENCH, _GPU_BENCH))
     return OpSpec(
         name, "activation", _unary_cases(options), bench, peer, KERNELS, bytes_moved=_unary_bytes, saved=_unary_saved,
-        compiled=_compiled if options else _COMPILED.get(name, _compiled), rowwise=True,
+        compiled=_compiled if options else _COMPILED.get(name, _compiled), rowwise=True, gpu_bench=gpu,
     )  # fmt: skip
 
 
@@ -344,10 +347,10 @@ def _gated(name: str, activation: Callable[..., Any], options: Mapping[str, Any]
         return activation(gate, **options) * up
 
     eager.__name__ = name
-    bench = tuple(Case(case.label, case.inputs, options) for case in _BENCH_GATED)
+    bench, gpu = (tuple(Case(c.label, c.inputs, options) for c in cases) for cases in (_BENCH_GATED, _GPU_BENCH_GATED))
     return OpSpec(
         name, "activation", _gated_cases(options), bench, eager, KERNELS, bytes_moved=_gated_bytes, saved=_gated_saved,
-        compiled=_compiled if options else _COMPILED.get(name, _compiled), rowwise=True,
+        compiled=_compiled if options else _COMPILED.get(name, _compiled), rowwise=True, gpu_bench=gpu,
     )  # fmt: skip
 
 

@@ -113,6 +113,7 @@ def _bag_spec(mode: str) -> OpSpec:
     bench: tuple[Case, ...] = (_bag("100kx128-4096x20", (4096, 20), 100_000, 128, mode=mode),)
     if mode == "sum":
         bench += (_bag("100kx128-4096x20-padding", (4096, 20), 100_000, 128, mode=mode, padding_idx=1),)
+    gpu = (_bag("1Mx128-16384x20", (16384, 20), 1_000_000, 128, mode=mode),)
     peer = _with_offsets(F.embedding_bag)
     return OpSpec(
         "embedding_bag",
@@ -125,6 +126,7 @@ def _bag_spec(mode: str) -> OpSpec:
         saved=_saved,
         long_sums=_LONG,
         wrap=_with_offsets,
+        gpu_bench=gpu,
     )
 
 

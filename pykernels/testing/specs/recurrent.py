@@ -175,6 +175,7 @@ def _bytes(case: Case, dtype: torch.dtype) -> dict[str, int]:
 
 
 _BENCH = ((64, 32, 256), (64, 32, 512), (100, 128, 64))
+_GPU_BENCH = ((1024, 16, 512), (1024, 16, 768), (256, 64, 1024))  # steps are latency: long, and of few rows
 
 
 def _compiled(case: Case, dtype: torch.dtype) -> tuple[str, ...] | None:
@@ -254,10 +255,11 @@ def _sequence(mode: str) -> OpSpec:
         bench += (_case("T64-B32-H256-both-ways", mode, 64, 32, 256, 256, bidirectional=True),)
     if mode == "gru":
         bench += (_case("T200-B8-H128", mode, 200, 8, 128, 128),)
+    gpu = tuple(_case(f"T{t}-B{b}-H{h}", mode, t, b, h, h) for t, b, h in _GPU_BENCH)
     peer = _torch_sequence(mode)
     return OpSpec(
         mode, "recurrent", _cases(mode), bench, peer, KERNELS, bytes_moved=_bytes, flops=_flops, long_sums=_LONG,
-        wrap=_of_named_tensors, compiled=_compiled,
+        wrap=_of_named_tensors, compiled=_compiled, gpu_bench=gpu,
     )  # fmt: skip
 
 
