@@ -65,7 +65,7 @@ void attention_rows(const Attention& a, const void* dout, const void* out, const
 void attention_dq(const Attention& a, const void* dout, const float* base, const float* delta, void* dq,
                   RowStrides dout_n, RowStrides dq_n, DType dtype, void* stream);
 
-// The same by the kernels for sm_90a alone: float16 and bfloat16, no masks but by position, head sizes up to 128.
+// The same by the kernels for sm_90a alone: float16 and bfloat16, no dropout, at least one key.
 void attention_dq_sm90(const Attention& a, const void* dout, const float* base, const float* delta, void* dq,
                        RowStrides dout_n, RowStrides dq_n, DType dtype, void* stream);
 void attention_dkdv_sm90(const Attention& a, const void* dout, const float* base, const float* delta, void* dk,

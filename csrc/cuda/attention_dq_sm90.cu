@@ -10,12 +10,15 @@ namespace pk {
 
 namespace {
 
-template <int D_>
+// GENERAL: as in the forward; what the cap leaves of the gradient is one more register an element.
+template <int D_, bool GENERAL>
 struct QueryShape {
-  static constexpr int D = D_, kGroups = 2, kOwn = 64 * kGroups, N = 64, kStages = 3;
-  static constexpr int kThreads = kWarpgroup * (kGroups + 1), kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int D = D_, kGroups = 2, kOwn = 64 * kGroups, N = D == 256 ? 32 : 64, kStages = 3;
+  static constexpr int kThreads = kWarpgroup * (kGroups + 1);
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   static constexpr int kOwnBytes = tile_bytes(kOwn, D), kStepBytes = tile_bytes(N, D);
   static constexpr size_t kShared = 2 * kOwnBytes + 2 * kStages * kStepBytes;
+  static constexpr int kPart = D < 128 ? D : 128, kParts = D / kPart;  // columns of dq that one product makes
 };
 
 struct QueryMaps {
@@ -32,11 +35,11 @@ struct Bars {
   uint64_t full_own, empty_own, landed, full[3], empty_k[3], empty_v[3];
 };
 
-template <class T, int D>
-__global__ void __launch_bounds__(QueryShape<D>::kThreads, 1)
+template <class T, int D, bool GENERAL>
+__global__ void __launch_bounds__(QueryShape<D, GENERAL>::kThreads, 1)
     attention_bwd_dq_sm90_kernel(const __grid_constant__ Attention a, const __grid_constant__ QueryGradients g,
                                  const __grid_constant__ QueryMaps maps, const __grid_constant__ Schedule order) {
-  using C = QueryShape<D>;
+  using C = QueryShape<D, GENERAL>;
   constexpr int N = C::N, kGroups = C::kGroups, kStages = C::kStages;
   PK_DYN_SHARED(raw);
   PK_SHARED(Bars, bars, [1]);
@@ -94,8 +97,11 @@ __global__ void __launch_bounds__(QueryShape<D>::kThreads, 1)
         } else {
           mbar_wait(bar(bars->empty_k[slot.at]), slot.parity ^ 1);
           load_without<N, D>(raw + 2 * C::kOwnBytes + slot.at * C::kStepBytes, maps.k, x.k_first + j0, kv_head, b,
-                             a.n.lk - x.k_first - j0, full, bar(bars->landed), landings,
-                             [&](int j) { return j0 + j < x.seen.begin || j0 + j >= x.seen.end; });
+                             a.n.lk - x.k_first - j0, full, bar(bars->landed), landings, [&](int j) {
+                               if (j0 + j < x.seen.begin || j0 + j >= x.seen.end) return true;
+                               if constexpr (!GENERAL) return false;
+                               return a.seen && !a.seen[x.b * a.n.seen[0] + x.h * a.n.seen[1] + (j0 + j) * a.n.seen[2]];
+                             });
         }
       }
     }
@@ -104,7 +110,7 @@ __global__ void __launch_bounds__(QueryShape<D>::kThreads, 1)
 
   setmaxnreg_inc<C::kConsumerRegisters>();
   const int pair = lane % 4 * 2;  // a thread has queries `row` and row + 8, keys 8 n + pair and the next
-  float s[N / 2], dp[N / 2], dq[D / 2];
+  float s[N / 2], dp[N / 2], dq[C::kParts][C::kPart / 2], cap[GENERAL ? N / 2 : 1];
   uint32_t ds[N / 16][4];
   const uint64_t q_desc = wgmma_desc(queries + wg * tile_bytes(64, D)),
                  dout_desc = wgmma_desc(douts + wg * tile_bytes(64, D));
@@ -117,6 +123,10 @@ __global__ void __launch_bounds__(QueryShape<D>::kThreads, 1)
       wgmma_ss<T, N, false>(d, wgmma_desc_at(own, kk / 4 * tile_bytes(64, kPanel) + kk % 4 * 32),
                             wgmma_desc_at(tile, kk / 4 * tile_bytes(N, kPanel) + kk % 4 * 32), kk > 0);
     wgmma_commit();
+  };
+  const auto touch_sum = [&] {
+#pragma unroll
+    for (int n = 0; n < C::kParts; ++n) wgmma_touch(dq[n]);
   };
   const auto release = [&](const uint64_t& freed) {
     if (lane == 0) mbar_arrive(bar(freed));
@@ -139,7 +149,9 @@ __global__ void __launch_bounds__(QueryShape<D>::kThreads, 1)
       base[e] = there ? g.base[at] : kInfinity, delta[e] = there ? g.delta[at] : 0.f;
     }
 #pragma unroll
-    for (int i = 0; i < D / 2; ++i) dq[i] = 0.f;
+    for (int n = 0; n < C::kParts; ++n)
+#pragma unroll
+      for (int i = 0; i < C::kPart / 2; ++i) dq[n][i] = 0.f;
     if (tiles.begin < tiles.end) {
       mbar_wait(bar(bars->full_own), visits++ & 1);
       mbar_wait(bar(bars->full[slot.at]), slot.parity);
@@ -155,12 +167,19 @@ __global__ void __launch_bounds__(QueryShape<D>::kThreads, 1)
         wgmma_touch(s);
         if (before >= 0) release(bars->empty_k[before]);  // dq of the tile before is done with it
         const int j0 = i * N;
+        float factor = a.x.scale;
+        auto& tile = reinterpret_cast<float (&)[1][N / 8][4]>(s);
+        if constexpr (GENERAL) {
+          const Features<T, true> features(a, x);
+          factor = features.factor;
+          logits_by_parts<false, true>(features, s, cap, row, j0 + pair);
+        }
         if (j0 < whole_begin || j0 + N > whole_end) {
           const Interval allowed[2] = {x.keys_of(row), x.keys_of(row + 8)};
-          mask_by_position(reinterpret_cast<float (&)[1][N / 8][4]>(s), allowed, j0 + pair);
+          mask_by_position(tile, allowed, j0 + pair);
         }
 #pragma unroll
-        for (int j = 0; j < N / 2; ++j) s[j] = ex2(fmaf(s[j], a.x.scale, -base[j >> 1 & 1]));
+        for (int j = 0; j < N / 2; ++j) s[j] = ex2(fmaf(s[j], factor, -base[j >> 1 & 1]));
         wgmma_touch(s);
         // A branch: without one the compiler moves the exponentials below the wait, where nothing runs beside them.
         if (i + 1 < tiles.end) mbar_wait(bar(bars->full[slot.at]), slot.parity);
@@ -168,31 +187,42 @@ __global__ void __launch_bounds__(QueryShape<D>::kThreads, 1)
         wgmma_touch(dp);
         release(bars->empty_v[at]);
 #pragma unroll
-        for (int j = 0; j < N / 2; ++j) s[j] = s[j] == 0.f ? 0.f : s[j] * (dp[j] - delta[j >> 1 & 1]);
+        for (int j = 0; j < N / 2; ++j) {
+          const float y = dp[j] - delta[j >> 1 & 1];
+          s[j] = s[j] == 0.f ? 0.f : s[j] * (GENERAL ? y * cap[j] : y);
+        }
 #pragma unroll
         for (int j = 0; j < N / 4; ++j) ds[j / 4][j % 4] = pack2<T>(s[2 * j], s[2 * j + 1]);
-        wgmma_touch(dq);
+        touch_sum();
         wgmma_fence();
-        const uint64_t tile = wgmma_desc_at(k_mn, at * C::kStepBytes);
+        const uint64_t streamed = wgmma_desc_at(k_mn, at * C::kStepBytes);
 #pragma unroll
-        for (int kk = 0; kk < N / 16; ++kk) wgmma_rs<T, D, true>(dq, ds[kk], wgmma_desc_at(tile, kk * 2048), true);
+        for (int n = 0; n < C::kParts; ++n)
+#pragma unroll
+          for (int kk = 0; kk < N / 16; ++kk)
+            wgmma_rs<T, C::kPart, true>(
+                dq[n], ds[kk], wgmma_desc_at(streamed, n * (C::kPart / kPanel) * tile_bytes(N, kPanel) + kk * 2048),
+                true);
         wgmma_commit();
         before = at;
       }
       wgmma_wait<0>();
-      wgmma_touch(dq);
+      touch_sum();
       release(bars->empty_k[before]);
       release(bars->empty_own);
     }
     const float scale[2] = {a.x.gradient_scale, a.x.gradient_scale};
     T* to = static_cast<T*>(g.dq) + x.b * g.dq_n.batch + x.h * g.dq_n.head + x.q_first * g.dq_n.position;
-    store_accumulator<T, D>(to, g.dq_n.position, first_row, x.lq, 0, static_cast<int>(a.n.d), dq, scale);
+#pragma unroll
+    for (int n = 0; n < C::kParts; ++n)
+      store_accumulator<T, C::kPart>(to, g.dq_n.position, first_row, x.lq, n * C::kPart, static_cast<int>(a.n.d), dq[n],
+                                     scale);
   }
 }
 
-template <class T, int D>
+template <class T, int D, bool GENERAL>
 void run(const Attention& a, const void* dout, RowStrides dout_n, const QueryGradients& g, void* stream) {
-  using C = QueryShape<D>;
+  using C = QueryShape<D, GENERAL>;
   const int64_t batch = a.cu_q ? 1 : a.n.batch, kv_heads = a.n.heads / a.n.group;
   const QueryMaps maps{
       rows_map<T>(a.q, a.n.d, a.n.lq, a.n.heads, batch, a.n.q[2], a.n.q[1], a.n.q[0], 64),
@@ -201,8 +231,8 @@ void run(const Attention& a, const void* dout, RowStrides dout_n, const QueryGra
       rows_map<T>(a.v, a.n.dv, a.n.lk, kv_heads, batch, a.n.v[2], a.n.v[1], a.n.v[0], C::N)};
   const Schedule order = schedule(a, a.n.lq, C::kOwn, a.n.heads, a.n.lk * (a.n.d + a.n.dv) * 2 / a.n.group);
   const int blocks = min(order.total, sm_count());
-  launch(attention_bwd_dq_sm90_kernel<T, D>, static_cast<unsigned>(blocks), C::kThreads, C::kShared, stream, a, g, maps,
-         order);
+  launch(attention_bwd_dq_sm90_kernel<T, D, GENERAL>, static_cast<unsigned>(blocks), C::kThreads, C::kShared, stream, a,
+         g, maps, order);
 }
 
 }  // namespace
@@ -212,13 +242,17 @@ void attention_dq_sm90(const Attention& a, const void* dout, const float* base, 
   const DeviceGuard guard(a.q);
   const QueryGradients g{base, delta, dq, dq_n};
   const int64_t widest = max(a.n.d, a.n.dv);
-  if (!plain(a) || widest > 128 || a.n.lk < 1) throw std::invalid_argument("attention: not for the kernels of sm_90a");
+  if (a.seed || widest > 256 || a.n.lk < 1) throw std::invalid_argument("attention: not for the kernels of sm_90a");
   dispatch(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if constexpr (std::is_same_v<T, float>)
       throw std::invalid_argument("attention: float32 is not for the kernels of sm_90a");
+    else if (widest > 128)  // one for all calls: half as much to build
+      run<T, 256, true>(a, dout, dout_n, g, stream);
+    else if (plain(a))
+      widest <= 64 ? run<T, 64, false>(a, dout, dout_n, g, stream) : run<T, 128, false>(a, dout, dout_n, g, stream);
     else
-      widest <= 64 ? run<T, 64>(a, dout, dout_n, g, stream) : run<T, 128>(a, dout, dout_n, g, stream);
+      widest <= 64 ? run<T, 64, true>(a, dout, dout_n, g, stream) : run<T, 128, true>(a, dout, dout_n, g, stream);
   });
 }
 

@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(ForwardShape<D, GENERAL>::kThreads, 1)
       if constexpr (GENERAL) {
         const Features<T, true> features(a, x);
         factor = features.factor;
-        features.template logits<false, false>(tile, tile, row, j0 + pair);
+        logits_by_parts<false, false>(features, s, s, row, j0 + pair);
       }
       if (j0 < whole_begin || j0 + BN > whole_end) {
         const Interval allowed[2] = {x.keys_of(row), x.keys_of(row + 8)};
@@ -309,16 +309,15 @@ void attention_forward_sm90(const Attention& a, void* out, float* lse, float* ls
   const ForwardOutputs o{out, lse, lse_low, sinks, out_n, lse_n};
   const int64_t widest = max(a.n.d, a.n.dv);
   const bool general = !plain(a);
-  if (a.seed || widest > (general ? 128 : 256) || a.n.lk < 1)
-    throw std::invalid_argument("attention: not for the kernels of sm_90a");
+  if (a.seed || widest > 256 || a.n.lk < 1) throw std::invalid_argument("attention: not for the kernels of sm_90a");
   dispatch(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if constexpr (std::is_same_v<T, float>)
       throw std::invalid_argument("attention: float32 is not for the kernels of sm_90a");
+    else if (widest > 128)
+      general ? run<T, 256, true>(a, o, stream) : run<T, 256, false>(a, o, stream);
     else if (general)
       widest <= 64 ? run<T, 64, true>(a, o, stream) : run<T, 128, true>(a, o, stream);
-    else if (widest > 128)
-      run<T, 256, false>(a, o, stream);
     else
       widest <= 64 ? run<T, 64, false>(a, o, stream) : run<T, 128, false>(a, o, stream);
   });

@@ -24,17 +24,19 @@ struct Features {
   uint64_t seed = 0;
   int64_t counter = 0;
 
-  __device__ __forceinline__ Features(const Attention& a_, const Head& x_) : a(a_), x(x_), factor(a_.x.scale) {
+  __device__ __forceinline__ Features(const Attention& a_, const Head& x_) : Features(a_, x_, x_.h) {}
+  // Those of query head h, where x_.h is not it.
+  __device__ __forceinline__ Features(const Attention& a_, const Head& x_, int h) : a(a_), x(x_), factor(a_.x.scale) {
     if (!GENERAL) return;
     if (a.bias || a.slopes || a.x.softcap != 0.f || !(factor > 0.f)) factor = 1.f;
     const int64_t size = bias_is_float<T>(a) ? 4 : 2;
-    if (a.bias) bias = static_cast<const unsigned char*>(a.bias) + (x.b * a.n.bias[0] + x.h * a.n.bias[1]) * size;
-    if (a.mask) mask = a.mask + x.b * a.n.mask[0] + x.h * a.n.mask[1];
-    if (a.seen) seen = a.seen + x.b * a.n.seen[0] + x.h * a.n.seen[1];
-    if (a.slopes) slope = a.slopes[x.b * a.n.slopes + x.h] * kLog2e;
+    if (a.bias) bias = static_cast<const unsigned char*>(a.bias) + (x.b * a.n.bias[0] + h * a.n.bias[1]) * size;
+    if (a.mask) mask = a.mask + x.b * a.n.mask[0] + h * a.n.mask[1];
+    if (a.seen) seen = a.seen + x.b * a.n.seen[0] + h * a.n.seen[1];
+    if (a.slopes) slope = a.slopes[x.b * a.n.slopes + h] * kLog2e;
     if (a.seed) {
       seed = static_cast<uint64_t>(*a.seed);
-      counter = x.pairs * a.n.heads + static_cast<int64_t>(x.h) * x.lq * x.lk;
+      counter = x.pairs * a.n.heads + static_cast<int64_t>(h) * x.lq * x.lk;
     }
   }
 

@@ -133,6 +133,17 @@ __device__ __forceinline__ float ex2_polynomial(float x) {
   return fmaf(p, f, 1.f) * __uint_as_float(__float_as_uint(t) << 23);
 }
 
+// A thread's share of a tile, as it lies in the accumulator, to logits; see Features::logits().  16 columns at a time:
+// the addresses of the bias and the mask for more elements than these would spill.
+template <bool TRANSPOSED, bool CAP, class T, int N>
+__device__ __forceinline__ void logits_by_parts(const Features<T, true>& features, float (&s)[N], float (&cap)[N],
+                                                int row, int column) {
+  auto& parts = reinterpret_cast<float (&)[N / 8][1][2][4]>(s);
+  auto& caps = reinterpret_cast<float (&)[N / 8][1][2][4]>(cap);
+#pragma unroll
+  for (int n = 0; n < N / 8; ++n) features.template logits<TRANSPOSED, CAP>(parts[n], caps[n], row, column + 16 * n);
+}
+
 // Four lanes that share a row hold pairs of columns 8 n + 2 lane; afterwards each holds 8 adjacent ones, words[k] being
 // pair k of column block `lane`: a transposition of 4 x 4 words in two exchanges.
 __device__ __forceinline__ void gather_units(uint32_t (&words)[4]) {

@@ -233,16 +233,16 @@ __device__ __forceinline__ void wgmma_touch(uint32_t (&r)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+r"(r[i])::"memory");
 }
 
-// The accumulator's N / 2 registers as one operand list, spelled for N = 64 and N = 128.
+// The accumulator's N / 2 registers as one operand list, spelled for N = 32, 64 and 128.
 #define PK_D8(i)                                                                                              \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
 #define PK_D32(i) PK_D8(i), PK_D8(i + 8), PK_D8(i + 16), PK_D8(i + 24)
+#define PK_OUT16 PK_D8(0), PK_D8(8)
 #define PK_OUT32 PK_D32(0)
 #define PK_OUT64 PK_D32(0), PK_D32(32)
-#define PK_S32                                                                                             \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
-  "%28,%29,%30,%31"
+#define PK_S16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define PK_S32 PK_S16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define PK_S64                                                                                                \
   PK_S32                                                                                                      \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57," \
@@ -262,9 +262,13 @@ __device__ __forceinline__ void wgmma_touch(uint32_t (&r)[N]) {
 // D[64 x N] (+)= A B^T over 16 of K, A K-major from shared memory (ss) or registers (rs), B N x K; asynchronous.
 template <class T, int N, bool MN_B>
 __device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], uint64_t a_desc, uint64_t b_desc, bool scale_d) {
-  static_assert(N == 64 || N == 128);
+  static_assert(N == 32 || N == 64 || N == 128);
   constexpr bool BF = std::is_same_v<T, bf16>;
-  if constexpr (N == 64 && BF)
+  if constexpr (N == 32 && BF)
+    PK_SS(32, "bf16", PK_S16, PK_OUT16, 16, 17, 18, 19);
+  else if constexpr (N == 32)
+    PK_SS(32, "f16", PK_S16, PK_OUT16, 16, 17, 18, 19);
+  else if constexpr (N == 64 && BF)
     PK_SS(64, "bf16", PK_S32, PK_OUT32, 32, 33, 34, 35);
   else if constexpr (N == 64)
     PK_SS(64, "f16", PK_S32, PK_OUT32, 32, 33, 34, 35);
@@ -291,8 +295,10 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[
 #undef PK_RS
 #undef PK_D8
 #undef PK_D32
+#undef PK_OUT16
 #undef PK_OUT32
 #undef PK_OUT64
+#undef PK_S16
 #undef PK_S32
 #undef PK_S64
 

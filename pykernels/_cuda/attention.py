@@ -40,13 +40,10 @@ def describe(
     query: Tensor,
     value: Tensor,
     keys: int,
-    given: bool,
-    softcap: float,
     dropout_p: float,
-    scale: float,
 ) -> str:
-    """Which kernels would serve a call with `keys` keys, for `explain`. given: bias, masks or slopes as tensors."""
-    call = query, value, keys, given, softcap, dropout_p, scale
+    """Which kernels would serve a call with `keys` keys, for `explain`."""
+    call = query, value, keys, dropout_p
     forward, backward = (_not_for_sm90(ext, f"attention_{way}", *call) for way in ("forward", "backward"))
     if forward is not None:
         return f"kernels for every GPU; not those for sm_90a: {forward}"
@@ -59,24 +56,16 @@ def _not_for_sm90(
     query: Tensor,
     value: Tensor,
     keys: int,
-    given: bool,
-    softcap: float,
     dropout_p: float,
-    scale: float,
 ) -> str | None:
     """Why the kernels for sm_90a do not serve a call, or None."""
     widest = max(query.shape[-1], value.shape[-1])
-    general = given or softcap > 0 or not scale > 0
     if query.dtype == torch.float32:
         return "they have no float32"
     if dropout_p > 0:
         return "they have no dropout"
     if keys == 0 or query.numel() == 0:
         return "they need queries and keys"
-    if kernel == "attention_backward" and (general or widest > 128):
-        return "their backward has masks by position alone, and head sizes up to 128"
-    if general and widest > 128:
-        return "head sizes above 128 with bias, masks, slopes, softcap or a scale that is not positive"
     return _sm90.declined(ext, query.device, kernel, query.dtype, 64 if widest <= 64 else 128 if widest <= 128 else 256)
 
 
@@ -121,8 +110,7 @@ def attention_forward(
     if size.lk == 0:
         masks, bias = (None, None, *masks[2:]), None
     launcher = "attention_forward"
-    given = any(x is not None for x in (bias, mask, key_padding_mask, alibi_slopes))
-    if _not_for_sm90(ext, launcher, query, value, size.lk, given, softcap, dropout_p, scale) is None:
+    if _not_for_sm90(ext, launcher, query, value, size.lk, dropout_p) is None:
         launcher = "attention_forward_sm90"
         query, key, value = (launching.unexpanded(x) for x in (query, key, value))
     query, key, value = (launching.in_rows(x) for x in (query, key, value))
@@ -178,8 +166,7 @@ def attention_backward(
             dsinks.copy_(dlse.sum([d for d in range(dlse.dim()) if d != 1]) if size.lq else torch.zeros_like(dsinks))
         return dq, dk, dv, dbias, dsinks
     masks = mask, key_padding_mask, prefix_length, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed
-    given = any(x is not None for x in (bias, mask, key_padding_mask, alibi_slopes))
-    other = _not_for_sm90(ext, "attention_backward", query, value, size.lk, given, softcap, dropout_p, scale)
+    other = _not_for_sm90(ext, "attention_backward", query, value, size.lk, dropout_p)
     kernels = "_sm90" if other is None else ""
     if kernels:
         query, key, value, dout = (launching.unexpanded(x) for x in (query, key, value, dout))

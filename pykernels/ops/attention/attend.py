@@ -159,9 +159,8 @@ def attention(
     )
     prefix = arguments.prefix_lengths(name, prefix_length, batch, query)
     if explaining():
-        tensors = any(x is not None for x in (bias, mask, key_padding_mask, alibi_slopes))
         keys = key.shape[0 if packed else 2]
-        ROOM.explained = (query, value, keys, tensors, options.softcap, options.dropout_p, options.scale)
+        ROOM.explained = (query, value, keys, options.dropout_p)
     chosen = ROOM.resolve(name, backend, query, *features)
     if packed:
         given = (chosen, bounds_check, name)

@@ -25,9 +25,8 @@ ARCHITECTURES = {80: "80", 90: "90a"}
 #: By a regular expression on the readable name, first match; the default is `Rules()`.
 RULES: dict[str, Rules] = {
     # One block, whose warpgroups overlap each other; the general ones take whatever the features of a call cost.
-    r"attention_fwd_sm90_kernel<\w+, \d+, false>": Rules(tensor_cores=True, tensor_share=0.98, beside=0.98),
-    r"attention_bwd_\w+_sm90_kernel<": Rules(tensor_cores=True, tensor_share=0.98, beside=0.98),
-    r"attention_fwd_sm90_kernel<": Rules(tensor_cores=True, tensor_share=0.7, beside=0.98),
+    r"attention_\w+_sm90_kernel<\w+, \d+, false>": Rules(tensor_cores=True, tensor_share=0.98, beside=0.98),
+    r"attention_\w+_sm90_kernel<": Rules(tensor_cores=True, tensor_share=0.7, beside=0.98),
     # mma.sync on every target. By their registers two blocks share a multiprocessor.
     r"attention_fwd_kernel<\w+, (64|128),": Rules(warp_mma=True, blocks=2),
     r"attention_(fwd|bwd_dq|bwd_dkdv|bwd_dbias)_kernel<": Rules(warp_mma=True),
