@@ -161,7 +161,8 @@ def _sampled() -> Iterable[Target]:
     for shape, ratio in (("100kx128-K5", 6.0), ("100kx128-K64", 12.0), ("1Mx128-K5", 6.0), ("1Mx128-K64", 6.0)):
         yield row(f"negatives of each row's own, {shape}", step, shape, ratio, rows)
     for dtype, ratio in (("float32", 2.0), ("bfloat16", 2.5)):
-        yield row("sampled softmax, 8192 shared", "sampled_softmax_loss", "100kx128-K8192", ratio, "", dtype, BOTH)
+        why = "1.9 to 2.6 by the run: the compiled peer takes 63 to 93 ms, ours 33 to 35" if dtype != "float32" else ""
+        yield row("sampled softmax, 8192 shared", "sampled_softmax_loss", "100kx128-K8192", ratio, why, dtype, BOTH)
     yield row("linear cross entropy, 128k classes", "linear cross entropy, fwd+bwd", "512x256-V128k", 1.3,
               "four products where a peer that keeps logits makes three: the price of memory")  # fmt: skip
 
