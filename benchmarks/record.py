@@ -28,7 +28,7 @@ COMMANDS = {
     "recurrent": _room("recurrent", *HALF),
     "embedding": _room("embedding"),
     "sampled_softmax": _room("sampled_softmax", *HALF),
-    "word2vec": ["benchmarks/word2vec.py", "--json", "--two-threads"],
+    "word2vec": ["benchmarks/word2vec.py", "--json", "--two-threads", "--sentences", "114000"],
     "cost": ["benchmarks/cost.py"],
     "patched": ["benchmarks/patched.py"],
     "scaling": ["benchmarks/scaling.py"],
