@@ -31,13 +31,9 @@ def _name(row: Row) -> str:
     return "-".join((spec.name, *options, case.label, str(dtype).removeprefix("torch."))).replace(" ", "-")
 
 
-def _wanted(spec: OpSpec, case: Case, dtype: torch.dtype) -> bool:
-    return spec.compiled is None or spec.compiled(case, dtype) is not None
-
-
 def speed(room: str) -> Callable[..., None]:
     """A test of every benchmark case of a room, direction and provider."""
-    rows = [(s, c, d) for s in load(room) for c in s.bench for d in DTYPES if _wanted(s, c, d)]
+    rows = [(s, c, d) for s in load(room) for c in s.timed(DEVICE) for d in DTYPES if s.compile_modes(c, d) is not None]
     directed = [(row, way) for row in rows for way in (DIRECTIONS if row[0].differentiable else DIRECTIONS[:1])]
 
     @pytest.mark.parametrize("provider", PROVIDERS)

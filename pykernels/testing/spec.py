@@ -164,6 +164,13 @@ class OpSpec:
         """The benchmark shapes of a device."""
         return self.gpu_bench if device.startswith("cuda") and self.gpu_bench else self.bench
 
+    def compile_modes(self, case: Case, dtype: torch.dtype) -> tuple[str, ...] | None:
+        """The modes of torch.compile that a row is compared with by default; None: the row is not timed."""
+        if self.compiled is None:
+            return ("default",)
+        modes = self.compiled(case, dtype)
+        return () if modes is None and case in self.gpu_bench else modes
+
     @property
     def function(self) -> Callable[..., Any]:
         from .. import functional

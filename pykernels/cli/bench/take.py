@@ -63,10 +63,6 @@ class Effort:
     probe: float = 0.3
 
 
-def _modes(spec: OpSpec, case: Case, dtype: torch.dtype) -> tuple[str, ...] | None:
-    return spec.compiled(case, dtype) if spec.compiled else ("default",)
-
-
 def everything(
     specs: Sequence[OpSpec],
     dtypes: Sequence[torch.dtype],
@@ -79,8 +75,7 @@ def everything(
     for dtype in dtypes:
         for spec in specs:
             for case in spec.timed(device):
-                own = _modes(spec, case, dtype)
-                own = () if own is None and case in spec.gpu_bench else own
+                own = spec.compile_modes(case, dtype)
                 if own is not None:
                     directions = bench.DIRECTIONS if spec.differentiable else bench.DIRECTIONS[:1]
                     jobs.append(Job(spec, case, dtype, own if modes is None else modes, directions))
@@ -100,7 +95,7 @@ def quick(specs: Sequence[OpSpec], steps: Sequence[Step], room: str | None) -> P
                 asked = wanted.get((label(spec), case.label, str(dtype).removeprefix("torch.")), set())
                 directions = [name for name in bench.DIRECTIONS if name in asked]
                 if directions:
-                    modes = tuple({"default"} & set(_modes(spec, case, dtype) or ()))
+                    modes = tuple({"default"} & set(spec.compile_modes(case, dtype) or ()))
                     jobs.append(Job(spec, case, dtype, modes, directions))
     called = {target.op for target in TARGETS if target.of_call}
     variants = [t.op for t in TARGETS if t.direction == "epoch"] if room in (None, "sampled_softmax") else []
