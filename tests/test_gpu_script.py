@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from pykernels.testing.spec import load
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -73,3 +75,10 @@ def test_a_step_that_hangs_is_recorded_with_what_it_printed(gpu: ModuleType) -> 
     outcome = gpu.run([sys.executable, "-c", code], 1.5)
     assert outcome["exit_code"] == 124 and "begun" in outcome["output_tail"] and "out of time" in outcome["output_tail"]
     assert gpu.run(["no-such-program"], 5)["exit_code"] == 127
+
+
+def test_shapes_for_clusters_fit_them() -> None:
+    """Each of the two rows that are left has a shape that fills a GPU."""
+    specs = [spec for spec in load("recurrent") if spec.name in ("lstm", "gru") and spec.gpu_bench]
+    fitting = [case.label for spec in specs for case in spec.timed("cuda") if case.inputs["h0"].shape[-1] <= 512]
+    assert fitting == ["T1024-B16-H512"] * 2
