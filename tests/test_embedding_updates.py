@@ -208,19 +208,18 @@ def test_what_kernels_report_is_raised_once() -> None:
     weight, ids = torch.randn(V, D), torch.tensor([1])
     record = _errors.record(torch.device("cpu"))
     assert record is _errors.record(torch.device("cpu")) and record.shape == (_errors.WORDS,)
-    codes = {names[:2]: code for code, names in _errors._codes.items()}
 
-    def report(function: str, argument: str, *words: int) -> None:
-        record[: 2 + len(words)] = torch.tensor([_errors.WRITTEN, codes[function, argument], *words])
+    def report(argument: _errors.Argument, *words: int) -> None:
+        record[: 2 + len(words)] = torch.tensor([_errors.WRITTEN, _errors._numbers[argument], *words])
 
-    report("embedding", "input", 7, V, V, 0)
+    report(_errors.Argument("embedding", "input"), 7, V, V, 0)
     with pytest.raises(IndexError, match=rf"embedding\(\).*input\[7\].* is {V}, which is not in \[0, {V}\)"):
         pk.functional.embedding_bag(ids.view(1, 1), weight)
     pk.check_errors()
-    report("embedding_bag_multi", "offsets", 3, 99, 12, 2)
+    report(_errors.Argument("embedding_bag_multi", "offsets", "offsets", many=True), 3, 99, 12, 2)
     with pytest.raises(ValueError, match=r"embedding_bag_multi\(\).*offsets\[2\]\[3\].* is 99; .* exceed 12"):
         pk.check_errors()
-    report("embedding_sgd_", "indices", 0, -1, V, 0)
+    report(_errors.Argument("embedding_sgd_", "indices"), 0, -1, V, 0)
     with pytest.raises(IndexError, match=r"embedding_sgd_\(\).*indices\[0\].* is -1"):
         pk.functional.embedding(ids, weight, bounds_check="sync")
     pk.functional.embedding(ids, weight, bounds_check="sync")
