@@ -25,7 +25,7 @@ def lint(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, "-m", "pykernels.testing.aot", "--kind", "triton", "--jobs", "1", *arguments],
-        env={**clean, **environment}, cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**clean, **environment}, cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def test_a_script_runs_from_the_command_line(tmp_path: Path) -> None:
     book.write_text("A tale of two kernels and their gradients, told row by row.\n" * 200, encoding="utf-8")
     command = [sys.executable, str(EXAMPLES / "gpt.py"), "--small", "--steps", "2", "--text"]
     run = partial(
-        subprocess.run, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run, capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     done = run([*command, str(book)])
     assert done.returncode == 0, done.stderr

@@ -42,7 +42,7 @@ def test_torchrun() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "STEPS": "2", "OMP_NUM_THREADS": "1"}
     script = str(ROOT / "examples" / "torchrun_gpt.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     module = importlib.import_module("torchrun_gpt")
     alone = module.train(module.prose(), 2)

@@ -156,7 +156,7 @@ print(len(wrong), found.used_blocks, found.idle_bytes, found.reused > 20, found.
 def test_no_two_live_tensors_share_memory() -> None:
     """Four threads, forks amid them, random sizes, the bound changed on the way; every tensor keeps its value."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", _STRESS], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", _STRESS], env=environment, capture_output=True, text=True, timeout=600)
     assert done.stdout.split() == ["0", "0", "0", "True", "True"], done.stdout + done.stderr
 
 
