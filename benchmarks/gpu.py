@@ -1,25 +1,32 @@
 """`make gpu`: build for the GPU that is here, run the contract on it, measure, write a record.
 
     python benchmarks/gpu.py                    everything, inside nine minutes
-    python benchmarks/gpu.py --only bench       one step or several (build, tests, sanitizer, bench), e.g. to resume
+    python benchmarks/gpu.py --only bench       some of build, tests, sanitizer, bench: all the time is theirs
+    python benchmarks/gpu.py --output FOLDER    the record and each step's whole output there
+    python benchmarks/gpu.py --dry-run          the same script without a GPU: the emulator in its place, small shapes
 
 Needs no network: what is missing (compute-sanitizer, pytest-xdist) is left out and said so. Each step has its share of
-the time; a step that runs out of it is recorded as such, with what it had printed. The summary table is printed last,
-the record is benchmarks/results/<gpu>-<date>.json. Without a GPU: exit code 3.
+the time and what the steps before it left of theirs; one that runs out of it is stopped, with all its processes, and
+recorded as such, with what it had printed. The summary table is printed last, whatever failed; the record,
+<gpu>-<date>.json, is written after each step. Without a GPU: exit code 3.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # seconds for each step; together under nine minutes
 SHARE = {"build": 150, "tests": 170, "sanitizer": 50, "bench": 150}
+GRACE = 10  # of these, for a step that ran out of time to say what it knows
 GPU_TESTS = (
     "tests/test_contract.py",
     "tests/test_activation.py",
@@ -36,25 +44,48 @@ GPU_TESTS = (
     "tests/test_backends.py",
     "tests/test_emulator_collectives.py",  # on a GPU these compare our definitions with the hardware
 )
+DRY_TESTS = ("tests/test_emulator_collectives.py", "-k", "vote or shuffle")
+
+dry = False  # --dry-run
 
 
-def _text(stream: str | bytes | None) -> str:
-    return stream.decode(errors="replace") if isinstance(stream, bytes) else stream or ""
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """As Ctrl-C, on which pytest says what failed so far; then all its processes, which would disturb what follows."""
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+
+
+def _read(stream: Any) -> str:
+    stream.seek(0)
+    return stream.read().decode(errors="replace")
 
 
 def run(command: list[str], seconds: float, **environment: str) -> dict[str, Any]:
-    """Runs one step; its exit code, time, what it wrote to standard output, and the end of all it wrote."""
-    print(f"\n$ {' '.join(command)}", flush=True)
+    """Runs a command; its exit code (124: out of time), time, what it wrote to standard output, and the end of all."""
+    print(f"\n$ {' '.join(part if len(part) < 100 else '...' for part in command)}", flush=True)
     start = time.monotonic()
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | environment, timeout=seconds, capture_output=True, text=True
-        )
-        code, output, errors = done.returncode, done.stdout, done.stderr
-    except subprocess.TimeoutExpired as late:
-        code, output, errors = 124, _text(late.stdout), f"{_text(late.stderr)}\n(out of time)"
-    except FileNotFoundError as missing:
-        code, output, errors = 127, "", str(missing)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
+    late = ""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:  # pipes would stay open in grandchildren
+        try:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=out, stderr=err, start_new_session=True
+            )
+        except OSError as missing:
+            code, late = 127, str(missing)
+        else:
+            try:
+                code = process.wait(max(seconds - GRACE, seconds / 2))
+            except subprocess.TimeoutExpired:
+                code, late = 124, "(out of time)"
+                _stop(process)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        output, errors = _read(out), _read(err)
+    errors = f"{errors}\n{late}".strip()
     tail = f"{output[-8000:]}\n{errors[-4000:]}".strip()
     print(tail[-4000:], flush=True)
     return {
@@ -62,129 +93,157 @@ def run(command: list[str], seconds: float, **environment: str) -> dict[str, Any
         "seconds": round(time.monotonic() - start, 1),
         "output_tail": tail,
         "output": output,
+        "errors": errors,
     }
 
 
+def _joined(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One outcome of several commands: the first failure's code."""
+    texts = {key: "\n".join(part[key] for part in parts.values()) for key in ("output", "errors", "output_tail")}
+    code = next((part["exit_code"] for part in parts.values() if part["exit_code"]), 0)
+    failed = [name for name, part in parts.items() if part["exit_code"]]
+    seconds = {name: part["seconds"] for name, part in parts.items()}
+    return {"exit_code": code, "seconds": round(sum(seconds.values()), 1), "parts": seconds, "failed": failed, **texts}
+
+
 def step_build(seconds: float) -> dict[str, Any]:
-    """The CUDA module for this GPU alone, and the CPU module; no pip, no network."""
+    """The CUDA module for this GPU alone, then the CPU module, without which the rest can go on; no pip, no network."""
     major, minor = _capability()
     number = f"{major}.{minor}" + ("a" if (major, minor) == (9, 0) else "")
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    return run(command, seconds, TORCH_CUDA_ARCH_LIST=number, PYKERNELS_BUILD="auto")
+    command, deadline, parts = [sys.executable, "setup.py", "build_ext", "--inplace"], time.monotonic() + seconds, {}
+    for kind in ("none",) if dry else ("cuda", "cpu"):
+        left = deadline - time.monotonic()
+        parts[kind] = run(command, max(left, 2), TORCH_CUDA_ARCH_LIST=number, PYKERNELS_BUILD=kind)
+    return _joined(parts)
 
 
 def step_tests(seconds: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pytest", "-q", *GPU_TESTS]
-    if importlib.util.find_spec("xdist"):
+    command = [sys.executable, "-m", "pytest", "-q", *(DRY_TESTS if dry else GPU_TESTS)]
+    if importlib.util.find_spec("xdist") and not dry:
         command += ["-n", "6"]
     outcome = run(command, seconds)
     counts = {
         word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", outcome["output"][-400:])
     }
     outcome["counts"] = counts
-    outcome["failed"] = re.findall(r"^FAILED (\S+)", outcome["output"], re.M)
+    outcome["failed"] = re.findall(r"^(?:FAILED|ERROR) (\S+)", outcome["output"], re.M)
     return outcome
 
 
 SANITIZED = """
+import sys
 import torch
 from pykernels.testing.run import evaluate
 from pykernels.testing.spec import load
-for spec in load():
-    for backend in {"triton", "cuda"} & set(spec.kernels):
+device, room, *backends = sys.argv[1:]
+for spec in load(room or None):
+    for backend in {*backends} & {*spec.kernels}:
         for case in spec.cases[:6]:
-            evaluate(spec.function, case, case.make(torch.float32, "cuda"), backend=backend)
-torch.cuda.synchronize()
+            evaluate(spec.function, case, case.make(torch.float32, device), backend=backend)
+if device == "cuda":
+    torch.cuda.synchronize()
 """
 
 
 def step_sanitizer(seconds: float) -> dict[str, Any]:
+    """Memory errors; the emulator of a dry run looks for them itself."""
+    program = [
+        sys.executable,
+        "-c",
+        SANITIZED,
+        *(("cpu", "activation", "emulator") if dry else ("cuda", "", "triton", "cuda")),
+    ]
+    if dry:
+        return run(program, seconds)
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         return {"exit_code": None, "why": "compute-sanitizer is not installed here"}
-    return run([tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", SANITIZED], seconds)
-
-
-def served(backend: str) -> list[str]:
-    """The rooms with benchmark shapes that this backend serves."""
-    from pykernels.testing.spec import ROOMS, load
-
-    return [room for room in ROOMS if any(backend in spec.kernels and spec.bench for spec in load(room))]
-
-
-# What the registry does not choose by itself, beside what it does: the same shapes, rows named by the way they ran.
-CLUSTERS = """
-import json
-import torch
-from pykernels._cuda import recurrent
-from pykernels.testing import bench
-from pykernels.testing.spec import load
-found = []
-with recurrent.run_as("cluster"):
-    for spec in load("recurrent"):
-        for case in spec.timed("cuda") if spec.name in ("lstm", "gru") else ():
-            if case.inputs["h0"].shape[-1] > 512:  # refused: its weights do not fit a cluster's shared memory
-                continue
-            rows = bench.rows(spec, case, torch.bfloat16, backend="cuda", device="cuda", compile_modes=(), seconds=0.15)
-            found += [row.as_dict() | {"backend": "cuda, clusters"} for row in rows]
-print(json.dumps({"rows": found}))
-"""
+    return run([tool, "--tool", "memcheck", "--error-exitcode", "9", *program], seconds)
 
 
 def step_bench(seconds: float) -> dict[str, Any]:
-    """Each backend over each room's benchmark shapes; the tables are in the record as `rows`.
-
-    "cuda-sm90" is `cuda` with `--sm90 always`; its rows say where `auto` may take those kernels.
-    """
-    found: dict[str, Any] = {"exit_code": 0, "rows": []}
+    """What gpu_rows.py measures until the time ends; behind a job that took its process down, another process does."""
     deadline = time.monotonic() + seconds
-    jobs = [(room, b, d) for d in ("bfloat16", "float32") for b in ("triton", "cuda") for room in served(b)]
-    jobs[:0] = [("attention", "cuda-sm90", "bfloat16")] if _capability() == (9, 0) else []
-    for room, backend, dtype in jobs:
-        command = [sys.executable, "-m", "pykernels", "bench", room, "--json", "--device", "cuda"]
-        command += ["--dtype", dtype, "--backend", backend.removesuffix("-sm90"), "--seconds", "0.15"]
-        command += ["--sm90", "always" if backend.endswith("-sm90") else "never"]
-        outcome = run(command, max(deadline - time.monotonic(), 1))
-        found["exit_code"] = found["exit_code"] or outcome["exit_code"]
-        try:
-            report = json.loads(outcome["output"][outcome["output"].find("{") :])
-        except ValueError:
-            found.setdefault("unreadable", []).append(f"{room} {backend} {dtype}: {outcome['output_tail'][-2000:]}")
-            continue
-        found["rows"] += [{**row, "backend": backend} for row in report["rows"]]
-        found["copy_bytes_per_second"], found["limits"] = report["copy_bytes_per_second"], report["limits"]
-    if _capability() == (9, 0):
-        outcome = run([sys.executable, "-c", CLUSTERS], max(deadline - time.monotonic(), 1))
-        found["exit_code"] = found["exit_code"] or outcome["exit_code"]
+    found: dict[str, Any] = {"exit_code": 0, "rows": [], "failed": [], "left_out": []}
+    first, texts = 0, []
+    while True:
+        left = deadline - time.monotonic()
+        command = [sys.executable, "benchmarks/gpu_rows.py", "--seconds", f"{max(left - 3 * GRACE, left / 2):.0f}"]
+        outcome = run([*command, "--first", str(first), *(["--small"] if dry else [])], max(left, 2))
+        texts.append((outcome["output"], outcome["errors"]))
+        last = None
+        for line in outcome["output"].splitlines():
+            try:
+                said = json.loads(line)
+            except ValueError:  # something else's print, or the last line of a process that was stopped
+                continue
+            last = said if "job" in said else last
+            found["rows"] += [said["row"]] if "row" in said else []
+            found["failed"] += [f"{said['failed']}: {said['why']}"] if "failed" in said else []
+            found["left_out"] += said.get("left_out", [])
+            found |= {key: said[key] for key in ("limits", "copy_bytes_per_second") if key in said}
         if outcome["exit_code"] == 0:
-            found["rows"] += json.loads(outcome["output"].splitlines()[-1])["rows"]
-    return found
+            break
+        found["output_tail"] = outcome["output_tail"]
+        if last is None or outcome["exit_code"] == 124 or last["job"] + 1 >= last["of"]:
+            found["exit_code"] = outcome["exit_code"]
+            break
+        if outcome["exit_code"] != 70:  # 70: it has said itself what failed
+            found["failed"].append(f"{last['name']}: ended its process (exit code {outcome['exit_code']})")
+        first = last["job"] + 1
+    wrong = [
+        f"{row['op']} {row['shape']} {row['dtype']} {row['backend']}" for row in found["rows"] if not row["correct"]
+    ]
+    found["failed"] += dict.fromkeys(f"{name}: check failed" for name in wrong)
+    found["exit_code"] = found["exit_code"] or int(bool(found["failed"]))
+    found["seconds"] = round(seconds - (deadline - time.monotonic()), 1)
+    return found | {
+        key: "\n".join(text) for key, text in zip(("output", "errors"), zip(*texts, strict=True), strict=True)
+    }
 
 
 def _capability() -> tuple[int, int]:
     import torch
 
-    return torch.cuda.get_device_capability()
+    return (9, 0) if dry else torch.cuda.get_device_capability()
+
+
+def _said_by(*command: str) -> str:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _version(module: str) -> str | None:
+    try:
+        return importlib.import_module(module).__version__
+    except ImportError:
+        return None
 
 
 def describe() -> dict[str, Any]:
     import torch
-    import triton
 
-    properties = torch.cuda.get_device_properties(0)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader"]
-    smi = subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which("nvidia-smi") else ""
-    return {
-        "gpu": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_bytes": properties.total_memory,
-        "driver, clock, maximum clock, power limit": smi,
+    machine: dict[str, Any] = {"gpu": "dry run on the emulator"}
+    if not dry:
+        properties = torch.cuda.get_device_properties(0)
+        machine = {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "driver, clock, maximum clock, power limit": _said_by(
+                "nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader"
+            ),
+        }
+    return machine | {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit,
+        "torch.version.cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "nvcc": _said_by("nvcc", "--version")[-60:],
+        "commit": _said_by("git", "rev-parse", "HEAD"),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -195,8 +254,9 @@ def summary(record: dict[str, Any]) -> str:
         state = {None: f"left out: {outcome.get('why')}", 0: "ok", 124: "OUT OF TIME"}.get(
             outcome["exit_code"], "FAILED"
         )
-        lines.append(f"{name:10} {state:12} {outcome.get('seconds', '')} s  {outcome.get('counts', '')}")
-        lines += [f"    {test}" for test in outcome.get("failed", [])[:20]]
+        left_out = f"{len(outcome['left_out'])} jobs had no time left" if outcome.get("left_out") else ""
+        lines.append(f"{name:10} {state:12} {outcome.get('seconds', '')} s  {outcome.get('counts', left_out)}")
+        lines += [f"    {test[:200]}" for test in outcome.get("failed", [])[:20]]
     rows = record["steps"].get("bench", {}).get("rows", [])
     if rows:
         lines.append(
@@ -215,32 +275,72 @@ def summary(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(SHARE), help="steps to run (default: all)")
-    arguments = parser.parse_args()
+def _trouble() -> str | None:
+    """Why nothing can be run here."""
     try:
         import torch
     except ImportError:
-        print("make gpu: torch is not installed for this python", file=sys.stderr)
+        return f"torch is not installed for this python ({sys.executable})"
+    if dry or torch.cuda.is_available():
+        return None
+    built = "" if torch.version.cuda else f"; torch {torch.__version__} was built without CUDA"
+    return f"no CUDA device is visible to torch here{built}; nothing was run (--dry-run needs none)"
+
+
+def _take(step: str, seconds: float, folder: Path | None) -> dict[str, Any]:
+    """Runs a step, whose own mistakes must not cost what the others found."""
+    try:
+        outcome = globals()[f"step_{step}"](seconds)
+    except Exception:
+        outcome = {"exit_code": 1, "output_tail": traceback.format_exc()}
+        print(outcome["output_tail"], flush=True)
+    whole = f"{outcome.pop('output', '')}\n{outcome.pop('errors', '')}"
+    if folder:
+        (folder / f"{step}.log").write_text(whole)
+    return outcome
+
+
+def _interrupted(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+def main() -> int:
+    begun = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(SHARE), help="steps to run (default: all)")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="of the record and logs (default: the record only)"
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything; the steps' shares follow")
+    parser.add_argument("--dry-run", action="store_true", help="without a GPU, on the emulator")
+    arguments = parser.parse_args()
+    global dry
+    dry = arguments.dry_run
+    if trouble := _trouble():
+        print(f"make gpu: {trouble}", file=sys.stderr)
         return 3
-    if not torch.cuda.is_available():
-        print("make gpu: no CUDA device is visible to torch here; nothing was run", file=sys.stderr)
-        return 3
-    os.environ.pop("TRITON_INTERPRET", None)
+    if not dry:
+        os.environ.pop("TRITON_INTERPRET", None)
+    signal.signal(signal.SIGTERM, _interrupted)
     machine = describe()
     name = re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
-    path = RESULTS / f"{name}-{machine['date'][:10]}.json"
+    folder = arguments.output or (ROOT / "build" / "dry-run" if dry else RESULTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{machine['date'][:10]}.json"
     record: dict[str, Any] = {"machine": machine, "steps": {}}
     if arguments.only and path.exists():
         record["steps"] = json.loads(path.read_text())["steps"]
-    for step in arguments.only or SHARE:
-        outcome = globals()[f"step_{step}"](SHARE[step])
-        outcome.pop("output", None)
-        record["steps"][step] = outcome
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")  # after each step: what was measured is never lost
-    print(f"\nrecord: {path.relative_to(ROOT)}\n{summary(record)}")
+    steps = [step for step in SHARE if not arguments.only or step in arguments.only]
+    whole = 60 * arguments.minutes - GRACE  # what is left over pays for starting and for the summary
+    planned = 0.0
+    try:
+        for step in steps:
+            planned += whole * SHARE[step] / sum(SHARE[one] for one in steps)
+            seconds = max(planned - (time.monotonic() - begun), 2 * GRACE if not dry else 2)
+            record["steps"][step] = _take(step, seconds, arguments.output or (folder if dry else None))
+            path.write_text(json.dumps(record, indent=1) + "\n")  # after each step: what was measured is never lost
+    finally:
+        print(f"\nrecord: {path}\n{summary(record)}", flush=True)
     return 0 if all(outcome["exit_code"] in (0, None) for outcome in record["steps"].values()) else 1
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
-from pykernels.testing.spec import load
+from pykernels.testing.spec import ROOMS, load
 
 ROOT = Path(__file__).parent.parent
+SHARES = ("build", "tests", "sanitizer", "bench")
 
 
 @pytest.fixture
@@ -31,9 +35,90 @@ def test_without_a_gpu_it_says_so_and_fails() -> None:
     assert done.returncode == 3 and "no CUDA device" in done.stderr and not done.stdout
 
 
+def test_a_dry_run_takes_every_step_and_writes_the_record(tmp_path: Path) -> None:
+    """The script itself, from its arguments to its summary, with the emulator for the GPU."""
+    command = [sys.executable, "benchmarks/gpu.py", "--dry-run", "--minutes", "6", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    (path,) = tmp_path.glob("*.json")
+    steps = json.loads(path.read_text())["steps"]
+    assert {name: steps[name]["exit_code"] for name in steps} == dict.fromkeys(SHARES, 0)
+    assert steps["tests"]["counts"]["passed"] > 0
+    rows = steps["bench"]["rows"]
+    assert {row["room"] for row in rows} == set(ROOMS) and all(
+        row["seconds"]["pykernels"]["median"] > 0 for row in rows
+    )
+    assert {row["backend"] for row in rows} == {"emulator", "emulator, sm90", "emulator, clusters"}
+    assert {log.name for log in tmp_path.glob("*.log")} == {f"{name}.log" for name in SHARES}
+    assert "passed" in (tmp_path / "tests.log").read_text()
+    summary = done.stdout[done.stdout.rindex("record: ") :]
+    assert str(path) in summary and all(f"\n{name} " in summary for name in (*SHARES, "sigmoid", "lstm"))
+
+
 def test_the_shares_fit_nine_minutes(gpu: ModuleType) -> None:
-    assert sum(gpu.SHARE.values()) <= 540
+    assert tuple(gpu.SHARE) == SHARES and sum(gpu.SHARE.values()) <= 540
     assert all((ROOT / path).exists() for path in gpu.GPU_TESTS)
+
+
+def _said(*lines: Any) -> str:
+    return "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+
+
+def test_rows_before_and_behind_a_kernel_that_ends_its_process_are_kept(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = {"op": "gelu", "shape": "8", "dtype": "bfloat16", "backend": "cuda", "correct": True}
+    said = [
+        (-11, _said({"limits": {}}, {"job": 0, "name": "a", "of": 4}, {"row": good}, {"job": 1, "name": "b", "of": 4})),
+        (70, _said({"job": 2, "name": "c", "of": 4}, {"failed": "c", "why": "illegal memory access"})),
+        (
+            124,
+            _said(
+                "a print of torch", {"job": 3, "name": "d", "of": 4}, {"row": good | {"correct": False}}, '{"row": {'
+            ),
+        ),
+    ]
+    calls = []
+
+    def run(command: list[str], seconds: float) -> dict[str, Any]:
+        calls.append(command[command.index("--first") + 1])
+        code, output = said[len(calls) - 1]
+        return {"exit_code": code, "output": output, "errors": "", "output_tail": output}
+
+    monkeypatch.setattr(gpu, "run", run)
+    found = gpu.step_bench(100.0)
+    assert calls == ["0", "2", "3"] and len(found["rows"]) == 2 and found["limits"] == {} and found["exit_code"] == 124
+    assert found["failed"] == [
+        "b: ended its process (exit code -11)", "c: illegal memory access", "gelu 8 bfloat16 cuda: check failed",
+    ]  # fmt: skip
+
+
+def test_a_step_that_raises_costs_no_other(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(seconds: float) -> dict[str, Any]:
+        raise KeyError("rows")
+
+    for name in SHARES:
+        monkeypatch.setattr(gpu, f"step_{name}", broken if name == "build" else lambda seconds: {"exit_code": 0})
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--output", str(tmp_path)])
+    assert gpu.main() == 1
+    (path,) = tmp_path.glob("*.json")
+    steps = json.loads(path.read_text())["steps"]
+    assert "KeyError" in steps["build"]["output_tail"] and steps["bench"]["exit_code"] == 0
+    assert "build      FAILED" in capsys.readouterr().out
+
+
+def test_the_next_step_starts_without_processes_of_the_one_before(gpu: ModuleType, tmp_path: Path) -> None:
+    """A compiler or a test worker that goes on would hold memory of the GPU while others are timed."""
+    worker = f"import time; time.sleep(5); open({str(tmp_path / 'late')!r}, 'w')"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {worker!r}]); print('begun', flush=True)"
+    start = time.monotonic()
+    assert gpu.run([sys.executable, "-c", code], 60)["output_tail"] == "begun" and time.monotonic() - start < 5
+    outcome = gpu.run([sys.executable, "-c", f"{code}; import time; time.sleep(60)"], 4)
+    assert outcome["exit_code"] == 124 and "begun" in outcome["output_tail"] and "out of time" in outcome["output_tail"]
+    time.sleep(5)
+    assert not (tmp_path / "late").exists()
 
 
 def test_summary_names_failures_and_gives_no_speed_to_a_wrong_kernel(gpu: ModuleType) -> None:
@@ -70,10 +155,7 @@ def test_summary_names_failures_and_gives_no_speed_to_a_wrong_kernel(gpu: Module
     assert silu.endswith("check FAILED")
 
 
-def test_a_step_that_hangs_is_recorded_with_what_it_printed(gpu: ModuleType) -> None:
-    code = "import time; print('begun', flush=True); time.sleep(30)"
-    outcome = gpu.run([sys.executable, "-c", code], 1.5)
-    assert outcome["exit_code"] == 124 and "begun" in outcome["output_tail"] and "out of time" in outcome["output_tail"]
+def test_a_program_that_is_missing_is_recorded(gpu: ModuleType) -> None:
     assert gpu.run(["no-such-program"], 5)["exit_code"] == 127
 
 

@@ -270,7 +270,7 @@ def _providers(
     return calls, unavailable
 
 
-def _tiny(spec: OpSpec, case: Case) -> Case:
+def tiny(spec: OpSpec, case: Case) -> Case:
     """The case's options at a shape of 2 x 4 (of more dimensions: at most 4 in each); where shapes depend on one
     another (the weights of a cell), the smallest ordinary case of the contract."""
     dependent = spec.name in ("bias_activation_dropout", "dot_interaction", "mlp", "prelu", "swish", "attention_decode")
@@ -288,20 +288,20 @@ def overhead(spec: OpSpec, case: Case, rounds: int = 20) -> dict[str, dict[str, 
     Returns:
         "no grad" and, of what has gradients, "forward", "forward+backward" -> {"pykernels", "eager"} -> Timing.
     """
-    tiny = _tiny(spec, case)
-    inputs = tiny.make(torch.float32)
+    small = tiny(spec, case)
+    inputs = small.make(torch.float32)
 
     function = spec.function  # looked up once: wrapping it costs microseconds
 
     def ours(**leaves: Tensor) -> Tensor:
-        return function(**leaves, **tiny.options)
+        return function(**leaves, **small.options)
 
     def eager(**leaves: Tensor) -> Tensor:
-        return spec.call_timed_peer(**leaves, **tiny.options)
+        return spec.call_timed_peer(**leaves, **small.options)
 
     found = {}
     with one_thread():
-        calls = {OURS: Call(ours, tiny, inputs), "eager": Call(eager, tiny, inputs)}
+        calls = {OURS: Call(ours, small, inputs), "eager": Call(eager, small, inputs)}
         with torch.no_grad():
             found["no grad"] = measure({name: call.forward for name, call in calls.items()}, rounds)
         if not spec.differentiable:
