@@ -98,9 +98,11 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         Explanation: `backend`, and `refused`: backend -> reason.
 
     Raises:
-        TypeError: `function` made no choice of backend (it is not a function of pykernels).
+        TypeError: `function` cannot be called or made no choice of backend (it is not a function of pykernels).
     """
     global _explaining
+    if not callable(function):
+        raise TypeError(f"explain(): argument 'function' must be a function or module, not {type(function).__name__}")
     with _explain_lock:
         _explaining = threading.get_ident()
         try:

@@ -54,6 +54,8 @@ def test_explain_tells_the_choice_and_every_refusal_without_running() -> None:
         pk.explain(f.gelu, "x")
     with pytest.raises(TypeError, match="did not choose a backend"):
         pk.explain(torch.relu, x)
+    with pytest.raises(TypeError, match="'function' must be a function or module, not str"):
+        pk.explain("gelu", x)  # type: ignore[arg-type]
     leaf = torch.randn(3)
     pk.explain(f.relu, leaf, inplace=True)
     assert (leaf == leaf).all() and leaf._version == 0, "explain must not run the call"

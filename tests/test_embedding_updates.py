@@ -305,6 +305,7 @@ SGD = ("embedding_sgd_", (TABLE, IDS, DY), {"lr": 0.1})
         ),
         ("embedding_bag_multi", ([], None, []), {}, ValueError, "'weights'"),
         ("embedding_bag_multi", ([IDS], None, [TABLE, TABLE]), {}, ValueError, "'indices'"),
+        ("embedding_bag_multi", (IDS, None, [TABLE, TABLE]), {}, ValueError, r"'indices'.*ids\.split\(1, dim=1\)"),
         ("embedding_bag_multi", ([IDS, IDS.t()], None, [TABLE, TABLE]), {}, ValueError, "table 1 has 2 bags"),
         ("embedding_bag_multi", ([IDS, IDS], None, [TABLE, TABLE.double()]), {}, RuntimeError, "'weights'"),
         ("embedding_bag_multi", ([IDS], None, [TABLE.to("meta")]), {}, RuntimeError, "meta"),

@@ -311,3 +311,12 @@ def test_errors_name_the_argument(options: dict[str, Any], error: type[Exception
         weights = [*FLAT, torch.randn(2 * H)]
         with pytest.raises(RuntimeError, match=r"'weights\[4\]'"):
             pk.functional.lstm(X, None, weights, **options)
+
+
+def test_what_is_no_tensor_is_told_before_its_shape() -> None:
+    module = pk.nn.GRU(I, H)
+    with pytest.raises(TypeError, match="input must be Tensor or PackedSequence, not ndarray"):
+        module(X.numpy())
+    state = torch.zeros(1, H)
+    with pytest.raises(TypeError, match="hx must be made of Tensor, not tuple"):
+        module(X[0], (state, state))

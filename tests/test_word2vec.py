@@ -318,6 +318,15 @@ def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
         Word2Vec().train([["a", "b"]])
 
 
+def test_gensim_s_names_are_told_ours() -> None:
+    with pytest.raises(TypeError, match=r"'workers' \(gensim's; here: threads\), 'size'$"):
+        Word2Vec(workers=2, size=3)
+    with pytest.raises(TypeError, match=r"\.fit\(sentences\)"):
+        Word2Vec([["a", "b"]])
+    with pytest.raises(AttributeError, match="here: word_vectors"):
+        Word2Vec().wv  # noqa: B018
+
+
 VECTORS = WordVectors(
     ["king", "queen", "man", "woman", "apple"],
     torch.tensor([[1.0, 1, 0], [1, -1, 0], [0, 1, 0.1], [0, -1, 0.1], [0, 0, 1]]),
@@ -367,6 +376,13 @@ def test_other_writers_files_are_read(tmp_path: Path) -> None:
         path.write_bytes(b"2 2\n" + b"".join(w + b" " + struct.pack("<2f", *row) + end for w, row in rows))
         read = WordVectors.load(path, binary=True)
         assert read.words == ["a", "b"] and read.vectors.tolist() == [[1, 2], [3, 0.5]]
+    with pytest.raises(ValueError, match=r"line 2 .* give binary=True"):
+        WordVectors.load(path)
+    with pytest.raises(ValueError, match="not a Word2Vec model"):
+        Word2Vec.load(path)
+    assert WordVectors(read.words, read.vectors.numpy()).similarity("a", "b") == read.similarity("a", "b")
+    with pytest.raises(TypeError, match="'vectors' must be Tensor, not list"):
+        WordVectors(["a"], [[1.0]])  # type: ignore[arg-type]
 
 
 def test_the_command(tmp_path: Path, text: Path) -> None:

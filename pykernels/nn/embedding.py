@@ -114,6 +114,9 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
 class EmbeddingBagCollection(torch.nn.Module):
     """The bags of many tables side by side, in one launch: `pykernels.functional.embedding_bag_multi`.
 
+        tables = EmbeddingBagCollection([5000, 29, 1000], 32)
+        out = tables(ids.split(1, dim=1))  # ids Tensor[B, 3], one of each table -> Tensor[B, 96]
+
     Args:
         num_embeddings: rows of each table.
         embedding_dim: columns of each table, or one number for all.

@@ -243,6 +243,8 @@ class _Sequence(nn.RNNBase):
     def _unbatched_state(self, hx: Any) -> Any:
         hx = (hx,) if self.states == 1 else hx
         for h in hx:
+            if not isinstance(h, Tensor):
+                raise TypeError(f"{type(self).__name__}: hx must be made of Tensor, not {type(h).__name__}")
             if h.dim() != 2:
                 raise RuntimeError(f"For unbatched 2-D input, hx should also be 2-D but got {h.dim()}-D tensor")
         hx = tuple(h.unsqueeze(1) for h in hx)
@@ -271,6 +273,10 @@ class _Sequence(nn.RNNBase):
             if lengths is not None:
                 raise ValueError(f"{type(self).__name__}: lengths must be None with a PackedSequence")
             return self._packed(input, hx, resets)
+        if not isinstance(input, Tensor):
+            raise TypeError(
+                f"{type(self).__name__}: input must be Tensor or PackedSequence, not {type(input).__name__}"
+            )
         if input.dim() not in (2, 3):
             raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
         self._check_input(input)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +18,25 @@ from .vectors import WordVectors
 from .vocabulary import Sentences, Vocabulary
 
 _LINE = 16  # floats in a cache line: rows that begin on one are read and written without splits
+_GENSIM = {  # its names for what has others here: messages tell them
+    "sentences": "fit(sentences)",
+    "corpus_file": "fit(path)",
+    "workers": "threads",
+    "sg": "cbow (sg=0 is cbow=True)",
+    "hs": "hierarchical_softmax",
+    "negative": "negatives",
+    "ns_exponent": "distortion",
+    "alpha": "lr",
+    "min_alpha": "min_lr",
+    "cbow_mean": "word2vec_compat",
+    "max_final_vocab": "max_vocabulary",
+    "compute_loss": "fit(sentences, compute_loss=True)",
+    "wv": "word_vectors",
+}
+
+
+def _here(name: str) -> str:
+    return f" (gensim's; here: {_GENSIM[name]})" if name in _GENSIM else ""
 
 
 @dataclass(frozen=True)
@@ -99,10 +119,15 @@ class Word2Vec:
         losses: mean loss of a pair in each epoch (with `compute_loss`).
 
     Raises:
-        ValueError: an argument is out of its range.
+        TypeError: another argument, or one without its name.   ValueError: an argument is out of its range.
     """
 
-    def __init__(self, *, threads: int = 1, backend: str | None = None, **options: Any) -> None:
+    def __init__(self, *sentences: Any, threads: int = 1, backend: str | None = None, **options: Any) -> None:
+        if sentences:
+            raise TypeError("Word2Vec: takes options by name; text goes to fit(): Word2Vec(...).fit(sentences)")
+        unknown = [name for name in options if name not in Options.__dataclass_fields__]
+        if unknown:
+            raise TypeError(f"Word2Vec: unexpected argument {', '.join(repr(name) + _here(name) for name in unknown)}")
         if threads < 1:
             raise ValueError(f"Word2Vec: argument 'threads' must be at least 1, not {threads}")
         self.options = Options(**options)
@@ -111,6 +136,9 @@ class Word2Vec:
         self.losses: list[float] = []
         self._tables: tuple[Tensor, Tensor] | None = None
         self._sentences_done = 0  # over all epochs
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{_here(name)}")
 
     @property
     def vectors(self) -> Tensor:
@@ -261,7 +289,10 @@ class Word2Vec:
         Raises:
             OSError: the file cannot be read.   ValueError: it holds something else.
         """
-        state = torch.load(path, weights_only=True)
+        try:
+            state = torch.load(path, weights_only=True)
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+            raise ValueError(f"{path}: not a Word2Vec model; files of vectors are WordVectors.load's") from error
         if not isinstance(state, dict) or not {"options", "words", "vectors", "outputs"} <= state.keys():
             raise ValueError(f"{path}: not a Word2Vec model")
         model = cls(threads=threads, backend=backend, **state["options"])

@@ -20,14 +20,19 @@ class WordVectors:
 
     Attributes:
         words: list of V different words.
-        vectors: Tensor[V, D] float32.
+        vectors: Tensor[V, D] float32 (numpy arrays are taken too, and share their memory).
         index: word -> row.
 
     Raises:
+        TypeError: `vectors` is no Tensor or array.
         ValueError: the numbers of words and rows differ, or a word is there twice.
     """
 
     def __init__(self, words: Sequence[str], vectors: Tensor) -> None:
+        if type(vectors).__module__ == "numpy":
+            vectors = torch.as_tensor(vectors)
+        if not isinstance(vectors, Tensor):
+            raise TypeError(f"WordVectors: argument 'vectors' must be Tensor, not {type(vectors).__name__}")
         self.words, self.vectors = list(words), vectors
         self.index = {word: i for i, word in enumerate(self.words)}
         if vectors.dim() != 2 or vectors.shape[0] != len(self.words):
@@ -163,7 +168,10 @@ class WordVectors:
             try:
                 count, width = (int(field) for field in header)
             except ValueError:
-                raise ValueError(f"{path}: the first line must hold two numbers, words and columns") from None
+                raise ValueError(
+                    f"{path}: the first line must hold two numbers, words and columns (gensim writes such files by "
+                    "KeyedVectors.save_word2vec_format)"
+                ) from None
             if count < 0 or width < 1:
                 raise ValueError(f"{path}: {count} words of {width} columns cannot be")
             read = _read_binary if binary else _read_text
@@ -177,8 +185,9 @@ def _read_text(path: str | Path, file: BinaryIO, count: int, width: int) -> tupl
         fields = file.readline().decode("utf-8", "replace").rstrip().split(" ")
         try:
             row = [float(field) for field in fields[1:]]
-        except ValueError as error:
-            raise ValueError(f"{path}: line {number + 2}: {error}") from None
+        except ValueError:
+            what = "is not a word and numbers; for word2vec's binary format give binary=True"
+            raise ValueError(f"{path}: line {number + 2} {what}") from None
         if len(row) != width:
             raise ValueError(f"{path}: line {number + 2} has {len(row)} numbers, not {width}")
         words.append(fields[0])

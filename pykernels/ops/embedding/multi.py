@@ -142,8 +142,7 @@ def embedding_bag_multi(
         ValueError: lists of different lengths or none at all; tables that give different numbers of bags; as
             `embedding_bag`.
         TypeError, RuntimeError, NotImplementedError, IndexError, BackendError: as `embedding_bag`; of ids and offsets
-        the
-            number of the table is named with the position.
+            the number of the table is named with the position.
     """
     name = "embedding_bag_multi"
     if is_compiling() and is_held(*weights):
@@ -201,8 +200,9 @@ def _check_lists(
         raise ValueError(f"{name}(): argument 'weights' must hold at least one table")
     for argument, value in (("indices", indices), ("offsets", offsets), ("per_sample_weights", per_sample_weights)):
         if value is not None and len(value) != count:
+            one = "; of ids Tensor[B, T], one a table, make ids.split(1, dim=1)" if isinstance(value, Tensor) else ""
             raise ValueError(
-                f"{name}(): argument '{argument}' must have the length {count} of weights, not {len(value)}"
+                f"{name}(): argument '{argument}' must have the length {count} of weights, not {len(value)}{one}"
             )
     starts = (None,) * count if offsets is None else tuple(offsets)
     check_mode(name, mode, False, False)
