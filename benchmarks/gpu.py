@@ -38,6 +38,7 @@ GRACE = 10  # of these, for a step that ran out of time to say what it knows
 GPU_TESTS = (
     "tests/test_contract.py",
     "tests/test_activation.py",
+    "tests/test_sm90_kernels.py",
     "tests/test_attention_sm90.py",
     "tests/test_recurrent_kernels.py",
     "tests/test_recurrent_cluster.py",

@@ -9,11 +9,9 @@ torch.compile last. Each job begins with a line {"job": its number, ...}.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pykernels import sm90_kernels
-from pykernels._cuda import recurrent
 from pykernels.testing import bench
 from pykernels.testing.limits import probe
 from pykernels.testing.spec import Case, OpSpec, load
@@ -34,7 +31,7 @@ _SECONDS = 0.15  # about, a measurement
 
 @dataclass(frozen=True)
 class Job:
-    """One benchmark case on one backend; way: "sm90" or "clusters", which the registry does not choose by itself."""
+    """One benchmark case on one backend; way: "sm90", kernels that the registry does not choose by itself."""
 
     spec: OpSpec
     case: Case
@@ -56,10 +53,10 @@ class Job:
 def _ways(spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, hopper: bool) -> list[str]:
     found = [""]
     if hopper and backend != "triton" and dtype == torch.bfloat16:
-        if spec.name == "scaled_dot_product_attention":
+        if spec.name in ("scaled_dot_product_attention", "attention"):
             found.append("sm90")
         if spec.name in ("lstm", "gru") and case.inputs["h0"].shape[-1] <= CLUSTER_HIDDEN and not case.options:
-            found.append("clusters")
+            found.append("sm90")
     return found
 
 
@@ -103,18 +100,9 @@ def smallest(spec: OpSpec) -> Case:
     return replace(case, label="small", inputs=inputs)
 
 
-@contextlib.contextmanager
-def _forced(job: Job) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(sm90_kernels("always" if job.way == "sm90" else "never"))
-        if job.way == "clusters":
-            stack.enter_context(recurrent.run_as("cluster"))
-        yield
-
-
 def measure(job: Job, device: str) -> list[dict[str, Any]]:
     directions = bench.DIRECTIONS if job.spec.differentiable else bench.DIRECTIONS[:1]
-    with _forced(job):
+    with sm90_kernels("always" if job.way else "never"):
         rows = bench.rows(
             job.spec,
             job.case,
@@ -125,6 +113,8 @@ def measure(job: Job, device: str) -> list[dict[str, Any]]:
             seconds=_SECONDS,
             directions=directions,
         )
+    if job.way and not rows[0].kernels.startswith("kernels for sm_90a"):
+        raise RuntimeError(f"was served by {rows[0].kernels}")
     return [row.as_dict() | {"backend": job.served_by} for row in rows]
 
 

@@ -346,12 +346,15 @@ def default_backend(name: str | None, origin: str) -> Iterator[None]:
 
 @contextmanager
 def sm90_kernels(mode: str) -> Iterator[None]:
-    """Whether the `cuda` backend takes attention kernels that only GPUs of compute capability 9.0 run, in all threads.
+    """Whether the `cuda` backend takes kernels that only GPUs of compute capability 9.0 run, in all threads.
+
+    Attention has such kernels (without dropout), and LSTM and GRU (hidden sizes up to 512, multiples of 8), of 16 bits.
 
     Args:
         mode: "auto" (as outside): where a committed GPU record shows them faster, which is nowhere yet. "always": for
-            every call they can serve; on another GPU, calls that name the backend are refused. "never".
-            `explain(...).kernels` says which would serve a call, and why not those. The emulator has them too.
+            every call they can serve; on another GPU, calls of these rooms that name the backend are refused. "never".
+            A backward looks when it runs, not when its forward did. `explain(...).kernels` says which would serve a
+            call, and why not those. The emulator has them too.
 
     Raises:
         ValueError: another mode.

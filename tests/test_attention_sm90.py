@@ -4,7 +4,6 @@ On the emulator, which checks every barrier, copy and product; on a GPU of capab
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from test_attention_cuda import ATTENTION, BACKEND, assert_close, extension, ten
 from torch import Tensor
 
 import pykernels.functional as pk
-from pykernels import explain, reference, sm90_kernels
+from pykernels import reference, sm90_kernels
 from pykernels._cuda import _sm90
 from pykernels.testing.run import check_case
 from pykernels.testing.spec import Case
@@ -215,35 +214,3 @@ def test_any_order_of_threads_and_any_number_of_blocks() -> None:
             assert all(torch.equal(a, b) for a, b in zip(first, results(), strict=True))
         finally:
             extension.module.set_order(0)
-
-
-def test_explain_says_which_kernels() -> None:
-    q = torch.randn(1, 2, 30, 64, device=DEVICE).half()
-
-    def kernels(**options: Any) -> str:
-        return explain(pk.attention, q, q, q, backend=BACKEND, **options).kernels
-
-    assert kernels(causal=True) == "kernels for sm_90a"
-    assert kernels(softcap=2.0, alibi_slopes=torch.ones(2, device=DEVICE)) == "kernels for sm_90a"
-    assert "dropout" in kernels(dropout_p=0.5)
-    wide = torch.randn(1, 2, 30, 160, device=DEVICE).half()
-    assert explain(pk.attention, wide, wide, wide, backend=BACKEND).kernels == "kernels for sm_90a"
-    assert "float32" in explain(pk.attention, *(q.float(),) * 3, backend=BACKEND).kernels
-    with sm90_kernels("auto"):
-        assert "no GPU record" in kernels()
-    with sm90_kernels("never"):
-        assert "never" in kernels()
-    with pytest.raises(ValueError, match="auto, always, never"), sm90_kernels("sometimes"):
-        pass
-
-
-def test_a_gpu_without_the_instructions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    built = SimpleNamespace(name="_cuda_ext", architectures=["80", "90a"])
-    other = SimpleNamespace(name="_cuda_ext", architectures=["80", "90+PTX"])
-    gpu = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert "this GPU has 8.0" in str(_sm90.refusal(built, gpu))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert "without sm_90a" in str(_sm90.refusal(other, gpu)) and _sm90.refusal(built, gpu) is None
-    with sm90_kernels("auto"):
-        assert _sm90.refusal(other, gpu) is None  # the other kernels serve

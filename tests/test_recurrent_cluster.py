@@ -1,5 +1,5 @@
 """Recurrent loops in clusters (csrc/cuda/recurrent_cluster_*_sm90.cu): against the reference over ragged batches, both
-directions, clusters of every size; what is asked for where it cannot be is refused with the reason."""
+directions, clusters of every size."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from conftest import BACKENDS, DEVICE
 from test_recurrent_kernels import CUDA, RAGGED, check, floor_of, layer, run
 from torch import Tensor
 
+from pykernels import sm90_kernels
 from pykernels._cuda import recurrent as cuda
 from pykernels._cuda._extension import Extension
 
@@ -20,10 +21,24 @@ needs_clusters = pytest.mark.skipif(not HOPPER, reason="clusters are for sm_90")
 on_emulator = pytest.mark.skipif("emulator" not in BACKENDS, reason="how many blocks a GPU holds is not ours to set")
 
 
+@pytest.fixture(autouse=True)
+def _in_clusters(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every loop; none that is served in another way in silence."""
+    planned = cuda._planned
+
+    def checked(*args: Any) -> Any:
+        plan, reason = planned(*args)
+        assert plan[0] == cuda.CLUSTERS and reason is None, reason
+        return plan, reason
+
+    monkeypatch.setattr(cuda, "_planned", checked)
+    with sm90_kernels("always"):
+        yield
+
+
 @pytest.fixture(params=CUDA)
-def floor(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with cuda.run_as("cluster"):
-        yield floor_of(request.param)
+def floor(request: pytest.FixtureRequest) -> Any:
+    return floor_of(request.param)
 
 
 @pytest.fixture
@@ -55,27 +70,24 @@ def test_even_and_recomputed(floor: Any, kind: str, poisoned: None) -> None:
 def test_clusters_by_what_fits(emulator: Any, held: int, kind: str, hidden: int, poisoned: None) -> None:
     """Fewer and larger blocks where the device does not hold more at once."""
     emulator.set_resident_blocks(held)
-    with cuda.run_as("cluster"):
-        check(floor_of("emulator"), layer(kind, RAGGED, 19, hidden, torch.bfloat16))
+    check(floor_of("emulator"), layer(kind, RAGGED, 19, hidden, torch.bfloat16))
 
 
 @on_emulator
 def test_more_terms_than_registers_hold(emulator: Any, poisoned: None) -> None:
     """Forward from hidden size 257 on; backward with more than 128 rows of W_hh in a block."""
-    with cuda.run_as("cluster"):
-        check(floor_of("emulator"), layer("lstm", None, 2, 296, torch.float16, steps=3))
-        emulator.set_resident_blocks(2)
-        check(floor_of("emulator"), layer("gru", None, 2, 104, torch.bfloat16, steps=3))
+    check(floor_of("emulator"), layer("lstm", None, 2, 296, torch.float16, steps=3))
+    emulator.set_resident_blocks(2)
+    check(floor_of("emulator"), layer("gru", None, 2, 104, torch.bfloat16, steps=3))
 
 
 @on_emulator
 @pytest.mark.parametrize("order", (1, 7), ids=("reversed", "random"))
 def test_any_order_of_threads(emulator: Any, order: int, poisoned: None) -> None:
     given = layer("lstm", RAGGED, 19, 40, torch.bfloat16, 2)
-    with cuda.run_as("cluster"):
-        first = run(floor_of("emulator"), given)
-        emulator.set_order(order)
-        second = run(floor_of("emulator"), given)
+    first = run(floor_of("emulator"), given)
+    emulator.set_order(order)
+    second = run(floor_of("emulator"), given)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
@@ -103,7 +115,7 @@ def test_peepholes_projections_and_saved_tensors_anywhere(floor: Any, kind: str,
 
 @needs_clusters
 def test_sizes(floor: Any) -> None:
-    """H <= 512 for both cells, forward and backward; beyond, a request is refused."""
+    """H <= 512 for both cells, forward and backward."""
     module: Any = floor.lstm_forward.args[0].module
     where = torch.empty(1, device=DEVICE)
     for cell in (0, 1):
@@ -114,56 +126,3 @@ def test_sizes(floor: Any) -> None:
             ]
             assert [p[0] for p in plans] == [4, 4, 4, 0]
             assert plans[2][1:3] == (8, 8)
-    with pytest.raises(RuntimeError, match="'cluster' of running .* does not fit hidden size 520"):
-        run(floor, layer("lstm", None, 1, 520, torch.bfloat16, steps=1))
-
-
-@needs_clusters
-def test_refusals(floor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError, match="clusters run LSTM and GRU, not tanh RNN"):
-        run(floor, layer("tanh", None, 2, 8, torch.bfloat16))
-    with pytest.raises(RuntimeError, match="clusters run hidden sizes that are multiples of 8, not 12"):
-        run(floor, layer("lstm", None, 2, 12, torch.bfloat16))
-    with pytest.raises(RuntimeError, match="clusters run float16 and bfloat16, not float32"):
-        run(floor, layer("lstm", None, 2, 8, torch.float32))
-    with pytest.raises(ValueError, match="unknown way 'clusters'"), cuda.run_as("clusters"):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("capability", "built", "reason"),
-    (
-        ((8, 0), ["80", "90a"], "clusters need a GPU of sm_90, this one is sm_80"),
-        ((10, 0), ["90a", "90+PTX"], "clusters need a GPU of sm_90, this one is sm_100"),
-        ((9, 0), ["80", "90+PTX"], "_cuda_ext was built without sm_90a"),
-        ((9, 0), ["80", "90a"], None),
-    ),
-)
-def test_other_gpus_are_refused(
-    capability: tuple[int, int], built: list[str], reason: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Module:
-        @staticmethod
-        def build_info() -> dict[str, list[str]]:
-            return {"architectures": built}
-
-    class There:
-        is_cuda, dtype, device, shape = True, torch.bfloat16, "cuda", (1, 16, 40)
-
-    class Built:
-        name, module = "_cuda_ext", Module
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    found = cuda._cluster_reason(Built, "lstm", There)  # type: ignore[arg-type]
-    assert found is None if reason is None else found is not None and reason in found
-
-
-@on_emulator
-def test_auto_takes_clusters_only_where_a_record_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = cuda._Floor(Extension("_emulator_ext"))._plan
-    h = torch.empty(1, 16, 40, dtype=torch.bfloat16)
-    assert not cuda.CLUSTER_FASTER and plan("lstm", False, h)[0] == 1
-    monkeypatch.setitem(cuda.CLUSTER_FASTER, ("lstm", torch.bfloat16), (33, 2048))
-    assert plan("lstm", False, h)[0] == plan("lstm", True, h)[0] == 4
-    assert plan("gru", False, h)[0] == plan("lstm", False, h.half())[0] == plan("lstm", False, h[..., :32])[0] == 1
-    assert plan("lstm", False, h.expand(1, 16, 40).new_empty(1, 16, 1024))[0] == 2  # it does not fit: as without

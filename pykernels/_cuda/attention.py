@@ -40,23 +40,24 @@ def describe(
     query: Tensor,
     value: Tensor,
     keys: int,
+    terms: tuple[Tensor | None, ...],
+    softcap: float,
     dropout_p: float,
+    scale: float,
 ) -> str:
-    """Which kernels would serve a call with `keys` keys, for `explain`."""
-    call = query, value, keys, dropout_p
-    forward, backward = (_not_for_sm90(ext, f"attention_{way}", *call) for way in ("forward", "backward"))
-    if forward is not None:
-        return f"kernels for every GPU; not those for sm_90a: {forward}"
-    return "kernels for sm_90a" + (f"; backward those for every GPU: {backward}" if backward is not None else "")
+    """Which kernels would serve a call with `keys` keys, for `explain`. terms: see `_general`."""
+    call = query, value, keys, dropout_p, _general(terms, softcap, scale)
+    return _sm90.described(_not_for_sm90(ext, False, *call), _not_for_sm90(ext, True, *call))
+
+
+def _general(terms: tuple[Tensor | None, ...], softcap: float, scale: float) -> bool:
+    """Whether scores are more than the products times a positive scale, masked by position: not `plain` of
+    csrc/cuda/attention_sm90.h. terms: bias, mask, padding mask, slopes."""
+    return any(x is not None for x in terms) or softcap != 0 or scale <= 0
 
 
 def _not_for_sm90(
-    ext: Extension,
-    kernel: str,
-    query: Tensor,
-    value: Tensor,
-    keys: int,
-    dropout_p: float,
+    ext: Extension, backward: bool, query: Tensor, value: Tensor, keys: int, dropout_p: float, general: bool
 ) -> str | None:
     """Why the kernels for sm_90a do not serve a call, or None."""
     widest = max(query.shape[-1], value.shape[-1])
@@ -66,7 +67,8 @@ def _not_for_sm90(
         return "they have no dropout"
     if keys == 0 or query.numel() == 0:
         return "they need queries and keys"
-    return _sm90.declined(ext, query.device, kernel, query.dtype, 64 if widest <= 64 else 128 if widest <= 128 else 256)
+    general = general or (backward and widest > 128)  # there is no other
+    return _sm90.declined(ext, query.device, _sm90.Kernels("attention", backward, query.dtype, general), widest)
 
 
 def _check_head_size(query: Tensor, value: Tensor) -> None:
@@ -110,7 +112,8 @@ def attention_forward(
     if size.lk == 0:
         masks, bias = (None, None, *masks[2:]), None
     launcher = "attention_forward"
-    if _not_for_sm90(ext, launcher, query, value, size.lk, dropout_p) is None:
+    general = _general((bias, mask, key_padding_mask, alibi_slopes), softcap, scale)
+    if _not_for_sm90(ext, False, query, value, size.lk, dropout_p, general) is None:
         launcher = "attention_forward_sm90"
         query, key, value = (launching.unexpanded(x) for x in (query, key, value))
     query, key, value = (launching.in_rows(x) for x in (query, key, value))
@@ -166,7 +169,8 @@ def attention_backward(
             dsinks.copy_(dlse.sum([d for d in range(dlse.dim()) if d != 1]) if size.lq else torch.zeros_like(dsinks))
         return dq, dk, dv, dbias, dsinks
     masks = mask, key_padding_mask, prefix_length, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed
-    other = _not_for_sm90(ext, "attention_backward", query, value, size.lk, dropout_p)
+    general = _general((bias, mask, key_padding_mask, alibi_slopes), softcap, scale)
+    other = _not_for_sm90(ext, True, query, value, size.lk, dropout_p, general)
     kernels = "_sm90" if other is None else ""
     if kernels:
         query, key, value, dout = (launching.unexpanded(x) for x in (query, key, value, dout))

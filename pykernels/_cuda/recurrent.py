@@ -3,55 +3,35 @@
 Small hidden sizes run in one launch of one block for each 16 rows, which keeps W_hh and the state in its shared memory.
 Larger ones run in one cooperative launch: the blocks of 16 rows keep the weights of some hidden units each and meet
 once a step. Where the device cannot hold these blocks at once, each step is a launch. On sm_90 an LSTM or GRU of 16
-bits can also run in clusters, whose blocks exchange the state through distributed shared memory: on request
-(`run_as`), or where a record has shown it faster. `ext`: the CUDA module, or its emulation on the CPU.
+bits can also run in clusters, whose blocks exchange the state through distributed shared memory: where `_sm90` says so.
+`ext`: the CUDA module, or its emulation on the CPU.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._packed import GATES, Backward, Floor, Forward, RowsBackward, RowsFloor, RowsForward, Visit, unserved
+from . import _sm90
 from ._extension import DTYPE_CODES, Extension
 
 __all__ = [
-    "cell_backward", "cell_forward", "gru_backward", "gru_forward", "gru_recompute", "lstm_backward", "lstm_forward",
-    "lstm_recompute", "rnn_backward", "rnn_forward", "rows_backward", "rows_forward", "run_as", "unsupported",
+    "cell_backward", "cell_forward", "describe", "gru_backward", "gru_forward", "gru_recompute", "lstm_backward",
+    "lstm_forward", "lstm_recompute", "rnn_backward", "rnn_forward", "rows_backward", "rows_forward", "unsupported",
 ]  # fmt: skip
 
 _CELLS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
 _ROWS = 16
 
-#: Ways to run the time loop: by size and device; one block for each tile of rows; a cooperative grid; a launch a step;
-#: a cluster for each tile of rows.
-WAYS = {"auto": 0, "block": 1, "grid": 2, "step": 3, "cluster": 4}
-WAY = 0
+#: How a time loop runs: RecurrentPlan::way of csrc/cuda/recurrent.h.
+WAYS = {1: "one block for 16 rows", 2: "a cooperative grid", 3: "a launch a step", 4: "a cluster for 16 rows"}
+CLUSTERS = 4
+WAY = 0  # 0: what the size and the device ask for; tests set another
 
-#: (cell, dtype) -> hidden sizes, first and last, at which a GPU's record shows "cluster" to be faster than what "auto"
-#: took before. Empty: no record yet.
-CLUSTER_FASTER: dict[tuple[str, torch.dtype], tuple[int, int]] = {}
-
-
-@contextlib.contextmanager
-def run_as(way: str) -> Iterator[None]:
-    """Runs every recurrent loop of this process in one of the WAYS.
-
-    Calls raise RuntimeError where it cannot be: too large a hidden size, or for "cluster" one that is no multiple of 8,
-    another cell than LSTM and GRU, float32, a GPU that is not sm_90. ValueError: no such way.
-    """
-    global WAY
-    if way not in WAYS:
-        raise ValueError(f"unknown way {way!r} of running a recurrent loop, expected one of {sorted(WAYS)}")
-    before, WAY = WAY, WAYS[way]
-    try:
-        yield
-    finally:
-        WAY = before
+Plan = tuple[int, int, int, int]  # way, blocks for a tile of rows, blocks of units of each, tiles in a launch
 
 
 def unsupported(ext: Extension, x: Tensor, *features: str) -> str | None:
@@ -66,7 +46,21 @@ def unsupported(ext: Extension, x: Tensor, *features: str) -> str | None:
     missing = unserved(features)
     if missing:
         return f"the CUDA kernels do not serve {missing}"
-    return ext.device_reason(x.device)
+    return ext.device_reason(x.device) or _sm90.refusal(ext, x.device)
+
+
+def describe(ext: Extension, kind: str, by_rows: bool, x: Tensor, shape: tuple[int, int, int]) -> str:
+    """Which kernels would serve a layer over states of this shape (directions, rows, hidden size), for `explain`;
+    by_rows: with layer normalisation or zoneout."""
+    if by_rows:
+        return f"kernels for every GPU ({WAYS[3]})"
+    if 0 in shape:
+        return ""
+    state = x.new_empty(shape)
+    (ahead, *_), reason = _planned(ext, kind, False, state)
+    (back, *_), backward_reason = _planned(ext, kind, True, state)
+    ways = WAYS[ahead] if ahead == back else f"{WAYS[ahead]}, backward {WAYS[back]}"
+    return _sm90.described(reason, backward_reason, f" ({ways})")
 
 
 def _packed_weights(w: Tensor, blocks: int) -> Tensor:
@@ -104,50 +98,40 @@ def _aligned(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.data_ptr() % 8 == 0 else t.clone()
 
 
-def _cluster_reason(ext: Extension, kind: str, x: Tensor) -> str | None:
-    """Why this cannot run in clusters here, whatever shared memory holds, or None; x: a state."""
-    if x.shape[-1] % 8:
-        return f"clusters run hidden sizes that are multiples of 8, not {x.shape[-1]}"
+def _not_in_clusters(ext: Extension, kind: str, backward: bool, h0: Tensor) -> str | None:
+    """Why a loop does not run in clusters, whatever fits there, or None."""
+    hidden = h0.shape[-1]
     if kind not in ("lstm", "gru"):
-        return f"clusters run LSTM and GRU, not {kind} RNN"
-    if x.dtype == torch.float32:
-        return "clusters run float16 and bfloat16, not float32"
-    if x.is_cuda:
-        capability = torch.cuda.get_device_capability(x.device)
-        if capability != (9, 0):
-            return f"clusters need a GPU of sm_90, this one is sm_{capability[0]}{capability[1]}"
-        assert ext.module is not None
-        if "90a" not in ext.module.build_info()["architectures"]:
-            return f"{ext.name} was built without sm_90a (9.0a in TORCH_CUDA_ARCH_LIST)"
-    return None
+        return "they have no vanilla RNN"
+    if h0.dtype == torch.float32:
+        return "they have no float32"
+    if hidden % 8:
+        return f"they have hidden sizes that are multiples of 8, not {hidden}"
+    return _sm90.declined(ext, h0.device, _sm90.Kernels(kind, backward, h0.dtype), hidden)
+
+
+def _planned(ext: Extension, kind: str, backward: bool, h0: Tensor) -> tuple[Plan, str | None]:
+    """How a loop runs, and why not in clusters, or None."""
+    module: Any = ext.module
+    ways, batch, hidden = h0.shape
+
+    def plan(wish: int) -> Plan:
+        where, dtype = h0.data_ptr(), DTYPE_CODES[h0.dtype]
+        found: Plan = module.recurrent_plan(where, _CELLS[kind], backward, hidden, batch, ways, wish, dtype)
+        return found
+
+    reason = _not_in_clusters(ext, kind, backward, h0)
+    if reason is None:
+        found = plan(CLUSTERS)
+        if found[0]:
+            return found, None
+        reason = f"the weights of hidden size {hidden} do not fit a cluster"
+    return plan(WAY), reason
 
 
 class _Floor(Floor, RowsFloor):
     def __init__(self, ext: Extension) -> None:
         self.ext = ext
-
-    def _plan(self, kind: str, backward: bool, h0: Tensor) -> tuple[int, int, int, int]:
-        """(way, blocks for a tile of rows, blocks of units of each, tiles in a launch)."""
-        module: Any = self.ext.module
-        ways, batch, hidden = h0.shape
-        first, last = CLUSTER_FASTER.get((kind, h0.dtype), (1, 0))
-        clusters, wish = WAYS["cluster"], WAY
-
-        def plan(wish: int) -> tuple[int, int, int, int]:
-            where, dtype = h0.data_ptr(), DTYPE_CODES[h0.dtype]
-            return module.recurrent_plan(where, _CELLS[kind], backward, hidden, batch, ways, wish, dtype)
-
-        if wish == 0 and first <= hidden <= last and _cluster_reason(self.ext, kind, h0) is None:
-            wish = clusters
-        elif wish == clusters and (reason := _cluster_reason(self.ext, kind, h0)) is not None:
-            raise RuntimeError(reason)
-        found = plan(wish)
-        if found[0] == 0 and WAY == 0:
-            found = plan(0)
-        if found[0] == 0:
-            name = next(name for name, code in WAYS.items() if code == WAY)
-            raise RuntimeError(f"way {name!r} of running a recurrent loop does not fit hidden size {hidden} here")
-        return found
 
     def forward(self, f: Forward) -> None:
         (ways, batch, hidden), steps, device = f.h0.shape, f.steps, f.h0.device
@@ -160,7 +144,7 @@ class _Floor(Floor, RowsFloor):
                 _CELLS[f.kind], f.kept.dtype,
             )  # fmt: skip
             return
-        plan = self._plan(f.kind, False, f.h0)
+        plan, _ = _planned(self.ext, f.kind, False, f.h0)
         weights = _packed_weights(f.w_hh.view(ways, GATES[f.kind], hidden, hidden), plan[1] * plan[2])
         tiles = steps.tile_steps(_ROWS, device)
         self.ext.call(
@@ -170,9 +154,9 @@ class _Floor(Floor, RowsFloor):
 
     def backward(self, b: Backward) -> bool:
         (ways, batch, hidden), steps, device = b.h0.shape, b.steps, b.h0.device
-        plan = self._plan(b.kind, True, b.h0)
+        plan, _ = _planned(self.ext, b.kind, True, b.h0)
         kept, cells, output = b.kept, b.cells, b.output
-        if plan[0] == WAYS["cluster"]:
+        if plan[0] == CLUSTERS:
             kept, cells, output = _aligned(kept), _aligned(cells), _aligned(output)
             weights = _cluster_weights(b.w_hh.view(ways, GATES[b.kind], hidden, hidden), plan[1], plan[2])
         else:

@@ -30,6 +30,7 @@ class Row:
 
     Attributes:
         backend: that served pykernels' call.
+        kernels: which of its kernels, as `explain` says, where it has several.
         seconds: provider -> Timing; empty where the check failed: a wrong kernel has no speed.
         moved, flops: bytes the operator must move in this direction and operations it must do, by its spec; None where
             the spec does not say.
@@ -55,6 +56,7 @@ class Row:
     correct: bool = True
     room: str = ""
     reads: bool = False
+    kernels: str = ""
 
     @property
     def peer(self) -> str | None:
@@ -157,10 +159,12 @@ def _rows(
     directions: Sequence[str],
 ) -> list[Row]:
     inputs = case.make(dtype, device)
-    served = explain(spec.function, **inputs, **case.options, backend=backend).backend
+    explanation = explain(spec.function, **inputs, **case.options, backend=backend)
+    served, kernels = explanation.backend, explanation.kernels
     name = str(dtype).removeprefix("torch.")
     found = [
-        Row(label, case.label, name, direction, served, room=spec.room, reads=spec.reads) for direction in directions
+        Row(label, case.label, name, direction, served, room=spec.room, reads=spec.reads, kernels=kernels)
+        for direction in directions
     ]
     failures = _failures(spec, case, served, dtype, inputs, device)
     if failures:

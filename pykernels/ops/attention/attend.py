@@ -160,7 +160,8 @@ def attention(
     prefix = arguments.prefix_lengths(name, prefix_length, batch, query)
     if explaining():
         keys = key.shape[0 if packed else 2]
-        ROOM.explained = (query, value, keys, options.dropout_p)
+        terms = (bias, mask, key_padding_mask, alibi_slopes)
+        ROOM.explained = (query, value, keys, terms, options.softcap, options.dropout_p, options.scale)
     chosen = ROOM.resolve(name, backend, query, *features)
     if packed:
         given = (chosen, bounds_check, name)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import reference
+from ..._backends import explaining
 from ...reference.attention import attention_and_weights as _reference_and_weights
 from .. import _autocast, _check, _ids
 from .._library import as_seed
@@ -66,7 +67,7 @@ def scaled_dot_product_attention(
         BackendError: the named backend cannot serve the call.
     """
     name = "scaled_dot_product_attention"
-    if attn_mask is None and dropout_p == 0 and _nothing_to_check(query, key, value, enable_gqa):
+    if attn_mask is None and dropout_p == 0 and _nothing_to_check(query, key, value, enable_gqa) and not explaining():
         chosen = ROOM.resolve(name, backend, query)
         if chosen != "reference":
             used = default_scale(query) if scale is None else scale
@@ -85,6 +86,9 @@ def scaled_dot_product_attention(
     shared = dropout_p > 0 and math.prod(batch) != math.prod(weights[:-2])
     wide = query.shape[-1] > 256 or value.shape[-1] > 256
     features = (*((_SHARED_DROPOUT,) if shared else ()), *((WIDE_HEADS,) if wide else ()))
+    used = default_scale(query) if scale is None else scale
+    if explaining():
+        ROOM.explained = (query, value, key.shape[-2], (attn_mask, None, None, None), 0.0, dropout_p, used)
     chosen = ROOM.resolve(name, backend, query, *features)
     drawn = as_seed(seed, query, name) if dropout_p > 0 else None
     if chosen == "reference":
@@ -97,7 +101,7 @@ def scaled_dot_product_attention(
     options = Options(
         causal="top_left" if is_causal else "none",
         dropout_p=dropout_p,
-        scale=default_scale(query) if scale is None else scale,
+        scale=used,
     )
     masks = Masks(mask=None if additive else mask, seed=drawn)
     out, _ = run(chosen, q, k, v, mask if additive else None, None, masks, options)

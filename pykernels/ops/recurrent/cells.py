@@ -35,6 +35,8 @@ def _run(function: str, kind: str, backend: str | None, input: Tensor, h: Any, c
                 pass  # in words that name the argument, here:
     hx = (h,) if kind != "lstm" else (h, c)
     input, states, weights = cell_arguments(function, GATES.get(kind, 1), input, hx, weights)
+    if explaining():
+        ROOM.explained = (kind, False, input, (1, *states[0].shape))
     served = ROOM.resolve(function, backend, input)
     if served == "reference":
         return _REFERENCE[function](input, states if kind == "lstm" else states[0], *weights)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ... import reference
+from ..._backends import explaining
 from ...reference.recurrent import Weights, extra_names, unflatten
 from .. import _ids
-from ._arguments import call_seed, sequence_arguments
+from ._arguments import GATES, call_seed, sequence_arguments
 from ._functions import ROOM, Mode, run_layer
 from ._layout import Order, order_of
 from ._rows import Mode as RowsMode
@@ -103,7 +104,7 @@ def lstm(
     }  # fmt: skip
     state = None if hx is None else tuple(hx)
     input, state, weights = sequence_arguments("lstm", input, state, weights, options)
-    served = _served("lstm", backend, bounds_check, input, options)
+    served = _served("lstm", "lstm", backend, bounds_check, input, weights, options)
     drawn = call_seed("lstm", seed, input, options)
     if served == "reference":
         return reference.lstm(input, state, weights, **options, seed=drawn)
@@ -149,7 +150,7 @@ def gru(
     }  # fmt: skip
     everything = {**options, "proj_size": 0, "peephole": False}
     input, state, weights = sequence_arguments("gru", input, None if hx is None else (hx,), weights, everything)
-    served = _served("gru", backend, bounds_check, input, everything)
+    served = _served("gru", "gru", backend, bounds_check, input, weights, everything)
     options["lengths"] = everything["lengths"]
     drawn = call_seed("gru", seed, input, options)
     if served == "reference":
@@ -198,7 +199,7 @@ def rnn(
     }  # fmt: skip
     everything = {**options, "proj_size": 0, "peephole": False}
     input, state, weights = sequence_arguments("rnn", input, None if hx is None else (hx,), weights, everything)
-    served = _served("rnn", backend, bounds_check, input, everything)
+    served = _served("rnn", nonlinearity, backend, bounds_check, input, weights, everything)
     options["lengths"] = everything["lengths"]
     drawn = call_seed("rnn", seed, input, options)
     if served == "reference":
@@ -209,9 +210,22 @@ def rnn(
     return output, h_n
 
 
-def _served(function: str, backend: str | None, bounds_check: str, input: Tensor, options: dict[str, Any]) -> str:
+def _served(
+    function: str,
+    kind: str,
+    backend: str | None,
+    bounds_check: str,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    options: dict[str, Any],
+) -> str:
     """The backend of the call. The lengths in `options` become what its kernels may trust."""
     _ids.before(function, bounds_check)
+    if explaining():
+        sizes, side = options["batch_sizes"], 0 if options["batch_first"] else 1
+        batch = input.shape[side] if sizes is None else int(sizes[0]) if len(sizes) else 0
+        states = (2 if options["bidirectional"] else 1, batch, weights[0].shape[0] // GATES.get(kind, 1))
+        ROOM.explained = (kind, options["layer_norm"] or any(_zones(options)), input, states)
     served = ROOM.resolve(function, backend, input, *_features(options))
     if options["lengths"] is not None:
         steps = input.shape[1 if options["batch_first"] else 0]
