@@ -253,10 +253,10 @@ def all_keys_seen(shared: dict[str, Any]) -> bool:
 
 
 def can_be_described(x: Tensor) -> bool:
-    """What a tensor map asks for: rows at multiples of 16 bytes, nothing expanded. It is NVIDIA's."""
+    """What a tensor map asks for: rows at multiples of 16 bytes, nothing expanded, nothing empty. It is NVIDIA's."""
     steps = [s * x.element_size() for n, s in zip(x.shape[:-1], x.stride(), strict=False) if n > 1]
     aligned = x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0
-    return aligned and all(s > 0 and s % 16 == 0 for s in steps) and torch.version.hip is None
+    return aligned and x.numel() > 0 and all(s > 0 and s % 16 == 0 for s in steps) and torch.version.hip is None
 
 
 def described(x: Tensor, height: int, width: int) -> TensorDescriptor:

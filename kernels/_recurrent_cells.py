@@ -53,17 +53,17 @@ def chosen(second, a, a_2, b, b_2, c, c_2):
 @triton.jit
 def bias_tiles(bias_ptr, unit, hidden, KIND: tl.constexpr, BIAS: tl.constexpr):
     """The biases of a row of units, one tile for each of the four parts; zeros without."""
-    if not BIAS:
+    if BIAS:
+        b0 = tl.load(bias_ptr + unit, mask=unit < hidden, other=0.0)
+        b1, b2, b3 = b0, b0, b0
+        if KIND <= GRU:
+            b1 = tl.load(bias_ptr + hidden + unit, mask=unit < hidden, other=0.0)
+            b2 = tl.load(bias_ptr + 2 * hidden + unit, mask=unit < hidden, other=0.0)
+            b3 = tl.load(bias_ptr + 3 * hidden + unit, mask=unit < hidden, other=0.0)
+        return b0, b1, b2, b3
+    else:  # an else, because the compiler reads on behind a return
         zero = tl.zeros_like(unit).to(tl.float32)
         return zero, zero, zero, zero
-    b0 = tl.load(bias_ptr + unit, mask=unit < hidden, other=0.0)
-    if KIND <= GRU:
-        b1 = tl.load(bias_ptr + hidden + unit, mask=unit < hidden, other=0.0)
-        b2 = tl.load(bias_ptr + 2 * hidden + unit, mask=unit < hidden, other=0.0)
-        b3 = tl.load(bias_ptr + 3 * hidden + unit, mask=unit < hidden, other=0.0)
-        return b0, b1, b2, b3
-    else:
-        return b0, b0, b0, b0
 
 
 @triton.jit

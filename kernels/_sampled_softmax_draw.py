@@ -50,12 +50,13 @@ def draw(seed, t, log_ptr, threshold_ptr, alias_ptr, classes, KIND: tl.constexpr
     if KIND == "log_uniform":
         id = tl.floor(exp53(u * tl.load(log_ptr))).to(tl.int64) - 1
         return tl.minimum(tl.maximum(id, 0), classes - 1)
-    scaled = u * classes.to(tl.float64)
-    bucket = tl.minimum(tl.floor(scaled).to(tl.int64), classes - 1)
-    if KIND == "alias":
-        other = tl.load(alias_ptr + bucket).to(tl.int64)
-        bucket = tl.where(scaled - bucket.to(tl.float64) < tl.load(threshold_ptr + bucket), bucket, other)
-    return bucket
+    else:
+        scaled = u * classes.to(tl.float64)
+        bucket = tl.minimum(tl.floor(scaled).to(tl.int64), classes - 1)
+        if KIND == "alias":
+            other = tl.load(alias_ptr + bucket).to(tl.int64)
+            bucket = tl.where(scaled - bucket.to(tl.float64) < tl.load(threshold_ptr + bucket), bucket, other)
+        return bucket
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def draw_kernel(
     seed_ptr, log_ptr, threshold_ptr, alias_ptr, ids_ptr, count, classes, KIND: tl.constexpr, DRAWS: tl.constexpr
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * DRAWS + tl.arange(0, DRAWS)
-    id = draw(tl.load(seed_ptr), t, log_ptr, threshold_ptr, alias_ptr, classes.to(tl.int64), KIND)
+    id = draw(tl.load(seed_ptr), t, log_ptr, threshold_ptr, alias_ptr, tl.cast(classes, tl.int64), KIND)
     tl.store(ids_ptr + t, id, mask=t < count)
 
 
@@ -82,7 +83,7 @@ def draw_unique_kernel(
     base = tl.zeros((), tl.int64)
     while (found < count) & (base < (1 << 40)):
         t = base + tl.arange(0, DRAWS)
-        id = draw(seed, t, log_ptr, threshold_ptr, alias_ptr, classes.to(tl.int64), KIND)
+        id = draw(seed, t, log_ptr, threshold_ptr, alias_ptr, tl.cast(classes, tl.int64), KIND)
         slot = ((id.to(tl.uint64) * 0x9E3779B97F4A7C15) >> 20).to(tl.int64) & mask
         pending = id >= 0
         while tl.max(pending.to(tl.int32), 0) > 0:
