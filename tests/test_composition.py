@@ -52,6 +52,35 @@ def test_no_recompilation_over_steps() -> None:
             compiled(torch.randn(4, 8))
 
 
+IDS = torch.tensor([[0, 2], [5, 2]])
+ENDS = torch.tensor([0, 2, 6], dtype=torch.int32)
+LABELS = torch.tensor([3, 0, 1, 1, 5, 2])
+TWICE: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
+    "attention": (lambda x: f.attention(x, x, x, causal=True), (1, 2, 5, 8)),
+    "packed attention": (
+        lambda x: f.attention(x, x, x, cu_seqlens_q=ENDS, cu_seqlens_k=ENDS, max_seqlen_q=4, max_seqlen_k=4), (6, 2, 8)
+    ),
+    "swiglu": (lambda x: f.swiglu(x, x), (6, 8)),
+    "mlp": (lambda x: f.mlp(x, x, x[0], x, x[0]), (8, 8)),
+    "states": (lambda x: f.lstm(x, (x[:1], x[:1]), [x.reshape(16, 4)] * 2)[0], (4, 4, 4)),
+    "cell": (lambda x: f.gru_cell(x, x, x.repeat(3, 1), x.repeat(3, 1)), (4, 4)),
+    "tables": (lambda x: f.embedding_bag_multi([IDS, IDS], None, [x, x]), (6, 4)),
+    "cross entropy": (lambda x: f.linear_cross_entropy(x, x, LABELS), (6, 8)),
+    "negatives": (lambda x: f.negative_sampling_loss(x, x, LABELS, LABELS), (6, 8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_graphs_take_one_tensor_twice(name: str) -> None:
+    """Dynamo refuses an autograd Function that is given a tensor twice; no caller knows that there is one."""
+    torch._dynamo.reset()
+    call, shape = TWICE[name]
+    x = torch.randn(shape, requires_grad=True)
+    expected = torch.autograd.grad(call(x).square().sum(), x)
+    found = torch.autograd.grad(torch.compile(call, fullgraph=True, backend="aot_eager")(x).square().sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
 def test_double_backward_of_a_compiled_graph_raises() -> None:
     torch._dynamo.reset()
     x = torch.randn(5, requires_grad=True)

@@ -13,7 +13,28 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .._backends import is_compiling
+
 Kernels = Mapping[str, Callable[..., Any]]
+
+
+def apply(function: type[Function], *arguments: Any) -> Any:
+    """`function.apply(*arguments)`. In graphs a tensor that is given twice is given as a view the second time.
+
+    Dynamo refuses a Function that gets one tensor twice: query as key and value, one `cu_seqlens` for queries and keys,
+    a table that two features share, (h, h) as states.
+    """
+    if is_compiling():
+        seen: list[Tensor] = []
+        distinct: list[Any] = []
+        for given in arguments:
+            if isinstance(given, Tensor):
+                if any(given is other for other in seen):
+                    given = given.view_as(given)
+                seen.append(given)
+            distinct.append(given)
+        return function.apply(*distinct)
+    return function.apply(*arguments)
 
 
 def second_derivative(

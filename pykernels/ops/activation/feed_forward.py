@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from ... import reference
 from .. import _autocast, _check
+from .._function import apply
 from .._library import as_seed
 from ._functions import GATED_UNITS, ROOM, Fused, fused_backward, fused_forward
 from .fused import check_length, check_options, check_save, kernel_options
@@ -141,7 +142,7 @@ def mlp(
         return reference.mlp(x, w1, b1, w2, b2, activation, p=p, seed=drawn, alpha=alpha)
     activation, alpha = kernel_options(activation, alpha)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2)):
-        result: Tensor = _MLP.apply((backend, activation, alpha, p, save), x, w1, b1, w2, b2, drawn)
+        result: Tensor = apply(_MLP, (backend, activation, alpha, p, save), x, w1, b1, w2, b2, drawn)
         return result
     return linear(fused_forward[backend](linear(x, w1), b1, drawn, activation, alpha, p), w2, b2)
 

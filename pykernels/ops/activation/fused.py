@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ... import reference
 from .. import _autocast, _check
+from .._function import apply
 from .._library import as_seed
 from ._functions import GATED_UNITS, ROOM, Fused, fused_forward
 
@@ -71,7 +72,7 @@ def bias_activation_dropout(
         return reference.bias_activation_dropout(input, bias, activation, p, True, drawn, alpha=alpha)
     activation, alpha = kernel_options(activation, alpha)
     if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
-        result: Tensor = Fused.apply(backend, input, bias, drawn, activation, alpha, p)
+        result: Tensor = apply(Fused, backend, input, bias, drawn, activation, alpha, p)
         return result
     return fused_forward[backend](input, bias, drawn, activation, alpha, p)
 

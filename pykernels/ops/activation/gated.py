@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ... import reference
 from .. import _autocast, _check
+from .._function import apply
 from ._functions import ROOM, Gated, Glu, gated_forward, glu_forward, glu_reference
 from .unary import gelu_name
 
@@ -31,7 +32,7 @@ def _gated(function: str, gate: Tensor, up: Tensor | None, activation: str, back
     if backend == "reference":
         return reference.activation.gated(gate, up, activation)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        result: Tensor = Gated.apply(backend, gate, up, activation)
+        result: Tensor = apply(Gated, backend, gate, up, activation)
         return result
     return gated_forward[backend](gate, up, activation)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ... import _backends, reference
 from ..._backends import is_compiling
 from .. import _autocast, _check
+from .._function import apply
 from .._library import as_seed
 from ._functions import (
     REFERENCE,
@@ -235,7 +236,7 @@ def _parametric(
     if backend == "reference":
         return parametric_reference(input, weight, activation)
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
-        result: Tensor = Parametric.apply(backend, input, weight, activation)
+        result: Tensor = apply(Parametric, backend, input, weight, activation)
         return result
     return parametric_forward[backend](input, weight, activation)
 

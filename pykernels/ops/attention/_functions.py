@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ... import _backends, reference
-from .._function import second_derivative
+from .._function import apply, second_derivative
 from .._library import define
 
 ROOM = _backends.Room("attention")
@@ -235,7 +235,7 @@ class PlainAttention(Function):
 def run_plain(backend: str, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
     """out alone, without bias, sinks and masks, on a backend that has kernels."""
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return PlainAttention.apply(query, key, value, options, backend)
+        return apply(PlainAttention, query, key, value, options, backend)
     return attention_forward[backend](query, key, value, *_PLAIN, *options)[0]
 
 
@@ -252,4 +252,4 @@ def run(
     """(out, lse) on the backend that the registry chose."""
     if backend == "reference":
         return attention_reference(query, key, value, bias, sinks, masks, options)
-    return Attention.apply(query, key, value, bias, sinks, *masks, options, backend)
+    return apply(Attention, query, key, value, bias, sinks, *masks, options, backend)

@@ -9,6 +9,7 @@ from ... import reference
 from ..._backends import is_compiling
 from ...reference.embedding.lookup import renormalise_
 from .. import _check, _ids
+from .._function import apply
 from .._pending import is_held, outside_graphs, table_of
 from ._checks import (
     before,
@@ -185,7 +186,7 @@ def embedding_bag(
     learned = weight.requires_grad or (per_sample_weights is not None and per_sample_weights.requires_grad)
     if torch.is_grad_enabled() and learned:
         frozen = (backend, mode, include_last_offset, padding, scale_grad_by_freq, sparse, what)
-        result: Tensor = Bag.apply(weight, per_sample_weights, input, offsets, frozen, table_of(weight))
+        result: Tensor = apply(Bag, weight, per_sample_weights, input, offsets, frozen, table_of(weight))
     else:
         result = embedding_bag_forward[backend](
             input, weight, offsets, per_sample_weights, mode, include_last_offset, padding, False, what

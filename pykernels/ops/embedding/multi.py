@@ -13,6 +13,7 @@ from torch.autograd import Function
 from ... import reference
 from ..._backends import is_compiling
 from .. import _check, _ids
+from .._function import apply
 from .._library import define
 from .._pending import is_held, note, outside_graphs, table_of
 from ._checks import (
@@ -178,7 +179,7 @@ def embedding_bag_multi(
     if torch.is_grad_enabled() and learned:
         options = (backend, mode, include_last_offset, what)
         noted = [table_of(weight) for weight in weights]
-        result: Tensor = Bags.apply(options, starts, noted, *weights, *indices, *scales)
+        result: Tensor = apply(Bags, options, starts, noted, *weights, *indices, *scales)
     else:
         result = embedding_bag_multi_forward[backend](
             indices, starts, weights, scales, mode, include_last_offset, False, what

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ...reference import recurrent as reference
-from .._function import second_derivative
+from .._function import apply, second_derivative
 from .._library import define
 from ._functions import ROOM
 
@@ -148,6 +148,6 @@ def run_cell(backend: str, kind: str, *tensors: Any) -> Any:
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
-                return Cell.apply(backend, kind, *tensors)
+                return apply(Cell, backend, kind, *tensors)
     found = cell_forward[backend](*tensors, kind, False)
     return (found[0], found[1]) if kind == "lstm" else found[0]

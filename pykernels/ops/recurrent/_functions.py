@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from ... import _backends
 from ...reference import recurrent as reference
-from .._function import second_derivative
+from .._function import apply, second_derivative
 from .._library import define
 
 ROOM = _backends.Room("recurrent")
@@ -293,6 +293,6 @@ def run_layer(mode: Mode, layer: Tensors, states: Tensors) -> Tensors:
     if torch.is_grad_enabled():
         for t in (*layer, *states):
             if t is not None and t.requires_grad:
-                results: Tensors = Layer.apply(mode, *layer, *states)
+                results: Tensors = apply(Layer, mode, *layer, *states)
                 return results
     return _forward(mode, layer, states, False)[0]

@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from ...reference import recurrent as reference
 from ...reference.recurrent import Weights
-from .._function import second_derivative
+from .._function import apply, second_derivative
 from .._library import define
 from ._functions import ROOM
 
@@ -213,7 +213,7 @@ def run_rows(
     of_state = (weights.w_hr, bias_n, weights.peephole, weights.norm_hh, weights.norm_c, weights.norm_c_bias)
     tensors = [None if t is None else reference.wide(t) for t in (h0, c0, weights.w_hh, *of_state)]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (gates, *tensors)):
-        found = Rows.apply(backend, mode, recompute, gates, *tensors, *given)
+        found = apply(Rows, backend, mode, recompute, gates, *tensors, *given)
     else:
         found = rows_forward[backend](gates, *tensors, *given, *mode, False)
     return tuple([y.to(input.dtype) for y in found])

@@ -9,6 +9,7 @@ from torch import Tensor
 from ...reference import sampled_softmax as reference
 from ...reference.sampled_softmax.linear import reduce_weighted
 from .. import _autocast, _check, _ids
+from .._function import apply
 from ._checks import check_reduction
 from ._functions import ROOM, LinearRows
 
@@ -107,7 +108,7 @@ def linear_cross_entropy(
         )
     factors = None if weight is None else weight.detach()
     arguments = (input, linear_weight, linear_bias, target, factors, ignored, label_smoothing, z_loss)
-    loss = LinearRows.apply(backend, False, None, *arguments)
+    loss = apply(LinearRows, backend, False, None, *arguments)
     _ids.after(bounds_check)
     return reduce_weighted(loss, target, factors, ignored, reduction, input.dtype)
 

@@ -12,6 +12,7 @@ from ...reference import sampled_softmax as reference
 from ...reference.sampled_softmax.losses import reduce
 from ...reference.sampled_softmax.tables import HuffmanTree
 from .. import _autocast, _check, _ids
+from .._function import apply
 from .._pending import is_held, outside_graphs, table_of
 from ._checks import check_count, check_ids, check_labels, check_matrices, check_positive, check_reduction, check_shape
 from ._functions import ROOM, LogisticRows, SampledRows
@@ -90,10 +91,10 @@ def negative_sampling_loss(
         return reference.negative_sampling_loss(input, weight, target, negatives, reduction, sparse=sparse)
     if negatives.dim() == 1:
         fixed = (None, target.unsqueeze(1), negatives, None, None, "logistic", False)
-        loss = SampledRows.apply(backend, sparse, table_of(weight), input, weight, *fixed)
+        loss = apply(SampledRows, backend, sparse, table_of(weight), input, weight, *fixed)
     else:
         ids = torch.cat([target.unsqueeze(1), negatives.to(target.dtype)], 1)
-        loss = LogisticRows.apply(backend, sparse, table_of(weight), input, weight, ids, None)
+        loss = apply(LogisticRows, backend, sparse, table_of(weight), input, weight, ids, None)
     if target is not given_target:
         loss = torch.where(target < 0, 0, loss)
     _ids.after(bounds_check)
@@ -161,7 +162,7 @@ def hierarchical_softmax_loss(
     nodes, signs = tree.to(target.device).paths(target if inside is None else torch.where(inside, target, 0))
     if inside is not None:  # a path without nodes
         nodes = torch.where(inside.unsqueeze(1), nodes, -1)
-    loss = LogisticRows.apply(backend, sparse, table_of(weight), input, weight, nodes, signs)
+    loss = apply(LogisticRows, backend, sparse, table_of(weight), input, weight, nodes, signs)
     _ids.after(bounds_check)
     return reduce(loss, reduction, input.dtype)
 
@@ -326,7 +327,7 @@ def _sampled_loss(
     if backend == "reference":
         loss = reference.losses.sampled_rows(*arguments, sparse=sparse)
     else:
-        loss = SampledRows.apply(backend, sparse, table_of(weights), *arguments)
+        loss = apply(SampledRows, backend, sparse, table_of(weights), *arguments)
     if wrong is not None:
         loss = torch.where(wrong.any(1), 0, loss)
     _ids.after(bounds_check)
