@@ -93,6 +93,9 @@ def table(record: dict[str, Any]) -> str:
         if with_limits:
             line += _limited(row)
         lines.append(line)
+    # Hundreds of rows: closed until somebody wants them, so that the text around can be read.
+    lines[2:2] = ['<details markdown="1">', f"<summary>Every row: {len(record['rows'])}</summary>", ""]
+    lines += ["", "</details>"]
     if record.get("call_overhead"):
         lines += ["", "Cost of a call with next to nothing to compute, microseconds (ours / eager):", ""]
         lines += ["| op | no grad | forward with grad | forward + backward |", "|---|---|---|---|"]

@@ -95,20 +95,21 @@ class Word2Vec:
     representations in vector space" (2013) and "Distributed representations of words and phrases" (2013).
 
     Args:
-        vector_size: D, columns of a vector.
-        window: the largest distance of a context word, 1 to 64; every centre draws its own reach up to it.
-        min_count: rarer words are left out.
+        vector_size: D, columns of a vector (default 100).
+        window: the largest distance of a context word, 1 to 64 (5); every centre draws its own reach up to it.
+        min_count: rarer words are left out (5).
         max_vocabulary: keep only that many of the most frequent words.
-        cbow: the mean of a window predicts its centre; otherwise skip-gram.
-        hierarchical_softmax: in place of negative sampling.
-        negatives: noise words a pair.
-        distortion: noise words are drawn with probability proportional to count**distortion.
-        sample: threshold of subsampling; occurrences of words more frequent than it are dropped at random, 0: none.
-        lr: first learning rate; it falls linearly to `min_lr` over all epochs. None: 0.025, and 0.05 for CBOW with the
-            gradient of the mean, which is smaller by the number of contexts.
-        epochs: passes over the text.
-        window_batched, word2vec_compat: as in `word2vec_step_`.
-        seed: of the vectors' start and of every draw.
+        cbow: the mean of a window predicts its centre; otherwise (the default) skip-gram.
+        hierarchical_softmax: in place of negative sampling (False).
+        negatives: noise words a pair (5).
+        distortion: noise words are drawn with probability proportional to `count**distortion` (0.75).
+        sample: threshold of subsampling; occurrences of words more frequent than it are dropped at random
+            (1e-3; 0: none).
+        lr: first learning rate; it falls linearly to `min_lr` (1e-4) over all epochs. None: 0.025, and 0.05
+            for CBOW with the gradient of the mean, which is smaller by the number of contexts.
+        epochs: passes over the text (5).
+        window_batched, word2vec_compat: as in `word2vec_step_` (False).
+        seed: of the vectors' start and of every draw (0).
         threads: sentences are trained by that many threads at once.
         backend: None, "auto", "cpu" or "reference".
 

@@ -48,13 +48,14 @@ def attention(
 
     With p = i + Lk - Lq (p = i for `causal="top_left"`) the place of query i among the keys:
 
-        t_ij  = softcap * tanh(scale * <q_i, k_j> / softcap)            (without softcap: scale * <q_i, k_j>)
-        s_ij  = t_ij + bias_ij - alibi_slopes_h * |p - j|               where query i may attend to key j, else -inf
+        t_ij  = softcap * tanh(scale * <q_i, k_j> / softcap)
+        s_ij  = t_ij + bias_ij - alibi_slopes_h * |p - j|
         lse_i = log(exp(sinks_h) + sum_j exp(s_ij))
         out_i = sum_j dropout(exp(s_ij - lse_i)) v_j
 
-    Query i may attend to key j where all of these hold: `mask_ij`; `key_padding_mask_j`; with `window`
-    p - left <= j <= p + right; with `causal` j <= p, or j < prefix_length.
+    Without softcap `t_ij = scale * <q_i, k_j>`. s_ij is -inf where query i may not attend to key j; it may where all of
+    these hold: `mask_ij`; `key_padding_mask_j`; with `window` p - left <= j <= p + right; with `causal` j <= p, or
+    j < prefix_length.
 
     Args:
         query: Tensor[B, H, Lq, D], floating point.
@@ -77,7 +78,8 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: int Tensor[B + 1], ends of the sequences in packed tensors, starting with 0; both or
             neither. Then query is Tensor[total_q, H, D], key Tensor[total_k, Hkv, D], value Tensor[total_k, Hkv, Dv],
             and (B, H, Lq, Lk) above stands for (B, H, max_seqlen_q, max_seqlen_k).
-        max_seqlen_q, max_seqlen_k: lengths of the longest; needed for a bias or mask, otherwise found.
+        max_seqlen_q, max_seqlen_k: lengths of the longest. Only a bias or mask needs them; where they are not given
+            they are then read from the ends, which on a GPU waits for it.
         return_lse: return (out, lse), both differentiable.
         seed: an int or one-element int64 tensor that fixes the dropout mask; None draws one from torch's generator.
         bounds_check: what happens to wrong numbers in `cu_seqlens_*` and to negative ones in `prefix_length`. "error":

@@ -58,10 +58,12 @@ def attention_decode(
     With p = i + cache_lengths_b - Lq the place of query i (the Lq queries are the last of the sequence; their own keys
     and values are in the cache already):
 
-        t_ij  = softcap * tanh(scale * <q_i, k_j> / softcap)            (without softcap: scale * <q_i, k_j>)
-        s_ij  = t_ij - alibi_slopes_h * (p - j)                         where p - left <= j <= p, else -inf
-        lse_i = log(exp(sinks_h) + sum_j exp(s_ij)),   out_i = sum_j exp(s_ij - lse_i) v_j
+        t_ij  = softcap * tanh(scale * <q_i, k_j> / softcap)
+        s_ij  = t_ij - alibi_slopes_h * (p - j)
+        lse_i = log(exp(sinks_h) + sum_j exp(s_ij))
+        out_i = sum_j exp(s_ij - lse_i) v_j
 
+    Without softcap `t_ij = scale * <q_i, k_j>`. s_ij is -inf unless p - left <= j <= p.
     Keys and values are read once: all queries of all heads that share a key head go together. What lies beyond a
     length (or before every window) is not read, and neither are the entries of the block table for it.
 
