@@ -66,7 +66,7 @@ def test_ci_runs_every_command_of_the_readme() -> None:
 
 @pytest.mark.parametrize("page", ["index", "backends", "drop_in", *ROOMS, "word2vec"])
 def test_the_examples_of_the_guides_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of a guide's; of an operators' page the one that it begins with (those in the text are cut out of programs)."""
+    """All of a guide's; of another page the one that it begins with (those in its text are cut out of programs)."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.S)
     assert blocks
     monkeypatch.chdir(tmp_path)
