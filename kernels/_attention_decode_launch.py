@@ -8,13 +8,12 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import _errors
+from .. import _attended, _errors
 from . import _attention_launch as launching
 from . import _lib
 from ._attention_decode import attention_decode_kernel, attention_decode_merge_kernel
 from ._attention_place import Numbers, Rows
 
-MOST_SPLITS = 256
 MOST_KEYS = 2**30  #: of a sequence: places of keys are int32
 
 
@@ -40,13 +39,6 @@ def decoding_tiles(rows: int, widest: int, half: bool) -> Decoding:
     height = min(max(triton.next_power_of_2(rows), 16), 64)
     keys = {64: 128, 128: 64, 256: 32}[max(widest, 64)]
     return Decoding(height, keys if half else max(keys // 4, 16), 4, 3 if half else 2)
-
-
-def chosen_splits(owners: int, limit: int, keys: int, multiprocessors: int) -> int:
-    """Two programs for each multiprocessor, and no part below four tiles of keys. By shapes alone: lengths are on the
-    device."""
-    fill = 2 * multiprocessors // max(owners, 1)
-    return max(1, min(fill, limit // (4 * keys), MOST_SPLITS))
 
 
 def _adjacent(x: Tensor) -> Tensor:
@@ -75,12 +67,12 @@ def attention_decode(
         raise NotImplementedError(
             f"attention_decode: the Triton kernels take head sizes up to {launching.WIDEST}, not {widest}"
         )
-    out = launching.rows_like(query, (batch, heads, lq, value_size))
+    out = _attended.rows_like(query, (batch, heads, lq, value_size))
     lse = query.new_empty((batch, heads, lq), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
     kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
-    limit = block_size if block_table is None else block_size * block_table.shape[1]
+    limit = _attended.room_for_keys(key_cache, block_table)
     if limit > MOST_KEYS:
         raise NotImplementedError(f"attention_decode: the Triton kernels take up to 2^30 keys a sequence, not {limit}")
     query, key_cache, value_cache = (_adjacent(x) for x in (query, key_cache, value_cache))
@@ -94,11 +86,9 @@ def attention_decode(
     row_tiles = triton.cdiv(rows, tiles.rows)
     owners = batch * kv_heads * row_tiles
     multiprocessors = _lib.device_properties(query.device).sm_count
-    splits = num_splits or chosen_splits(owners, limit, tiles.keys, multiprocessors)
-    part = top = total = None
-    if splits > 1:
-        top, total = (lse.new_empty((lse.numel(), splits)) for _ in range(2))
-        part = lse.new_empty((lse.numel(), splits, value_size))
+    splits = num_splits or _attended.chosen_splits(owners, limit, tiles.keys, multiprocessors)
+    part, top, total = _attended.parts(lse, splits, value_size)
+    of_products, cap = _attended.factors(scale, softcap)
     slopes = None
     if alibi_slopes is not None:
         slopes = Rows(alibi_slopes.contiguous(), heads * (alibi_slopes.dim() - 1), 1, 0)
@@ -110,8 +100,7 @@ def attention_decode(
         sinks_ptr=None if sinks is None else sinks.contiguous(), slopes=slopes,
         record_ptr=_errors.record(query.device) if what else None, what=what,
         numbers=Numbers(
-            scale / softcap if softcap else scale * launching.LOG2E, softcap * launching.LOG2E if softcap else None,
-            None, None, None,
+            of_products, cap if softcap else None, None, None, None
         ),
         cache=Cache(limit, key_cache.shape[0], block_size), heads=heads, group=heads // kv_heads, lq=lq,
         row_tiles=row_tiles, splits=splits, left=min(window_left, limit) if window_left >= 0 else None,

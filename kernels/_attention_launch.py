@@ -10,12 +10,11 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import _attended
 from . import _lib
 from ._attention_place import Masks, Numbers, Plane, Rows, Sizes
 from ._attention_seen import attention_seen_kernel
 from ._attention_table import DROPOUT, POSITIONS, TABLE, TENSORS, Tiles
-
-LOG2E = 1.4426950408889634
 
 #: The widest head: beyond, the operands of one tile do not fit in shared memory.
 WIDEST = 256
@@ -71,14 +70,6 @@ def in_rows(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def rows_like(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """Dense, with x's order of heads and positions (what the operators promise)."""
-    if len(shape) == 4 and x.stride(1) < x.stride(2):
-        batch, heads, length, size = shape
-        return x.new_empty((batch, length, heads, size), dtype=dtype).transpose(1, 2)
-    return x.new_empty(shape, dtype=dtype)
-
-
 def rows(x: Tensor) -> Rows:
     """For the kernels: a (B, H, L, D) tensor, or a packed (total, H, D) one."""
     return Rows(x, 0, x.stride(1), x.stride(0)) if x.dim() == 3 else Rows(x, *x.stride()[:3])
@@ -99,10 +90,8 @@ def sizes(
         batch, _, lq, _ = query.shape
         return Sizes(batch, heads, group, lq, key.shape[2], lq, key.shape[2], None, None)
     lq, lk = query.shape[0], key.shape[0]
-    given = [x for x in masks if x is not None]
-    max_q = min((x.shape[-2] for x in given if x.dim() == 4 and x.shape[-2] > 1), default=lq)
-    max_k = min((x.shape[-1] for x in given if x.shape[-1] > 1), default=lk)
-    return Sizes(cu_seqlens_q.shape[0] - 1, heads, group, lq, lk, max_q, max_k, cu_seqlens_q, cu_seqlens_k)
+    bounds = _attended.longest(lq, lk, *masks)
+    return Sizes(cu_seqlens_q.shape[0] - 1, heads, group, lq, lk, *bounds, cu_seqlens_q, cu_seqlens_k)
 
 
 def programs(size: Sizes, tile: int, of_keys: bool = False) -> tuple[int, int]:
@@ -112,45 +101,8 @@ def programs(size: Sizes, tile: int, of_keys: bool = False) -> tuple[int, int]:
     return tiles, tiles * size.heads * (1 if packed else size.batch)
 
 
-def broadcast_strides(x: Tensor) -> tuple[int, ...]:
-    """Strides, 0 along dimensions of size 1."""
-    return tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
-
-
 def plane(x: Tensor | None) -> Plane | None:
-    return None if x is None else Plane(x, *broadcast_strides(x))
-
-
-def seen_keys(
-    mask: Tensor | None, key_padding_mask: Tensor | None, bias: Tensor | None, keys: int
-) -> tuple[Tensor, Tensor] | None:
-    """Which keys any query sees by one of these masks alone; uint8 (B or 1, H or 1, keys). And `span_of` them.
-
-    Keys that nobody sees may hold NaN, which a weight of 0 does not silence: the kernels read them as 0.
-    """
-    found = []
-    if key_padding_mask is not None:
-        found.append(key_padding_mask[:, None])
-    if mask is not None:
-        found.append(mask.any(-2))
-    if bias is not None:
-        found.append(~(bias.amax(-2) <= torch.finfo(bias.dtype).min))
-    if not found:
-        return None
-    seen = found[0]
-    for other in found[1:]:
-        seen = seen & other
-    seen = seen.expand(*seen.shape[:2], keys).view(torch.uint8)
-    return seen, span_of(seen)
-
-
-def span_of(seen: Tensor) -> Tensor:
-    """The first key that is seen and one past the last, int32 (..., 2): what lies outside is not visited."""
-    keys = seen.shape[-1]
-    upward = torch.arange(1, keys + 1, dtype=torch.int32, device=seen.device)
-    last = (seen * upward).amax(-1)
-    first = keys - (seen * upward.flip(0)).amax(-1)
-    return torch.stack((first, last), -1)
+    return None if x is None else Plane(x, *_attended.broadcast_strides(x))
 
 
 def seen_together(query: Tensor, shared: dict[str, Any]) -> Masks:
@@ -164,8 +116,10 @@ def seen_together(query: Tensor, shared: dict[str, Any]) -> Masks:
     _lib.launch(
         attention_seen_kernel, (count,), query, seen, tiles=a_head, **named, **bare, BLOCK_Q=block_q, BLOCK_K=block_k
     )
-    span = span_of(seen)
-    return masks._replace(seen=Rows(seen, *broadcast_strides(seen)), span=Rows(span, *broadcast_strides(span)[:2], 1))
+    span = _attended.span_of(seen)
+    return masks._replace(
+        seen=Rows(seen, *_attended.broadcast_strides(seen)), span=Rows(span, *_attended.broadcast_strides(span)[:2], 1)
+    )
 
 
 def shared_arguments(
@@ -186,7 +140,9 @@ def shared_arguments(
         right = 0
     together = (mask is not None) + (bias is not None) + (left >= 0 or right >= 0) > 1
     alone = (None, key_padding_mask, None) if together else (mask, key_padding_mask, bias)
-    seen, span = seen_keys(*alone, size.max_k) or (None, None)
+    seen, span = _attended.seen_keys(*alone, size.max_k)
+    least, keep_scale = _attended.kept(dropout_p)
+    of_products, cap = _attended.factors(scale, softcap)
     longest = size.lq + size.lk  # as good as unbounded, and 32 bits hold it
     shared = {
         "q": rows(query),
@@ -199,16 +155,16 @@ def shared_arguments(
             prefix=prefix,
             bias=plane(bias),
             mask=plane(None if mask is None else mask.view(torch.uint8)),
-            seen=None if seen is None else Rows(seen, *broadcast_strides(seen)),
-            span=None if span is None else Rows(span, *broadcast_strides(span)[:2], 1),
+            seen=None if seen is None else Rows(seen, *_attended.broadcast_strides(seen)),
+            span=None if span is None else Rows(span, *_attended.broadcast_strides(span)[:2], 1),
             slopes=None if slopes is None else Rows(slopes.contiguous(), size.heads * (slopes.dim() - 1), 1, 0),
         ),
         "numbers": Numbers(
-            scale=scale / softcap if softcap else scale * LOG2E,
-            softcap=softcap * LOG2E if softcap else None,
+            scale=of_products,
+            softcap=cap if softcap else None,
             seed=seed if dropout_p > 0 else None,
-            threshold=min(round(dropout_p * 2.0**32), 2**32 - 1),
-            keep_scale=1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+            threshold=least,
+            keep_scale=keep_scale,
         ),
         "D": query.shape[-1],
         "DV": value.shape[-1],

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .. import _attended
 from . import _attention_launch as launching
 from . import _lib
 from ._attention_backward import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel, attention_rows_kernel
@@ -61,9 +62,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, lse_low), the last what rounding lse to float32 left out: the operator `attention_forward`."""
     _check_head_size(query, value)
-    out = launching.rows_like(query, (*query.shape[:-1], value.shape[-1]))
-    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    lse_low = torch.empty_like(lse)
+    out, lse, lse_low = _attended.results(query, value)
     masks = mask, key_padding_mask, prefix_length, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed
     size = launching.sizes(query, key, cu_seqlens_q, cu_seqlens_k, bias, mask, key_padding_mask)
     if size.batch * size.heads * size.lq == 0:
@@ -112,17 +111,11 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dbias, dsinks), of size 0 where output_mask says so: the operator `attention_backward`."""
     _check_head_size(query, value)
-    wanted = [launching.rows_like(x, tuple(x.shape)) for x in (query, key, value)]
-    wanted += [query if x is None else x.new_empty(x.shape) for x in (bias, sinks)]
-    dq, dk, dv, dbias, dsinks = (x if m else query.new_empty(0) for x, m in zip(wanted, output_mask, strict=True))
+    grads = dq, dk, dv, dbias, dsinks = _attended.gradients(query, key, value, bias, sinks, output_mask)
     size = launching.sizes(query, key, cu_seqlens_q, cu_seqlens_k, bias, mask, key_padding_mask)
     if size.batch * size.heads * size.lq == 0 or size.lk == 0:
-        for x in (dq, dk, dv, dbias):
-            x.zero_()
-        if output_mask[4]:
-            # without keys the sink is all there is: lse = sink
-            dsinks.copy_(dlse.sum([d for d in range(dlse.dim()) if d != 1]) if size.lq else torch.zeros_like(dsinks))
-        return dq, dk, dv, dbias, dsinks
+        _attended.fill_without_keys(grads, dlse)
+        return grads
     masks = mask, key_padding_mask, prefix_length, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed
     query, key, value, dout, out = (launching.in_rows(x) for x in (query, key, value, dout, out))
     options = causal, window_left, window_right, softcap, dropout_p, scale
@@ -138,15 +131,15 @@ def attention_backward(
         )  # fmt: skip
     if output_mask[1] or output_mask[2]:
         _key_gradients(dk, dv, output_mask, key, value, scale, shared)
-    share = _sink_share(sinks, lse)
+    share = _attended.sink_share(sinks, lse)
     if output_mask[3] and bias is not None:
         if bias.shape[-1] > 1:
             _bias_gradient(dbias, shared)
         else:
             _bias_gradient_of_rows(dbias, torch.where(lse == -torch.inf, 0.0, dlse + share * delta), shared)
     if output_mask[4]:
-        dsinks.copy_(-(share * delta).sum([d for d in range(lse.dim()) if d != 1]))
-    return dq, dk, dv, dbias, dsinks
+        dsinks.copy_(-_attended.sum_over_queries(share * delta))
+    return grads
 
 
 def _row_sums(dout: Tensor, out: Tensor, lse: Tensor, lse_low: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,14 +188,6 @@ def _key_gradients(
         for found, by_head, want in zip((dk, dv), outputs, wanted, strict=True):
             if want:
                 found.copy_(by_head.unflatten(1, (-1, size.group)).sum(2))
-
-
-def _sink_share(sinks: Tensor | None, lse: Tensor) -> Tensor | float:
-    """The weight of the sink in every query's softmax."""
-    if sinks is None:
-        return 0.0
-    sink = sinks.float().unsqueeze(-1) if lse.dim() == 3 else sinks.float()
-    return torch.where(sink == -torch.inf, 0.0, torch.exp(sink - lse))
 
 
 def _bias_gradient(dbias: Tensor, shared: dict[str, Any]) -> None:

@@ -54,10 +54,12 @@ FLOORS = {
     # floor: what of pykernels it may import (prefixes), beside its own package's helpers
     "pykernels.reference": ("pykernels.reference",),
     "pykernels._packed": ("pykernels._packed",),
+    "pykernels._attended": ("pykernels._attended",),
     "pykernels._sampled": ("pykernels._sampled", "pykernels._segments"),
     "pykernels._segments": ("pykernels._segments",),
     "pykernels._triton": (
         "pykernels._triton",
+        "pykernels._attended",
         "pykernels._errors",
         "pykernels._packed",
         "pykernels._sampled",
@@ -67,6 +69,7 @@ FLOORS = {
         "pykernels._cuda",
         "pykernels._cuda_ext",
         "pykernels._emulator_ext",
+        "pykernels._attended",
         "pykernels._errors",
         "pykernels._packed",
         "pykernels._sampled",
@@ -75,6 +78,7 @@ FLOORS = {
     "pykernels._cpu": ("pykernels._cpu", "pykernels._cpu_ext"),
     "pykernels.ops": (
         "pykernels.ops",
+        "pykernels._attended",
         "pykernels._backends",
         "pykernels._errors",
         "pykernels.reference",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOG2E = 1.4426950408889634
+from .. import _attended
 
 Strides = tuple[int, int, int]
 
@@ -31,10 +31,7 @@ def sizes(query: Tensor, key: Tensor, cu_seqlens_q: Tensor | None, *masks: Tenso
         return Sizes(batch, heads, lq, key.shape[2], lq, key.shape[2])
     lq, heads, _ = query.shape
     lk = key.shape[0]
-    given = [x for x in masks if x is not None]
-    limit_q = min((x.shape[-2] for x in given if x.dim() == 4 and x.shape[-2] > 1), default=lq)
-    limit_k = min((x.shape[-1] for x in given if x.shape[-1] > 1), default=lk)
-    return Sizes(cu_seqlens_q.shape[0] - 1, heads, lq, lk, limit_q, limit_k)
+    return Sizes(cu_seqlens_q.shape[0] - 1, heads, lq, lk, *_attended.longest(lq, lk, *masks))
 
 
 def units(x: Tensor) -> int:
@@ -59,14 +56,6 @@ def unexpanded(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format) if shared else x
 
 
-def rows_like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Dense, with x's order of heads and positions (what the operators promise)."""
-    if len(shape) == 4 and x.stride(1) < x.stride(2):
-        batch, heads, length, size = shape
-        return x.new_empty((batch, length, heads, size)).transpose(1, 2)
-    return x.new_empty(shape)
-
-
 def out_rows(x: Tensor) -> Tensor:
     """What a kernel writes in place of x: x itself, or wider rows that are copied back."""
     return x if x.shape[-1] == units(x) else x.new_empty((*x.shape[:-1], units(x)))
@@ -88,34 +77,7 @@ def row_strides(x: Tensor) -> Strides:
 
 
 def broadcast_strides(x: Tensor | None, dimensions: int) -> tuple[int, ...]:
-    """Strides, 0 along dimensions of size 1."""
-    if x is None:
-        return (0,) * dimensions
-    return tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))[:dimensions]
-
-
-def seen_keys(
-    mask: Tensor | None, key_padding_mask: Tensor | None, bias: Tensor | None, keys: int
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Which keys any query sees, as far as masks given as tensors say: uint8 (B or 1, H or 1, keys). And the first and
-    one past the last of them, int32 (B or 1, H or 1, 2): what lies outside is not visited."""
-    found = []
-    if key_padding_mask is not None:
-        found.append(key_padding_mask[:, None])
-    if mask is not None:
-        found.append(mask.any(-2))
-    if bias is not None:
-        found.append(~(bias.amax(-2) <= torch.finfo(bias.dtype).min))
-    if not found:
-        return None, None
-    seen = found[0]
-    for other in found[1:]:
-        seen = seen & other
-    seen = seen.expand(*seen.shape[:2], keys)
-    upward = torch.arange(1, keys + 1, dtype=torch.int32, device=seen.device)
-    last = (seen * upward).amax(-1)
-    first = keys - (seen * upward.flip(0)).amax(-1)
-    return seen.view(torch.uint8), torch.stack((first, last), -1).to(torch.int32)
+    return (0,) * dimensions if x is None else _attended.broadcast_strides(x)[:dimensions]
 
 
 def shared_arguments(
@@ -130,7 +92,7 @@ def shared_arguments(
     """The arguments that all launchers begin with. query, key, value: as `in_rows` gives them."""
     mask, key_padding_mask, prefix, slopes, cu_q, cu_k, seed = masks
     causal, left, right, softcap, dropout_p, scale = options
-    seen, span = seen_keys(mask, key_padding_mask, bias, size.limit_k)
+    seen, span = _attended.seen_keys(mask, key_padding_mask, bias, size.limit_k)
     mask = None if mask is None else mask.view(torch.uint8)
     slopes = None if slopes is None else slopes.contiguous()
     if causal == "none":
@@ -138,6 +100,8 @@ def shared_arguments(
     elif prefix is None:
         right = 0
     unbounded = size.lq + size.lk
+    least, keep_scale = _attended.kept(dropout_p)
+    of_products, cap = _attended.factors(scale, softcap)
     layout = (
         *strides(query), *strides(key), *strides(value), *broadcast_strides(bias, 4), *broadcast_strides(mask, 4),
         *broadcast_strides(seen, 3), *broadcast_strides(span, 2),
@@ -148,13 +112,13 @@ def shared_arguments(
         int(causal == "top_left"),
         int(bias is not None and bias.dtype == torch.float32),
         int(torch.get_float32_matmul_precision() == "highest"),
-        min(round(dropout_p * 2.0**32), 2**32 - 1),
+        least,
     )  # fmt: skip
     numbers = (
-        scale / softcap if softcap else scale * LOG2E,
+        of_products,
         scale,
-        softcap * LOG2E,
-        1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+        cap,
+        keep_scale,
         torch.finfo(bias.dtype).min if bias is not None else -math.inf,
     )
     tensors = query, key, value, bias, mask, seen, span, prefix, slopes, cu_q, cu_k, seed if dropout_p > 0 else None

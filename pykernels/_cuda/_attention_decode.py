@@ -5,18 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _errors
+from .. import _attended, _errors
 from . import _attention_arguments as launching
 from ._extension import Extension
 
-WIDEST, ROWS, KEYS, MOST_SPLITS = 256, 16, 64, 256
+WIDEST, ROWS, KEYS = 256, 16, 64
 MOST_KEYS = 2**30  #: of a sequence: places of keys are int32
-
-
-def chosen_splits(owners: int, limit: int, multiprocessors: int) -> int:
-    """Two blocks for each multiprocessor, and no part below four tiles of keys. By shapes alone: lengths are on the
-    device."""
-    return max(1, min(2 * multiprocessors // max(owners, 1), limit // (4 * KEYS), MOST_SPLITS))
 
 
 def attention_decode(
@@ -41,12 +35,12 @@ def attention_decode(
         raise NotImplementedError(
             f"attention_decode: the CUDA kernels take head sizes up to {WIDEST}; this one is {widest}"
         )
-    out = launching.rows_like(query, (batch, heads, lq, value_cache.shape[-1]))
+    out = _attended.rows_like(query, (batch, heads, lq, value_cache.shape[-1]))
     lse = query.new_empty((batch, heads, lq), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
     _, kv_heads, block_size, _ = key_cache.shape
-    limit = block_size if block_table is None else block_size * block_table.shape[1]
+    limit = _attended.room_for_keys(key_cache, block_table)
     if limit > MOST_KEYS:
         raise NotImplementedError(f"attention_decode: the CUDA kernels take up to 2^30 keys a sequence, not {limit}")
     query, key_cache, value_cache = (launching.in_rows(x) for x in (query, key_cache, value_cache))
@@ -54,13 +48,10 @@ def attention_decode(
         block_table = block_table.contiguous()
     group = heads // kv_heads
     owners = batch * kv_heads * -(-group * lq // ROWS)
-    splits = num_splits or chosen_splits(owners, limit, ext.multiprocessors(query.device))
+    splits = num_splits or _attended.chosen_splits(owners, limit, KEYS, ext.multiprocessors(query.device))
     written = launching.out_rows(out)
     size = written.shape[-1]
-    part = top = total = None
-    if splits > 1:
-        part = lse.new_empty((lse.numel(), splits, size))
-        top, total = (lse.new_empty((lse.numel(), splits)) for _ in range(2))
+    parts = _attended.parts(lse, splits, size)
     cache_lengths = None if cache_lengths is None else cache_lengths.contiguous()
     slopes = None if alibi_slopes is None else alibi_slopes.contiguous()
     layout = (
@@ -72,10 +63,10 @@ def attention_decode(
         int(cache_lengths is not None and cache_lengths.dtype == torch.int64),
         what, int(torch.get_float32_matmul_precision() == "highest"),
     )  # fmt: skip
-    numbers = scale / softcap if softcap else scale * launching.LOG2E, softcap * launching.LOG2E
+    numbers = _attended.factors(scale, softcap)
     tensors = (
         query, key_cache, value_cache, cache_lengths, block_table, None if sinks is None else sinks.contiguous(),
-        slopes, written, lse, part, top, total, _errors.record(query.device) if what else None,
+        slopes, written, lse, *parts, _errors.record(query.device) if what else None,
     )  # fmt: skip
     ext.call("attention_decode", *tensors, layout, numbers, query.dtype)
     if splits > 1:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _attended
 from . import _attention_arguments as launching
 from . import _sm90
 from ._attention_decode import attention_decode
@@ -102,9 +103,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, lse_low), the last what rounding lse to float32 left out: the operator `attention_forward`."""
     _check_head_size(query, value)
-    out = launching.rows_like(query, (*query.shape[:-1], value.shape[-1]))
-    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    lse_low = torch.empty_like(lse)
+    out, lse, lse_low = _attended.results(query, value)
     size = launching.sizes(query, key, cu_seqlens_q, bias, mask, key_padding_mask)
     if size.batch * size.heads * size.lq == 0:
         return out, lse, lse_low
@@ -157,17 +156,11 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dbias, dsinks), of size 0 where output_mask says so: the operator `attention_backward`."""
     _check_head_size(query, value)
-    wanted = [launching.rows_like(x, tuple(x.shape)) for x in (query, key, value)]
-    wanted += [query if x is None else x.new_empty(x.shape) for x in (bias, sinks)]
-    dq, dk, dv, dbias, dsinks = (x if m else query.new_empty(0) for x, m in zip(wanted, output_mask, strict=True))
+    grads = dq, dk, dv, dbias, dsinks = _attended.gradients(query, key, value, bias, sinks, output_mask)
     size = launching.sizes(query, key, cu_seqlens_q, bias, mask, key_padding_mask)
     if size.batch * size.heads * size.lq == 0 or size.lk == 0:
-        for x in (dq, dk, dv, dbias):
-            x.zero_()
-        if output_mask[4]:
-            # without keys the sink is all there is: lse = sink
-            dsinks.copy_(dlse.sum([d for d in range(dlse.dim()) if d != 1]) if size.lq else torch.zeros_like(dsinks))
-        return dq, dk, dv, dbias, dsinks
+        _attended.fill_without_keys(grads, dlse)
+        return grads
     masks = mask, key_padding_mask, prefix_length, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed
     general = _general((bias, mask, key_padding_mask, alibi_slopes), softcap, scale)
     other = _not_for_sm90(ext, True, query, value, size.lk, dropout_p, general)
@@ -200,7 +193,7 @@ def attention_backward(
             if y is not None:
                 launching.copy_back(x, y)
     delta = delta.t() if packed else delta
-    share = _sink_share(sinks, lse)
+    share = _attended.sink_share(sinks, lse)
     if output_mask[3] and bias is not None:
         batch, heads, height, width = dbias.shape
         if width > 1:
@@ -211,13 +204,5 @@ def attention_backward(
             sums = (sums.t() if packed else sums).contiguous()
             ext.call("attention_dbias_rows", *shared, sums, dbias, batch, heads, height, bias.dtype)
     if output_mask[4]:
-        dsinks.copy_(-(share * delta).sum([d for d in range(lse.dim()) if d != 1]))
-    return dq, dk, dv, dbias, dsinks
-
-
-def _sink_share(sinks: Tensor | None, lse: Tensor) -> Tensor | float:
-    """The weight of the sink in every query's softmax."""
-    if sinks is None:
-        return 0.0
-    sink = sinks.float().unsqueeze(-1) if lse.dim() == 3 else sinks.float()
-    return torch.where(sink == -torch.inf, 0.0, torch.exp(sink - lse))
+        dsinks.copy_(-_attended.sum_over_queries(share * delta))
+    return grads

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ... import _backends, reference
+from ... import _attended, _backends, reference
 from .._function import apply, second_derivative
 from .._library import define
 
@@ -54,27 +54,14 @@ class Options(NamedTuple):
     scale: float = 1.0
 
 
-def _rows_like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Dense, with x's order of heads and positions: what was projected as (B, L, H, D) stays so, and is not copied."""
-    if len(shape) == 4 and x.stride(1) < x.stride(2):
-        batch, heads, length, size = shape
-        return x.new_empty((batch, length, heads, size)).transpose(1, 2)
-    return x.new_empty(shape)
-
-
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    shape = (*query.shape[:-1], value.shape[-1])
-    row = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    return _rows_like(query, shape), row, torch.empty_like(row)
+    return _attended.results(query, value)
 
 
 def _fake_backward(
     dout: Tensor, dlse: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    bias, sinks, output_mask = rest[3], rest[4], rest[-1]
-    made = [_rows_like(x, tuple(x.shape)) if m else x for x, m in zip((query, key, value), output_mask, strict=False)]
-    made += [x.new_empty(x.shape) if m else query for x, m in zip((bias, sinks), output_mask[3:], strict=True)]
-    return tuple(x if m else query.new_empty(0) for x, m in zip(made, output_mask, strict=True))
+    return _attended.gradients(query, key, value, rest[3], rest[4], rest[-1])
 
 
 attention_forward = define(

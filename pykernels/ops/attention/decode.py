@@ -7,24 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _errors, reference
+from ... import _attended, _errors, reference
 from ..._backends import is_compiling
 from .. import _autocast, _check, _ids
 from .._library import define
 from . import _arguments as arguments
-from ._functions import ROOM, WIDE_HEADS, _rows_like
+from ._functions import ROOM, WIDE_HEADS
 from .attend import default_scale
 
 __all__ = ["attention_decode"]
 
 NAME = "attention_decode"
-MOST_SPLITS = 256
 _LENGTHS = _errors.code(NAME, "cache_lengths", "block_table")
 
 
 def _fake(query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    out = _rows_like(query, (*query.shape[:-1], value_cache.shape[-1]))
-    return out, query.new_empty(query.shape[:-1], dtype=torch.float32)
+    return _attended.results(query, value_cache)[:2]
 
 
 attention_decode_forward = define(
@@ -246,8 +244,8 @@ def _splits(given: Any) -> int:
         return 0
     if isinstance(given, bool) or not isinstance(given, int):
         raise TypeError(f"{NAME}(): argument 'num_splits' must be int or None, not {type(given).__name__}")
-    if not 1 <= given <= MOST_SPLITS:
-        raise ValueError(f"{NAME}(): argument 'num_splits' must be in [1, {MOST_SPLITS}], not {given}")
+    if not 1 <= given <= _attended.MOST_SPLITS:
+        raise ValueError(f"{NAME}(): argument 'num_splits' must be in [1, {_attended.MOST_SPLITS}], not {given}")
     return given
 
 
