@@ -15,7 +15,7 @@ import pykernels as pk
 from pykernels.ops.attention import decode
 from pykernels.testing.run import check_case
 from pykernels.testing.spec import load
-from pykernels.testing.specs._attention_decode import gathered
+from pykernels.testing.specs._attention_decode import case, gathered
 
 attention_decode = pk.functional.attention_decode
 (SPEC,) = (spec for spec in load("attention") if spec.name == "attention_decode")
@@ -111,6 +111,29 @@ def test_many_keys(backend: str) -> None:
     expected = pk.reference.attention_decode(q, k, v, lengths)
     for splits in (None, 2):
         torch.testing.assert_close(attention_decode(q, k, v, lengths, num_splits=splits, backend=backend), expected)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="tiles of the native kernels")
+@pytest.mark.parametrize("columns", [1, 4, 5, 8, 12, 16, 17, 40])
+def test_columns_fill_tiles(columns: int) -> None:
+    """As many query heads on a key head, and sizes of every kind of tile; 600 keys: see decode_kernels."""
+    for size in (24, 64, 96, 128, 160):
+        one = case("columns", (1, columns, 1, size), (1, 1, 600, size), num_splits=2, return_lse=True)
+        for dtype in (torch.bfloat16, torch.float32):
+            assert all(found.passed for found in check_case(SPEC, one, "cpu", dtype))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the native kernels; products of several parts turn infinities to NaN")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_infinities_stay_where_they_are(dtype: torch.dtype) -> None:
+    """In their own element and head, as does what is NaN: tiles read two elements of a value together."""
+    shapes = (1, 12, 1, 64), (1, 2, 70, 64), (1, 2, 70, 64)
+    q, k, v = (torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes)
+    v[0, 0, 5, 7], v[0, 0, 69, 40], v[0, 1, 20, 0] = torch.inf, -torch.inf, torch.nan
+    out = attention_decode(q, k, v, None, backend="cpu")
+    expected = pk.reference.attention_decode(q.double(), k.double(), v.double(), None)
+    assert expected.isinf().sum() == 12 and expected.isnan().sum() == 6
+    torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=1e-2, equal_nan=True)
 
 
 Bad = tuple[Callable[[], Any], type[Exception], str]
