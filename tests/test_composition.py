@@ -81,6 +81,27 @@ def test_graphs_take_one_tensor_twice(name: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
+SPARSE: dict[str, Callable[[Tensor], Tensor]] = {
+    "embedding": lambda w: f.embedding(IDS, w, sparse=True),
+    "embedding bag": lambda w: f.embedding_bag(IDS, w, mode="mean", sparse=True),
+    "negatives": lambda w: f.negative_sampling_loss(torch.ones(6, 4), w, LABELS, LABELS[:, None], sparse=True),
+    "sampled softmax": lambda w: f.sampled_softmax_loss(w, None, LABELS, torch.ones(6, 4), 3, 7, sparse=True, seed=3),
+}
+
+
+@pytest.mark.parametrize("dynamic", (False, True))
+@pytest.mark.parametrize("name", SPARSE)
+def test_graphs_give_sparse_gradients(name: str, dynamic: bool) -> None:
+    torch._dynamo.reset()
+    w = torch.randn(7, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad(SPARSE[name](w).square().sum(), w)
+    compiled = torch.compile(SPARSE[name], fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for _ in range(2):
+        (found,) = torch.autograd.grad(compiled(w).square().sum(), w)
+        assert found.layout == torch.sparse_coo and found.is_coalesced()
+        assert torch.equal(found.to_dense(), expected.to_dense())
+
+
 def test_double_backward_of_a_compiled_graph_raises() -> None:
     torch._dynamo.reset()
     x = torch.randn(5, requires_grad=True)

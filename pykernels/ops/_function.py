@@ -18,13 +18,33 @@ from .._backends import is_compiling
 Kernels = Mapping[str, Callable[..., Any]]
 
 
+_whole: list[type[Function]] = []
+
+
+def whole(function: type[Function]) -> type[Function]:
+    """The same Function, traced by autograd alone in graphs: Dynamo refuses a backward that makes sparse tensors."""
+    same = type(f"Sparse{function.__name__}", (function,), {})
+    _whole.append(same)
+    return same
+
+
+def _leave_whole() -> None:
+    for function in _whole:
+        torch.compiler.allow_in_graph(function)
+
+
+# What torch.compiler.assume_constant_result does: Dynamo runs it while tracing. Either would import the compiler.
+_leave_whole._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def apply(function: type[Function], *arguments: Any) -> Any:
-    """`function.apply(*arguments)`. In graphs a tensor that is given twice is given as a view the second time.
+    """`function.apply(*arguments)`; in graphs a tensor that is given twice is given as a view the second time.
 
     Dynamo refuses a Function that gets one tensor twice: query as key and value, one `cu_seqlens` for queries and keys,
     a table that two features share, (h, h) as states.
     """
     if is_compiling():
+        _leave_whole()
         seen: list[Tensor] = []
         distinct: list[Any] = []
         for given in arguments:
@@ -35,6 +55,12 @@ def apply(function: type[Function], *arguments: Any) -> Any:
             distinct.append(given)
         return function.apply(*distinct)
     return function.apply(*arguments)
+
+
+def sparse_rows(found: tuple[Tensor, Tensor], rows: int) -> Tensor:
+    """The coalesced sparse gradient of a table of so many rows, of int64[1, nnz] ids and their values."""
+    indices, values = found
+    return torch.sparse_coo_tensor(indices, values, (rows, values.shape[1]), is_coalesced=True, check_invariants=False)
 
 
 def second_derivative(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ... import _backends, reference
-from .._function import second_derivative
+from .._function import second_derivative, sparse_rows, whole
 from .._library import define
 from .._pending import Positions, note
 
@@ -85,11 +85,6 @@ embedding_bag_backward_weights = define(
 )
 
 
-def _coalesced(rows_and_values: tuple[Tensor, Tensor], rows: int) -> Tensor:
-    indices, values = rows_and_values
-    return torch.sparse_coo_tensor(indices, values, (rows, values.shape[1]), is_coalesced=True, check_invariants=False)
-
-
 def _by_frequency(table: Tensor, ids: Tensor) -> Tensor:
     """Each row divided by how often its id was given."""
     ids = ids.reshape(-1)
@@ -148,7 +143,7 @@ class Lookup(Function):
             return None, None, None, None
         if sparse:
             found = embedding_backward_sparse[backend](dy, ids, ctx.rows, padding, by_frequency)
-            return _coalesced(found, ctx.rows), None, None, None
+            return sparse_rows(found, ctx.rows), None, None, None
         return embedding_backward[backend](dy, ids, ctx.rows, padding, by_frequency), None, None, None
 
 
@@ -173,7 +168,7 @@ def bag_gradients(
         found = embedding_bag_backward_sparse[backend](
             dy, ids, offsets, scale, maxima, rows, mode, last, padding, by_frequency
         )
-        dweight = _coalesced(found, rows)
+        dweight = sparse_rows(found, rows)
     elif mask[0]:
         dweight = embedding_bag_backward[backend](
             dy, ids, offsets, scale, maxima, rows, mode, last, padding, by_frequency
@@ -278,3 +273,6 @@ class Bag(Function):
         dense = (*options[:5], False, options[6])
         dweight, dscale = BagGrad.apply(dy, weight, scale, ids, offsets, maxima, ctx.rows, mask, dense)
         return dweight.to_sparse(1) if sparse and mask[0] else dweight, dscale, None, None, None, None
+
+
+SparseLookup, SparseBag = whole(Lookup), whole(Bag)

@@ -22,7 +22,7 @@ from ._checks import (
     offsets_for_reference,
     report_code,
 )
-from ._functions import ROOM, Bag, Lookup, embedding_bag_forward, embedding_forward
+from ._functions import ROOM, Bag, Lookup, SparseBag, SparseLookup, embedding_bag_forward, embedding_forward
 
 __all__ = ["embedding", "embedding_bag"]
 
@@ -88,7 +88,7 @@ def embedding(
     if torch.is_grad_enabled() and weight.requires_grad:
         padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
         frozen = (backend, padding, scale_grad_by_freq, sparse, what)
-        result: Tensor = Lookup.apply(weight, input, frozen, table_of(weight))
+        result: Tensor = apply(SparseLookup if sparse else Lookup, weight, input, frozen, table_of(weight))
     else:
         result = embedding_forward[backend](input, weight, what)
     _ids.after(bounds_check)
@@ -186,7 +186,9 @@ def embedding_bag(
     learned = weight.requires_grad or (per_sample_weights is not None and per_sample_weights.requires_grad)
     if torch.is_grad_enabled() and learned:
         frozen = (backend, mode, include_last_offset, padding, scale_grad_by_freq, sparse, what)
-        result: Tensor = apply(Bag, weight, per_sample_weights, input, offsets, frozen, table_of(weight))
+        result: Tensor = apply(
+            SparseBag if sparse else Bag, weight, per_sample_weights, input, offsets, frozen, table_of(weight)
+        )
     else:
         result = embedding_bag_forward[backend](
             input, weight, offsets, per_sample_weights, mode, include_last_offset, padding, False, what

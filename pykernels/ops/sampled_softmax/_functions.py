@@ -22,7 +22,7 @@ from torch.autograd import Function
 
 from ... import _backends
 from ...reference.sampled_softmax import linear, losses, samplers
-from .._function import second_derivative
+from .._function import second_derivative, sparse_rows, whole
 from .._library import LIBRARY, define
 from .._pending import Positions, expects, note
 
@@ -139,11 +139,6 @@ for _key in ("CPU", "CUDA"):
 candidate_sample["reference"] = torch.ops.pykernels.candidate_sample.reference
 
 
-def _sparse(found: tuple[Tensor, Tensor], rows: int) -> Tensor:
-    indices, values = found
-    return torch.sparse_coo_tensor(indices, values, (rows, values.shape[1]), is_coalesced=True, check_invariants=False)
-
-
 Forward = Callable[..., tuple[Tensor, ...]]
 Gradients = Callable[..., tuple["Tensor | None", ...]]
 
@@ -256,7 +251,7 @@ def _rows_gradients(
         pass
     elif mask[1] and sparse:
         found = row_gradient_sparse[backend](dloss, input, ids, coefficient, weight.shape[0])
-        dweight = _sparse(found, weight.shape[0])
+        dweight = sparse_rows(found, weight.shape[0])
     elif mask[1]:
         dweight = row_gradient[backend](dloss, input, ids, coefficient, weight.shape[0])
     return dinput, dweight
@@ -283,7 +278,7 @@ def _sampled_gradients(
         dinput, ids, values, dbias = sampled_rows_backward_sparse[backend](dloss, *kept, *arguments, mask)
         if note(table, lambda: Positions(ids[0], values)):
             return dinput, None, dbias
-        return dinput, _sparse((ids, values), arguments[1].shape[0]), dbias
+        return dinput, sparse_rows((ids, values), arguments[1].shape[0]), dbias
     return sampled_rows_backward[backend](dloss, *kept, *arguments, mask)
 
 
@@ -306,4 +301,5 @@ def _linear_gradients(
 
 LogisticRows = _function("LogisticRows", _rows_forward, _rows_gradients, losses.logistic_rows, 2, 4)
 SampledRows = _function("SampledRows", _sampled_forward, _sampled_gradients, losses.sampled_rows, 3, 7)
+SparseLogisticRows, SparseSampledRows = whole(LogisticRows), whole(SampledRows)
 LinearRows = _function("LinearRows", _linear_forward, _linear_gradients, linear.linear_rows, 3, 5)

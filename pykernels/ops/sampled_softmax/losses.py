@@ -15,7 +15,7 @@ from .. import _autocast, _check, _ids
 from .._function import apply
 from .._pending import is_held, outside_graphs, table_of
 from ._checks import check_count, check_ids, check_labels, check_matrices, check_positive, check_reduction, check_shape
-from ._functions import ROOM, LogisticRows, SampledRows
+from ._functions import ROOM, LogisticRows, SampledRows, SparseLogisticRows, SparseSampledRows
 from .samplers import Sampled, log_uniform_candidate_sampler
 
 __all__ = ["hierarchical_softmax_loss", "nce_loss", "negative_sampling_loss", "sampled_softmax_loss"]
@@ -91,10 +91,14 @@ def negative_sampling_loss(
         return reference.negative_sampling_loss(input, weight, target, negatives, reduction, sparse=sparse)
     if negatives.dim() == 1:
         fixed = (None, target.unsqueeze(1), negatives, None, None, "logistic", False)
-        loss = apply(SampledRows, backend, sparse, table_of(weight), input, weight, *fixed)
+        loss = apply(
+            SparseSampledRows if sparse else SampledRows, backend, sparse, table_of(weight), input, weight, *fixed
+        )
     else:
         ids = torch.cat([target.unsqueeze(1), negatives.to(target.dtype)], 1)
-        loss = apply(LogisticRows, backend, sparse, table_of(weight), input, weight, ids, None)
+        loss = apply(
+            SparseLogisticRows if sparse else LogisticRows, backend, sparse, table_of(weight), input, weight, ids, None
+        )
     if target is not given_target:
         loss = torch.where(target < 0, 0, loss)
     _ids.after(bounds_check)
@@ -162,7 +166,9 @@ def hierarchical_softmax_loss(
     nodes, signs = tree.to(target.device).paths(target if inside is None else torch.where(inside, target, 0))
     if inside is not None:  # a path without nodes
         nodes = torch.where(inside.unsqueeze(1), nodes, -1)
-    loss = apply(LogisticRows, backend, sparse, table_of(weight), input, weight, nodes, signs)
+    loss = apply(
+        SparseLogisticRows if sparse else LogisticRows, backend, sparse, table_of(weight), input, weight, nodes, signs
+    )
     _ids.after(bounds_check)
     return reduce(loss, reduction, input.dtype)
 
@@ -327,7 +333,7 @@ def _sampled_loss(
     if backend == "reference":
         loss = reference.losses.sampled_rows(*arguments, sparse=sparse)
     else:
-        loss = apply(SampledRows, backend, sparse, table_of(weights), *arguments)
+        loss = apply(SparseSampledRows if sparse else SampledRows, backend, sparse, table_of(weights), *arguments)
     if wrong is not None:
         loss = torch.where(wrong.any(1), 0, loss)
     _ids.after(bounds_check)
