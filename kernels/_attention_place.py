@@ -129,9 +129,9 @@ def here(b, h, size, masks, numbers, TOP_LEFT: tl.constexpr, SEQUENCES: tl.const
     end = lk
     seed = 0
     slope = 0.0
-    bias_ptr = None
-    mask_ptr = None
-    seen_ptr = None
+    bias_ptr = 0  # not None, which Triton 3.6 returns from no function
+    mask_ptr = 0
+    seen_ptr = 0
     if masks.left is not None:
         begin = tl.maximum(begin, shift - masks.left)
     if masks.right is not None:

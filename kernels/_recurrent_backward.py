@@ -16,20 +16,17 @@ def _sides(
     dy_ptr, dy_side, w_ptr, peephole_ptr, h0_ptr, c0_ptr, output_ptr, kept_ptr, cell_ptr, dgates_ptr, dh_ptr, carry_ptr,
     tokens, batch, hidden, KIND: tl.constexpr, PEEPHOLE: tl.constexpr,
 ):  # fmt: skip
-    """This direction's share of everything that there is."""
+    """This direction's share of everything that there is; 0 in place of the rest (Triton 3.6 returns no None)."""
     dy_ptr = cells.of_direction(dy_ptr, 1, dy_side)
     w_ptr = cells.of_direction(w_ptr, cells.gates_of(KIND) * hidden, hidden)
-    if PEEPHOLE:
-        peephole_ptr = cells.of_direction(peephole_ptr, 3, hidden)
+    peephole_ptr = cells.of_direction(peephole_ptr, 3, hidden) if PEEPHOLE else 0
     h0_ptr, dh_ptr = cells.of_direction(h0_ptr, batch, hidden), cells.of_direction(dh_ptr, batch, hidden)
     output_ptr = cells.of_direction(output_ptr, 1, hidden)
     dgates_ptr = cells.of_direction(dgates_ptr, tokens, cells.width_of(KIND) * hidden)
-    if KIND <= cells.GRU:
-        kept_ptr = cells.of_direction(kept_ptr, tokens, 4 * hidden)
-        carry_ptr = cells.of_direction(carry_ptr, batch, hidden)
-    if KIND == cells.LSTM:
-        c0_ptr = cells.of_direction(c0_ptr, batch, hidden)
-        cell_ptr = cells.of_direction(cell_ptr, tokens, hidden)
+    kept_ptr = cells.of_direction(kept_ptr, tokens, 4 * hidden) if KIND <= cells.GRU else 0
+    carry_ptr = cells.of_direction(carry_ptr, batch, hidden) if KIND <= cells.GRU else 0
+    c0_ptr = cells.of_direction(c0_ptr, batch, hidden) if KIND == cells.LSTM else 0
+    cell_ptr = cells.of_direction(cell_ptr, tokens, hidden) if KIND == cells.LSTM else 0
     return dy_ptr, w_ptr, peephole_ptr, h0_ptr, c0_ptr, output_ptr, kept_ptr, cell_ptr, dgates_ptr, dh_ptr, carry_ptr
 
 

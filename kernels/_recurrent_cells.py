@@ -20,22 +20,15 @@ TANH = tl.constexpr(2)
 RELU = tl.constexpr(3)
 
 
-@triton.jit
-def gates_of(KIND: tl.constexpr):
-    if KIND == LSTM:
-        return 4
-    elif KIND == GRU:
-        return 3
-    else:
-        return 1
+# Triton 3.6 makes tensors of the constants that a jit function returns.
+@triton.constexpr_function
+def gates_of(KIND):
+    return {0: 4, 1: 3}.get(KIND, 1)
 
 
-@triton.jit
-def width_of(KIND: tl.constexpr):
-    if KIND <= GRU:
-        return 4
-    else:
-        return 1
+@triton.constexpr_function
+def width_of(KIND):
+    return 4 if KIND <= 1 else 1
 
 
 @triton.jit
