@@ -59,6 +59,7 @@ class Masks(NamedTuple):
     seen: Any
     span: Any
     slopes: Any
+    last: Any = None  #: inside loops Triton 3.6 forgets strides of 1 in members, unless a member that is None follows
 
 
 class Numbers(NamedTuple):
