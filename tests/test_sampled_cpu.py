@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -92,6 +93,42 @@ def test_edges_of_tiles(batch: int, classes: int, dtype: torch.dtype) -> None:
         ("out", "dx", "dw"), run(F.linear_cross_entropy, False, backend="cpu"), truth, own, strict=True
     ):
         assert_equal(name, ours, oracle, None if classes == 1 else same, long_sum=True)
+
+
+def _linear_against_float64(x: Tensor, w: Tensor, target: Tensor, scale: float = 1.0) -> None:
+    def run(function: Any, dtype: torch.dtype, **options: Any) -> tuple[Tensor, ...]:
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (x, w)]
+        loss = function(*leaves, target, reduction="none", **options)
+        return (loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, scale)))
+
+    truth, own = run(R.linear_cross_entropy, torch.float64), run(R.linear_cross_entropy, torch.float32)
+    found = run(F.linear_cross_entropy, torch.float32, backend="cpu")
+    for name, ours, oracle, same in zip(("out", "dx", "dw"), found, truth, own, strict=True):
+        assert_equal(name, ours, oracle, same, long_sum=True)
+
+
+@pytest.mark.parametrize("sizes", ((128, 64, 128), (129, 65, 479), (256, 97, 513), (257, 160, 961), (300, 131, 140)))
+@pytest.mark.parametrize("magnitude", (0.3, 3.0, 1e-12, 1e15))
+def test_float32_products_of_bfloat16_parts(sizes: tuple[int, int, int], magnitude: float) -> None:
+    """Where processors have tile registers these sizes are multiplied there, in three parts a number: with two of them
+    this fails. Around 32 rows and columns, 128 terms, 256 x 480 of a tile."""
+    batch, size, classes = sizes
+    torch.manual_seed(size)
+    x, w = torch.randn(batch, size) / magnitude, torch.randn(classes, size) * magnitude
+    _linear_against_float64(x * 2 / size**0.5, w, torch.randint(0, classes, (batch,)))
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [*product(("input", "weight"), (3.4e38, float("inf"), float("nan"))), ("dloss", 3.4e38), ("dloss", float("nan"))],
+)
+def test_numbers_that_have_no_parts(where: str, value: float) -> None:
+    """3.4e38 rounds to an infinity of bfloat16: its products are made in float32, and so are those of infinities."""
+    torch.manual_seed(4)
+    x, w = torch.rand(140, 70) * 1e-3, torch.rand(700, 70) * 1e-3
+    if where != "dloss":
+        (x if where == "input" else w)[130, 3] = value
+    _linear_against_float64(x, w, torch.randint(0, 700, (140,)), value if where == "dloss" else 1.0)
 
 
 def test_memory_of_linear_cross_entropy() -> None:

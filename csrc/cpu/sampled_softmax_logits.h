@@ -29,6 +29,7 @@ class Logits {
  private:
   friend class Wide;
   friend class Low;
+  friend class Split;
   void place(TileArgs& tile, const at::Tensor& kept, const at::Tensor& z) const;
   template <class Products>
   void reduce_with(const TileArgs& loss, const at::Tensor& kept) const;
@@ -37,8 +38,9 @@ class Logits {
                            bool want_sums) const;
 
   bool low_;              // products of bfloat16 on tile registers; else of float32
+  bool split_ = false;    // these too on tile registers, where they can be
   at::Tensor x_, table_;  // float32, or padded with zeros to tiles; the table in its own type
-  at::Tensor pairs_;      // low: x in pairs of rows, block by block
+  at::Tensor pairs_;      // low: x in pairs of rows, block by block; split: x in its parts
   int64_t batch_, cols_;  // of x before it was padded
   TableDtype dtype_;
 };

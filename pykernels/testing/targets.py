@@ -164,7 +164,7 @@ def _sampled() -> Iterable[Target]:
         why = "1.9 to 2.6 by the run: the compiled peer takes 63 to 93 ms, ours 33 to 35" if dtype != "float32" else ""
         yield row("sampled softmax, 8192 shared", "sampled_softmax_loss", "100kx128-K8192", ratio, why, dtype, BOTH)
     yield row("linear cross entropy, 128k classes", "linear cross entropy, fwd+bwd", "512x256-V128k", 1.3,
-              "four products where a peer that keeps logits makes three: the price of memory")  # fmt: skip
+              "without AMX: four products where a peer that keeps logits makes three")  # fmt: skip
 
 
 def _word2vec() -> Iterable[Target]:
