@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -35,6 +37,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device; run by `make gpu`"))
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """After a fault on a GPU every later call of its process fails: pytest-xdist is to take another process."""
+    outcome: Any = yield
+    report = outcome.get_result()
+    if report.failed and DEVICE == "cuda" and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            sys.stderr.write(f"{item.nodeid}\n{report.longreprtext[-2000:]}\n{error}\n")
+            sys.stderr.flush()
+            os._exit(70)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
@@ -43,7 +59,8 @@ def _seeded() -> None:
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Memory from torch.empty is NaN, so an element that no kernel writes is seen."""
-    torch.use_deterministic_algorithms(True)
+    # warn_only: the oracle's operators that have no deterministic kernel on a GPU (gradients of bags) would refuse.
+    torch.use_deterministic_algorithms(True, warn_only=DEVICE == "cuda")
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
