@@ -121,7 +121,8 @@ def step_build(seconds: float) -> dict[str, Any]:
 def step_tests(seconds: float) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-q", *(DRY_TESTS if dry else GPU_TESTS)]
     if importlib.util.find_spec("xdist") and not dry:
-        command += ["-n", "6"]
+        # The contract alone has 3000 launches that Triton compiles apart, 1000 s of a processor in all.
+        command += ["-n", str(max(2, min(14, (os.cpu_count() or 8) - 2)))]
     outcome = run(command, seconds)
     counts = {
         word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", outcome["output"][-400:])
@@ -137,10 +138,14 @@ import torch
 from pykernels.testing.run import evaluate
 from pykernels.testing.spec import load
 device, room, *backends = sys.argv[1:]
-for spec in load(room or None):
-    for backend in {*backends} & {*spec.kernels}:
-        for case in spec.cases[:6]:
-            evaluate(spec.function, case, case.make(torch.float32, device), backend=backend)
+specs = load(room or None)
+for n in range(6):  # a case of every operator before the next case of any: time may run out
+    dtype = (torch.float16, torch.float32)[n % 2]
+    for spec in specs:
+        for backend in {*backends} & {*spec.kernels}:
+            for case in spec.cases[n : n + 1]:
+                evaluate(spec.function, case, case.make(dtype, device), backend=backend)
+    print(f"{n + 1} cases of each operator", flush=True)
 if device == "cuda":
     torch.cuda.synchronize()
 """
