@@ -1,4 +1,4 @@
-"""The embedding room: lookup, bags over one table and many, quantised tables, interaction, fused row updates."""
+"""Lookup, bags over one table and many, quantised tables, interaction, fused row updates."""
 
 from __future__ import annotations
 

@@ -124,6 +124,12 @@ def entries() -> Iterator[Entry]:
     yield entry("forward", BFLOAT16, 80, "padded")
     for size in (64, 128):
         yield entry("dbias", BFLOAT16, size, "bias", **EXTRAS["bias"])
+    yield Entry(
+        name="attention dbias of rows bfloat16 64",
+        launch=call("dbias", BFLOAT16, 64, bias=(1, HEADS, LENGTH, 1)),
+        rules=Rules(occupancy=0.5),
+        targets=(90,),
+    )
 
 
 ENTRIES = list(entries())
