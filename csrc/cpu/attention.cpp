@@ -246,11 +246,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& ke
     a.splits = 1;
     const AttentionKernels& kernel = decode_kernels(a);
     const size_t bytes = kernel.decode_bytes(a);
-    at::parallel_for(0, a.batch * a.kv_heads, 1, [&](int64_t begin, int64_t end) {
-      void* const memory = scratch(bytes);
-      for (int64_t owner = begin; owner < end; ++owner)
-        kernel.decode(a, memory, owner / a.kv_heads, owner % a.kv_heads, 0);
-    });
+    at::parallel_for(0, a.batch * a.kv_heads, 1,
+                     [&](int64_t begin, int64_t end) { kernel.decode(a, scratch(bytes), begin, end); });
     return {out, lse, lse_low};
   }
   const AttentionKernels& kernel = kernels(a.element);

@@ -134,13 +134,8 @@ std::tuple<Tensor, Tensor> attention_decode(const Tensor& query, const Tensor& k
     parts = at::empty({owners * a.splits * kernel.decode_part(a)}, lse.options());
     a.parts = parts.mutable_data_ptr<float>();
   }
-  at::parallel_for(0, owners * a.splits, 1, [&](int64_t begin, int64_t end) {
-    void* const memory = scratch(bytes);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t owner = task / a.splits;
-      kernel.decode(a, memory, owner / a.kv_heads, owner % a.kv_heads, task % a.splits);
-    }
-  });
+  at::parallel_for(0, owners * a.splits, 1,
+                   [&](int64_t begin, int64_t end) { kernel.decode(a, scratch(bytes), begin, end); });
   if (a.splits == 1) return {out, lse};
   at::parallel_for(0, owners, 1, [&](int64_t begin, int64_t end) {
     void* const memory = scratch(bytes);

@@ -72,10 +72,11 @@ struct AttentionKernels {
   void (*backward)(const AttentionArgs&, void* scratch, int64_t b, int64_t kv);
   // Clears the bytes of `seen` (k_length) of the keys that no query of the key head sees, for all masks together.
   void (*find_seen)(const AttentionArgs&, int64_t b, int64_t kv, uint8_t* seen);
-  // Forward of calls with few queries, one part of the keys of a key head at a time; with more than one part they are
-  // then merged, a key head at a time. Of the tile registers without bias, mask and dropout only.
+  // Forward of calls with few queries: tasks [first, last), each one of the `splits` parts of the keys of a key head,
+  // in the order (entry, key head, part); with more than one part they are then merged, a key head at a time. Of the
+  // tile registers without bias, mask and dropout only.
   size_t (*decode_bytes)(const AttentionArgs&);
-  void (*decode)(const AttentionArgs&, void* scratch, int64_t b, int64_t kv, int64_t split);
+  void (*decode)(const AttentionArgs&, void* scratch, int64_t first, int64_t last);
   void (*decode_merge)(const AttentionArgs&, void* scratch, int64_t b, int64_t kv);
   int64_t (*decode_part)(const AttentionArgs&);  // floats in `parts` for each key head of each entry and each part
 };
