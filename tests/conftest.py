@@ -63,6 +63,20 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
             os._exit(70)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """After a kernel's fault every call of the process fails: the worker ends, and xdist goes on with a new one."""
+    report = yield
+    if report.failed and DEVICE == "cuda" and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"FAILED {item.nodeid}: the CUDA context is lost: {error}\n{report.longrepr}", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(70)
+    return report
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -80,7 +80,12 @@ BUGS: dict[str, tuple[str, str | None]] = {
     "last_block_with_plain_counter": (r"data race on tensor 1 \+ 508 bytes", "(*counter)++"),
     "flag_chain_without_release": (r"data race on tensor 1", None),
     "flag_chain_without_acquire": (r"data race on tensor 1 .* but no __threadfence follows that atomic", None),
+    "launch_without_a_device": (r"launch without a device: no argument is a pointer", None),
+    "empty_grid": (r"grid of 32 x 0 x 1", None),
+    "no_room_before_dynamic_shared": (r"static and dynamic shared memory exceed 227 KiB", "PK_SHARED"),
     # TMA, mbarriers, wgmma
+    "tensor_map_of_repeated_rows": (r"tensor map: stride 0 bytes of dimension 1", None),
+    "tensor_map_of_odd_rows": (r"tensor map: stride 120 bytes of dimension 1", None),
     "no_wait_for_empty_stage": (r"too many arrivals at the mbarrier|in flight|data race", None),
     "no_wait_for_full_stage": (r"read of uninitialised dynamic shared memory|in flight", None),
     "wrong_parity": (r"read of uninitialised dynamic shared memory|in flight|too many arrivals", None),
@@ -108,6 +113,7 @@ BUGS: dict[str, tuple[str, str | None]] = {
     "rank_outside_the_cluster": (r"rank 4 in a cluster of 4 blocks", "map_cluster"),
     "cluster_arrive_twice": (r"arrives at the cluster's barrier again without cluster_wait", "cluster_sync"),
     "cluster_wait_without_arrive": (r"waits at the cluster's barrier without cluster_arrive", "cluster_wait"),
+    "misaligned_remote_load": (r"shared memory address 0x\w+ is not 4-byte aligned", "ld_cluster"),
     "remote_shared_overrun": (r"shared memory address 0x\w+ \(\+4\) of rank \d is out of bounds", "ld_cluster"),
     "all_blocks_write_to_one": (r"data race on static shared memory .*write by thread \d+ of block", "st_cluster"),
     "cluster_does_not_divide_the_grid": (r"clusters of 2 blocks in a grid of 9", None),
@@ -137,6 +143,10 @@ NO_THREAD = (
     "cooperative_grid_too_large",
     "cluster_does_not_divide_the_grid",
     "cluster_too_large",
+    "launch_without_a_device",
+    "empty_grid",
+    "tensor_map_of_repeated_rows",
+    "tensor_map_of_odd_rows",
 )  # refused before a thread runs
 
 

@@ -14,6 +14,22 @@ inline void check(cudaError_t e, const char* what) {
   if (e != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(e));
 }
 
+// Of a launch: names the kernel (mangled) and the configuration.  An error may also be that of an earlier kernel, which
+// had not run by the time of its own launch.
+template <class K>
+void check_launch(cudaError_t e, K* kernel, dim3 grid, dim3 block, size_t smem) {
+  if (e == cudaSuccess) return;
+  const std::string why = cudaGetErrorString(e);
+  const char* name = nullptr;
+  if (cudaFuncGetName(&name, reinterpret_cast<const void*>(kernel)) != cudaSuccess || !name) name = "?";
+  (void)cudaGetLastError();  // not to be met again by whoever asks next
+  const auto shape = [](dim3 d) {
+    return std::to_string(d.x) + " x " + std::to_string(d.y) + " x " + std::to_string(d.z);
+  };
+  throw std::runtime_error("launch of " + std::string(name) + ", grid " + shape(grid) + ", block " + shape(block) +
+                           ", " + std::to_string(smem) + " bytes of shared memory: " + why);
+}
+
 // Makes the device that owns `p` current for a scope.  Launchers get raw pointers from a process that may have another
 // device current, and a launch into another device's stream is an error.
 class DeviceGuard {
@@ -53,11 +69,20 @@ const void* first_pointer(const A& a, const R&... rest) {
   return first_pointer(rest...);
 }
 
+// False where a block of the current device has less, what is static taken off.
+template <class K>
+bool allows_shared(K kernel, size_t bytes) {
+  if (bytes <= 48 * 1024 ||
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)) == cudaSuccess)
+    return true;
+  (void)cudaGetLastError();
+  return false;
+}
+
 template <class K>
 void allow_shared(K kernel, size_t bytes) {
-  if (bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-          "dynamic shared memory");
+  if (!allows_shared(kernel, bytes))
+    throw std::runtime_error(std::to_string(bytes) + " bytes of dynamic shared memory are more than this GPU has");
 }
 
 }  // namespace detail
@@ -69,7 +94,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, void* stre
   const DeviceGuard guard(detail::first_pointer(args...));
   detail::allow_shared(kernel, smem);
   kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(args)...);
-  check(cudaGetLastError(), "kernel launch");
+  check_launch(cudaGetLastError(), kernel, grid, block, smem);
 }
 
 // All blocks are resident at once, so that grid_sync() may be used; see resident_blocks() for how many can be.
@@ -79,9 +104,9 @@ void launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem
   detail::allow_shared(kernel, smem);
   auto go = [&](P... p) {
     void* ptrs[] = {const_cast<void*>(static_cast<const void*>(&p))...};
-    check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, ptrs, smem,
-                                      static_cast<cudaStream_t>(stream)),
-          "cooperative launch");
+    const auto error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, ptrs, smem,
+                                                   static_cast<cudaStream_t>(stream));
+    check_launch(error, kernel, grid, block, smem);
   };
   go(static_cast<P>(args)...);
 }
@@ -111,13 +136,13 @@ void launch_cluster(void (*kernel)(P...), int cluster, dim3 grid, dim3 block, si
   const DeviceGuard guard(detail::first_pointer(args...));
   detail::allow_shared(kernel, smem);
   const detail::ClusterConfig c(cluster, grid, block, smem, stream);
-  check(cudaLaunchKernelEx(&c.config, kernel, static_cast<P>(args)...), "cluster launch");
+  check_launch(cudaLaunchKernelEx(&c.config, kernel, static_cast<P>(args)...), kernel, grid, block, smem);
 }
 
 // How many clusters of this kernel the current device holds at once; 0 where it has none that large.
 template <class... P>
 int resident_clusters(void (*kernel)(P...), int cluster, int threads, size_t smem) {
-  detail::allow_shared(kernel, smem);
+  if (!detail::allows_shared(kernel, smem)) return 0;
   const detail::ClusterConfig c(cluster, static_cast<unsigned>(cluster), static_cast<unsigned>(threads), smem, nullptr);
   int n = 0;
   if (cudaOccupancyMaxActiveClusters(&n, reinterpret_cast<const void*>(kernel), &c.config) != cudaSuccess) {
@@ -146,7 +171,7 @@ inline size_t shared_limit() {
 template <class... P>
 int resident_blocks(void (*kernel)(P...), int threads, size_t smem) {
   int per_sm = 0;
-  detail::allow_shared(kernel, smem);
+  if (!detail::allows_shared(kernel, smem)) return 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, smem), "occupancy");
   return per_sm * sm_count();
 }

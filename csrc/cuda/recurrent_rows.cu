@@ -247,6 +247,7 @@ void recurrent_row_forward(const float* x, float* products, const float* bias_n,
                      step_of(cell, hidden, offset, previous, begun, staying),
                      zone_of(mode_h, share_h, threshold_h, first_h, seeds),
                      zone_of(mode_c, share_c, threshold_c, first_c, seeds ? seeds + 1 : nullptr)};
+  const DeviceGuard guard(products);
   launch(recurrent_row_forward_kernel, static_cast<unsigned>(rows), kThreads, 0, stream, f);
 }
 
@@ -283,6 +284,7 @@ void recurrent_row_backward(const float* dy, int64_t dy_stride, const float* thr
                       step_of(cell, hidden, offset, previous, begun, 0),
                       zone_of(mode_h, share_h, threshold_h, first_h, seeds),
                       zone_of(mode_c, share_c, threshold_c, first_c, seeds ? seeds + 1 : nullptr)};
+  const DeviceGuard guard(dy);
   launch(recurrent_row_backward_kernel, static_cast<unsigned>(rows), kThreads, 0, stream, f);
 }
 

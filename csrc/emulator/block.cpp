@@ -15,7 +15,9 @@ void* static_shared(const void* key, size_t size, size_t align, Site s) {
   const size_t offset = (layout.top + align - 1) / align * align;
   layout.static_bytes += size;
   if (layout.static_bytes > kStaticLimit) fail("over 48 KiB of static shared memory at %s", name_site(s).c_str());
-  if (layout.static_bytes + cfg.smem > kSharedLimit || offset + size + 128 > kArena)
+  // the dynamic part begins at a multiple of 1024, as PK_DYN_SHARED asks
+  const size_t before = cfg.smem ? (layout.static_bytes + 1023) / 1024 * 1024 : layout.static_bytes;
+  if (before + cfg.smem > kSharedLimit || offset + size + 128 > kArena)
     fail("static and dynamic shared memory exceed 227 KiB at %s", name_site(s).c_str());
   layout.vars.push_back({key, offset, size});
   layout.top = offset + size + kGap;  // overruns are seen, not absorbed by the next variable

@@ -81,16 +81,26 @@ Place place_of(uint32_t addr, size_t bytes, Site s) {
   return {b, offset};
 }
 
+namespace {
+
+Place aligned_place(uint32_t addr, size_t bytes, Site s) {
+  if (addr % bytes)
+    fail("%s: shared memory address 0x%x is not %zu-byte aligned", name_site(s).c_str(), addr % kWindow, bytes);
+  return place_of(addr, bytes, s);
+}
+
+}  // namespace
+
 void ld_cluster(uint32_t addr, void* to, int bytes, Site s) {
   const size_t n = static_cast<size_t>(bytes);
-  const Place p = place_of(addr, n, s);
+  const Place p = aligned_place(addr, n, s);
   checked_access(*self(), reinterpret_cast<uintptr_t>(p.pointer()), n, Access::read, true, origin_of(s));
   memcpy(to, p.pointer(), n);
 }
 
 void st_cluster(uint32_t addr, const void* from, int bytes, Site s) {
   const size_t n = static_cast<size_t>(bytes);
-  const Place p = place_of(addr, n, s);
+  const Place p = aligned_place(addr, n, s);
   checked_access(*self(), reinterpret_cast<uintptr_t>(p.pointer()), n, Access::write, true, origin_of(s));
   memcpy(p.pointer(), from, n);
 }

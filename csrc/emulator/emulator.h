@@ -65,6 +65,9 @@ int block_sync(BlockOp, int pred, Site);
 void named_barrier(int id, int n, bool wait, Site);
 void grid_sync(Site);
 
+extern bool device_arithmetic;       // functions as far off as CUDA's tables of errors allow
+float off_by(float x, float error);  // relative
+
 void cp_async(uint32_t dst, const void* src, int bytes, bool pred, Site);
 void cp_async_commit();
 void cp_async_wait(int n);
@@ -98,8 +101,17 @@ T& shared_var(Tag, Site s) {
   return *static_cast<T*>(static_shared(&key, sizeof(T), alignof(T) < 16 ? 16 : alignof(T), s));
 }
 
+// Of the launchers: a kernel whose pointers are all inside of structs needs a DeviceGuard around its launch.
+extern int guards;
+template <class... A>
+void check_guarded() {
+  if (guards == 0 && !(std::is_pointer_v<A> || ...))
+    fail("launch without a device: no argument is a pointer, and there is no DeviceGuard");
+}
+
 template <class... P, class... A>
 void launch(void (*kernel)(P...), const Config& c, A... args) {
+  check_guarded<A...>();
   struct Call {
     void (*kernel)(P...);
     std::tuple<P...> args;

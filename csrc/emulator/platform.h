@@ -130,18 +130,30 @@ inline unsigned atomicInc(unsigned* p, unsigned limit, EMU_SITE) {
   return emu::read_modify_write(p, [=](unsigned o) { return o >= limit ? 0u : o + 1; }, site);
 }
 
-inline float __expf(float x) { return expf(x); }
-inline float __logf(float x) { return logf(x); }
-inline float __log2f(float x) { return log2f(x); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __frcp_rn(float x) { return 1.f / x; }
+namespace emu {
+
+inline float approximate(float exact, float error) { return device_arithmetic ? off_by(exact, error) : exact; }
+
+}  // namespace emu
+
+inline float __expf(float x) { return x == 0.f ? 1.f : emu::approximate(expf(x), 0x1p-22f); }
+inline float __log2f(float x) { return emu::approximate(log2f(x), 0x1p-22f); }
+inline float __logf(float x) {
+  const float y = logf(x);
+  if (!emu::device_arithmetic || x < 0.5f || x > 2.f) return emu::approximate(y, 0x1.8p-22f);
+  return y + (emu::bits(x) & 1 ? 0x1.83p-22f : -0x1.83p-22f);
+}
+inline float __fdividef(float a, float b) {
+  if (b > 0x1p126f || b < -0x1p126f) return a * 0.f / b;  // NaN where a is infinite
+  const bool power_of_2 = (emu::bits(b) & 0x7fffff) == 0;
+  return power_of_2 ? a / b : emu::approximate(a / b, 0x1p-23f);
+}
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __saturatef(float x) { return x > 0.f ? (x < 1.f ? x : 1.f) : 0.f; }
-inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 inline float __int_as_float(int x) { return emu::unbits<float>(emu::bits(x)); }
 inline int __float_as_int(float x) { return emu::unbits<int>(emu::bits(x)); }
 inline float __uint_as_float(unsigned x) { return emu::unbits<float>(emu::bits(x)); }
@@ -183,6 +195,14 @@ constexpr auto max(A a, B b) {
 
 namespace pk {
 
+// In place of the host's.
+inline float expf(float x) { return x == 0.f ? 1.f : emu::approximate(::expf(x), 0x1p-23f); }
+inline float tanhf(float x) { return emu::approximate(::tanhf(x), 0x1p-23f); }
+inline float expm1f(float x) { return emu::approximate(::expm1f(x), 0x1p-24f); }
+inline float log1pf(float x) { return emu::approximate(::log1pf(x), 0x1p-24f); }
+inline float logf(float x) { return emu::approximate(::logf(x), 0x1p-24f); }
+inline float log2f(float x) { return emu::approximate(::log2f(x), 0x1p-24f); }
+
 #if defined(__aarch64__)
 using half_t = __fp16;
 #else
@@ -211,9 +231,12 @@ T from_float(float x) {
   }
 }
 
-// CPU tensors: there is no device to make current.
+// CPU tensors: there is no device to make current, but a launch that would need it is an error here too.
 struct DeviceGuard {
-  explicit DeviceGuard(const void*) {}
+  explicit DeviceGuard(const void*) { ++emu::guards; }
+  ~DeviceGuard() { --emu::guards; }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
 };
 
 template <class... P, class... A>

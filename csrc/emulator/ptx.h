@@ -9,7 +9,11 @@ uint32_t pack2(float lo, float hi) {
   static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>);
   return static_cast<uint32_t>(emu::bits(from_float<T>(lo)) | emu::bits(from_float<T>(hi)) << 16);
 }
-inline float ex2(float x) { return exp2f(x); }
+inline float ex2(float x) {
+  const float y = exp2f(x);
+  if (!emu::device_arithmetic || x == rintf(x)) return y;
+  return y < 0x1p-126f ? 0.f : emu::off_by(y, 0x1.6ap-23f);
+}
 inline float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
 
 inline uint32_t smem_addr(const void* p) { return emu::smem_addr(p); }

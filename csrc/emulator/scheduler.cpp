@@ -18,6 +18,7 @@ Position* cur = nullptr;
 Config cfg;
 Stats stats;
 Options options;
+int guards = 0;
 uint32_t grid_epoch = 0;
 uint32_t idle_reads = 0;
 const void* call_frame = nullptr;

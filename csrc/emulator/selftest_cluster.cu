@@ -24,6 +24,7 @@ enum class Plain {
   arrives_twice,
   waits_first,
   overrun,
+  misaligned,
   all_to_one
 };
 
@@ -53,7 +54,9 @@ __global__ void plain(const float* in, float* out, int) {
   const int target = BUG == Plain::rank_outside ? other + 1 : other;
   const uint32_t v = BUG == Plain::stored || BUG == Plain::all_to_one
                          ? s[tid]
-                         : ld_cluster<uint32_t>(map_cluster(mirrored, target) + (BUG == Plain::overrun ? 128 : 0));
+                         : ld_cluster<uint32_t>(map_cluster(mirrored, target) + (BUG == Plain::overrun      ? 128
+                                                                                 : BUG == Plain::misaligned ? 2
+                                                                                                            : 0));
   if (BUG == Plain::no_wait) cluster_wait();
   if (BUG != Plain::no_barrier_at_the_end) cluster_sync();
   out[i] = __uint_as_float(v) + 1;
@@ -221,6 +224,7 @@ std::vector<Case> cluster_cases() {
       {"cluster_arrive_twice", run<plain<Plain::arrives_twice>>},
       {"cluster_wait_without_arrive", run<plain<Plain::waits_first>>},
       {"remote_shared_overrun", run<plain<Plain::overrun>>},
+      {"misaligned_remote_load", run<plain<Plain::misaligned>>},
       {"all_blocks_write_to_one", run<plain<Plain::all_to_one>>},
       {"cluster_does_not_divide_the_grid", wrong_size<2>},
       {"cluster_too_large", wrong_size<9>},

@@ -129,6 +129,39 @@ template <void (*KERNEL)(const float*, float*, int)>
 void together(const float* in, float* out, int n) {
   launch_cooperative(KERNEL, kBlocks, n / kBlocks, 0, nullptr, in, out, n);
 }
+
+// The pointers inside of a struct: a launcher cannot tell their device.
+struct InAndOut {
+  const float* in;
+  float* out;
+  int n;
+};
+__global__ void of_a_struct(const InAndOut x) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  x.out[i] = x.in[x.n - 1 - i] + 1;
+}
+void launch_without_a_device(const float* in, float* out, int n) {
+  launch(of_a_struct, kBlocks, n / kBlocks, 0, nullptr, InAndOut{in, out, n});
+}
+void correct_launch_of_a_struct(const float* in, float* out, int n) {
+  const DeviceGuard guard(in);
+  launch_without_a_device(in, out, n);
+}
+void empty_grid(const float* in, float* out, int n) {
+  launch(correct_grid_sync, dim3(n / kBlocks, 0), 32, 0, nullptr, in, out, n);
+}
+
+// Static and dynamic memory are together below a block's limit, but the dynamic part begins at a multiple of 1024.
+__global__ void with_both(const float* in, float* out, int n) {
+  PK_DYN_SHARED(raw);
+  PK_SHARED(float, s, [4]);
+  s[0] = 1, raw[0] = 1;
+  out[0] = in[n - 1] + s[0];
+}
+void no_room_before_dynamic_shared(const float* in, float* out, int n) {
+  launch(with_both, 1, 1, 227 * 1024 - 512, nullptr, in, out, n);
+}
+
 void cooperative_grid_too_large(const float* in, float* out, int n) {
   launch_cooperative(correct_grid_sync, 100'000, 32, 0, nullptr, in, out, n);
 }
@@ -144,6 +177,10 @@ std::vector<Case> grid_cases() {
       PK_TOGETHER(block_barrier_taken_for_grid_barrier),
       PK_PLAIN(grid_sync_in_plain_launch),
       {"cooperative_grid_too_large", cooperative_grid_too_large},
+      {"launch_without_a_device", launch_without_a_device},
+      {"correct_launch_of_a_struct", correct_launch_of_a_struct},
+      {"empty_grid", empty_grid},
+      {"no_room_before_dynamic_shared", no_room_before_dynamic_shared},
       PK_PLAIN(two_blocks_write_one_element),
       PK_PLAIN(correct_last_block),
       PK_PLAIN(last_block_without_release_fence),

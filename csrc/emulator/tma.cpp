@@ -159,7 +159,7 @@ TensorMap make_tensor_map(const void* base, int element, int rank, const int* di
     if (box[i] < 1 || box[i] > 256) fail("tensor map: box %d of dimension %d", box[i], i);
     if (!i) continue;
     m.stride[i] = static_cast<size_t>(stride[i - 1]) * static_cast<size_t>(element);
-    if (m.stride[i] % 16 || m.stride[i] >= 1ull << 40)
+    if (m.stride[i] % 16 || m.stride[i] >= 1ull << 40 || (!m.stride[i] && dim[i] > 1))
       fail("tensor map: stride %zu bytes of dimension %d", m.stride[i], i);
   }
   if (box[0] * element > 128 || box[0] * element % 16)

@@ -184,7 +184,7 @@ void mma16816(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool bf16, 
     bool bf16;
   } lane{d, a, {b0, b1}, bf16};
   auto product = [](void** payload, uint32_t) {
-    float A[16][16], B[16][8], D[16][8] = {};
+    float A[16][16], B[8][16];  // B by columns
     for (int l = 0; l < 32; ++l) {
       const Lane& q = *static_cast<Lane*>(payload[l]);
       const int g = l >> 2, c = 2 * (l & 3);
@@ -192,14 +192,13 @@ void mma16816(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool bf16, 
         for (int e = 0; e < 2; ++e)
           A[g + (i & 1) * 8][c + e + (i >> 1) * 8] = half_bits(static_cast<uint16_t>(q.a[i] >> 16 * e), q.bf16);
       for (int i = 0; i < 2; ++i)
-        for (int e = 0; e < 2; ++e) B[c + e + i * 8][g] = half_bits(static_cast<uint16_t>(q.b[i] >> 16 * e), q.bf16);
+        for (int e = 0; e < 2; ++e) B[g][c + e + i * 8] = half_bits(static_cast<uint16_t>(q.b[i] >> 16 * e), q.bf16);
     }
-    for (int i = 0; i < 16; ++i)
-      for (int k = 0; k < 16; ++k)
-        for (int j = 0; j < 8; ++j) D[i][j] += A[i][k] * B[k][j];
     for (int l = 0; l < 32; ++l)
-      for (int e = 0; e < 4; ++e)
-        static_cast<Lane*>(payload[l])->d[e] += D[(l >> 2) + (e >> 1) * 8][2 * (l & 3) + (e & 1)];
+      for (int e = 0; e < 4; ++e) {
+        float& d = static_cast<Lane*>(payload[l])->d[e];
+        d = tensor_core_sum(d, A[(l >> 2) + (e >> 1) * 8], B[2 * (l & 3) + (e & 1)], 16);
+      }
   };
   warp_collective(Op::mma, kFull, &lane, product, site);
 }
@@ -212,19 +211,18 @@ void mma1688(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, Site site) {
   } lane{d, a, {b0, b1}};
   auto product = [](void** payload, uint32_t) {
     const auto tf32 = [](uint32_t word) { return unbits<float>(word & 0xffffe000u); };
-    float A[16][8], B[8][8], D[16][8] = {};
+    float A[16][8], B[8][8];
     for (int l = 0; l < 32; ++l) {
       const Lane& q = *static_cast<Lane*>(payload[l]);
       const int g = l >> 2, c = l & 3;
       for (int i = 0; i < 4; ++i) A[g + (i & 1) * 8][c + (i >> 1) * 4] = tf32(q.a[i]);
-      for (int i = 0; i < 2; ++i) B[c + i * 4][g] = tf32(q.b[i]);
+      for (int i = 0; i < 2; ++i) B[g][c + i * 4] = tf32(q.b[i]);
     }
-    for (int i = 0; i < 16; ++i)
-      for (int k = 0; k < 8; ++k)
-        for (int j = 0; j < 8; ++j) D[i][j] += A[i][k] * B[k][j];
     for (int l = 0; l < 32; ++l)
-      for (int e = 0; e < 4; ++e)
-        static_cast<Lane*>(payload[l])->d[e] += D[(l >> 2) + (e >> 1) * 8][2 * (l & 3) + (e & 1)];
+      for (int e = 0; e < 4; ++e) {
+        float& d = static_cast<Lane*>(payload[l])->d[e];
+        d = tensor_core_sum(d, A[(l >> 2) + (e >> 1) * 8], B[2 * (l & 3) + (e & 1)], 8);
+      }
   };
   warp_collective(Op::mma, kFull, &lane, product, site);
 }

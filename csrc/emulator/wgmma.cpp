@@ -60,9 +60,8 @@ void compute(int warp, const Wgmma& o, void** lanes) {
       const int row = (l >> 2) + (i >> 1 & 1) * 8, col = i / 4 * 8 + 2 * (l & 3) + (i & 1);
       if (!q.chained && memcmp(q.d + i, &kBusy, 4))
         fail("%s: accumulator touched before wgmma_wait", name_site(q.site).c_str());
-      float s = 0;
-      for (int k = 0; k < 16; ++k) s += A[static_cast<size_t>(row * 16 + k)] * B[static_cast<size_t>(col * 16 + k)];
-      q.d[i] = s + (q.chained ? q.d[i] : q.old[static_cast<size_t>(i)]);
+      const float before = q.chained ? q.d[i] : q.old[static_cast<size_t>(i)];
+      q.d[i] = tensor_core_sum(before, &A[static_cast<size_t>(row * 16)], &B[static_cast<size_t>(col * 16)], 16);
     }
   }
 }
