@@ -66,10 +66,11 @@ def test_every_activation_is_everywhere() -> None:
 @pytest.mark.parametrize("backend", ["cpu", "triton", "emulator"])
 def test_every_backend_knows_every_activation(name: str, backend: str) -> None:
     """Its functor by name, alone and fused with bias and dropout."""
-    x = torch.linspace(-2, 2, 7)
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    x = torch.linspace(-2, 2, 7, device=device)
     expected = REFERENCE[name](x, 1.0)
     alone = pk.ops.activation.unary.unary_forward[backend](x, name, 1.0)
     torch.testing.assert_close(alone, expected, rtol=1e-5, atol=1e-6)
     alpha = 1.0 if name in pk.reference.activation.ALPHA else None
-    fused = pk.functional.bias_activation_dropout(x, torch.zeros(7), name, alpha=alpha, backend=backend)
+    fused = pk.functional.bias_activation_dropout(x, torch.zeros_like(x), name, alpha=alpha, backend=backend)
     torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-6)
