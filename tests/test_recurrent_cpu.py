@@ -94,6 +94,16 @@ def test_sizes_in_16_bits(dtype: torch.dtype, batch: int, hidden: int) -> None:
     check("LSTM", 6, batch, 35, hidden, dtype, bidirectional=True)
 
 
+@pytest.mark.parametrize(
+    ("steps", "batch", "size", "hidden"),
+    ((70, 33, 100, 40), (3, 5, 700, 520), (2, 33, 33, 300)),
+    ids=("in-the-loop", "outside", "odd-panels"),
+)
+def test_bfloat16_products(steps: int, batch: int, size: int, hidden: int) -> None:
+    """Products with the input inside the loop and outside; sums over more tokens and columns than a block's."""
+    check("LSTM", steps, batch, size, hidden, torch.bfloat16)
+
+
 @pytest.mark.parametrize("name", MODES)
 def test_long_with_orthogonal_recurrence(name: str) -> None:
     """Spectral radius 1: what the loop gets wrong in one step is not damped in the next 1023."""

@@ -70,7 +70,7 @@ class ForwardLoop {
     const int64_t hidden = wide_.hidden;
     const auto pack = [&](const Tensor& weight) {
       const int64_t depth = weight.size(1);
-      const Tensor packed = at::empty({table.packed_forward(cell, hidden, depth)}, at::kFloat);
+      const Tensor packed = fresh_floats({table.packed_forward(cell, hidden, depth)});
       table.pack_forward(cell, hidden, depth, read(weight), write(packed));
       return packed;
     };
@@ -88,7 +88,7 @@ class ForwardLoop {
     // Activations overwrite the gates they come from; a vanilla RNN's are its output.
     gates_ = vanilla_ ? out.output
              : keep   ? out.gates
-                      : at::empty({sequence.largest_chunk(kForwardTokens), wide_.width}, at::kFloat);
+                      : fresh_floats({sequence.largest_chunk(kForwardTokens), wide_.width});
     args_ = forward_args(cell, sequence.steps(reverse), wide_, bias_, bias_n_);
     args_.weight = read_or_null(packed_);
     args_.x_weight = read_or_null(packed_x_);
@@ -153,8 +153,8 @@ Forward forward_float(Cell cell, const Sequence& sequence, const Layer& layer, b
   Forward out;
   out.output = token_rows(sequence, room, ways * size);
   if (layer.c0) out.c_n = float_copy(layer.c0, *layer.c0);
-  out.cells = at::empty(sizes_of(h0, {keep && layer.c0 ? room : 0, hidden}), at::kFloat);
-  out.gates = at::empty(sizes_of(h0, {keep && !vanilla ? room : 0, width}), at::kFloat);
+  out.cells = fresh_floats(sizes_of(h0, {keep && layer.c0 ? room : 0, hidden}));
+  out.gates = fresh_floats(sizes_of(h0, {keep && !vanilla ? room : 0, width}));
   std::vector<ForwardLoop> loops;
   loops.reserve(ways);
   for (int64_t d = 0; d < ways; ++d) {
@@ -177,17 +177,17 @@ Forward recompute_float(Cell cell, const Sequence& sequence, const Layer& layer,
   const int64_t ways = directions(h0), room = layer.input.size(0), hidden = layer.w_hh.size(-2) / gates_of(cell);
   const int64_t size = h0.size(-1);
   Forward out;
-  out.gates = at::empty(sizes_of(h0, {room, width_of(cell) * hidden}), at::kFloat);
+  out.gates = fresh_floats(sizes_of(h0, {room, width_of(cell) * hidden}));
   if (layer.c0) {
     out.c_n = float_copy(layer.c0, *layer.c0);
-    out.cells = at::empty(sizes_of(h0, {room, hidden}), at::kFloat);
+    out.cells = fresh_floats(sizes_of(h0, {room, hidden}));
   }
   for (int64_t d = 0; d < ways; ++d) {
     const Layer own = direction_of(layer, d);
     const Wide wide(cell, input, own);
     const Tensor y = rows_of(cut(output, 1, d * size, size)), w_in = wide.w_ih.t(), all = share(out.gates, ways, d);
     const auto [bias, bias_n] = biases(cell, hidden, own.b_ih, own.b_hh);
-    const Tensor before = at::empty({sequence.largest_chunk(kForwardTokens), size}, at::kFloat);
+    const Tensor before = fresh_floats({sequence.largest_chunk(kForwardTokens), size});
     ForwardArgs args = forward_args(cell, sequence.steps(d == 1), wide, bias, bias_n);
     args.state = layer.c0 ? write(share(out.c_n, ways, d)) : nullptr;
     args.cells = layer.c0 ? write(share(out.cells, ways, d)) : nullptr;

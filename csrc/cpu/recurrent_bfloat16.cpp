@@ -1,11 +1,14 @@
-// The LSTM in bfloat16 on AMX: products of all tokens by torch in bfloat16, the time loop by recurrent_amx.cpp.
+// The LSTM in bfloat16 on AMX: the time loop is recurrent_amx.cpp's, with the input's products where its weights fit
+// the cache too; otherwise those are torch's. Sums over tokens are recurrent_gradient_amx.cpp's.
 #include <ATen/cpu/Utils.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include "isa.h"
+#include "pages.h"
+#include "pool.h"
 #include "recurrent.h"
+#include "scratch.h"
 
 namespace pk {
 namespace {
@@ -17,27 +20,27 @@ uint16_t* words_out(const Tensor& t) { return static_cast<uint16_t*>(t.mutable_d
 Tensor widened(const Tensor& t) { return t.to(at::kFloat).contiguous(); }
 Tensor unit_rows(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous(); }
 
+// Memory that a loop reads over and over is a block of the pool, however small: of huge pages where there are any.
+Tensor packed_words(int64_t count) { return empty_large({std::max<int64_t>(count, kPooled / 2)}, at::kBFloat16); }
+
 // d^T x, (width, columns), in `out`. torch's product of a transposed bfloat16 matrix reaches half of what it does
 // otherwise.
 void weight_gradient(const Tensor& d, const Tensor& input, const Tensor& out) {
   const AmxKernels& table = *recurrent_kernels_amx();
   const Tensor x = unit_rows(input);
   const int64_t columns = x.size(1), width = d.size(1), tokens = d.size(0);
-  if (columns == 0) return;  // an input of no columns
+  if (tokens == 0) out.zero_();
+  if (tokens == 0 || columns == 0) return;
   const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), columns / 64));
-  const int64_t share = (columns + threads - 1) / threads, pitch = (width + 31) / 32 * 32;
-  const int64_t stripe = (share + 31) / 32 * 32;  // columns of a thread, each of which has its own rows of the sums
-  const int64_t stripes = (columns + stripe - 1) / stripe;
-  const Tensor sums = at::zeros({std::max<int64_t>(stripes, 1) * stripe, pitch}, at::kFloat);
-  at::parallel_for(0, stripes, 1, [&](int64_t begin, int64_t end) {
+  const int64_t share = (columns + threads - 1) / threads, stripe = (share + 31) / 32 * 32;  // columns of a thread
+  at::parallel_for(0, (columns + stripe - 1) / stripe, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * stripe, mine = std::min(stripe, columns - first);
-      const Tensor scratch = at::empty({table.gradient_scratch_words(mine)}, at::kBFloat16);
-      table.add_weight_gradient(words(x) + first, x.stride(0), mine, words(d), d.stride(0), width, tokens,
-                                sums.mutable_data_ptr<float>() + first * pitch, words_out(scratch));
+      const Tensor held = empty_large({table.gradient_scratch(mine, width, tokens)}, at::kByte);
+      table.weight_gradient(words(x) + first, x.stride(0), mine, words(d), d.stride(0), width, tokens,
+                            words_out(out) + first, columns, held.mutable_data_ptr());
     }
   });
-  table.round_transposed(sums.const_data_ptr<float>(), pitch, columns, width, words_out(out));
 }
 
 // One direction forward: `out` is its share, with c0 in c_n and h0 in h_n.
@@ -46,7 +49,7 @@ class AmxForwardLoop {
   AmxForwardLoop(const Sequence& sequence, const Tensor& input, const Layer& layer, bool reverse, bool keep,
                  const Forward& out)
       : sequence_(sequence),
-        input_(input),
+        input_(unit_rows(input)),
         w_in_(layer.w_ih.t()),
         h_(layer.h0.contiguous()),
         out_(out),
@@ -54,11 +57,16 @@ class AmxForwardLoop {
         hidden_(layer.w_hh.size(1)),
         reverse_(reverse) {
     const AmxKernels& table = *recurrent_kernels_amx();
-    const Tensor w = layer.w_hh.contiguous();
+    const int64_t inputs = input.size(1);
+    const bool fused = inputs > 0 && table.packed_forward(hidden_, inputs) * 2 <= table.stays;
+    const Tensor w = layer.w_hh.contiguous(), w_ih = layer.w_ih.contiguous();
     bias_ = biases(Cell::kLstm, hidden_, layer.b_ih, layer.b_hh).first;
-    packed_ = at::empty({table.packed_forward(hidden_)}, at::kBFloat16);
-    table.pack_forward(hidden_, words(w), words_out(packed_));
-    gates_ = keep ? out.gates : at::empty({sequence.largest_chunk(kChunk), 4 * hidden_}, at::kHalf);
+    args_.inputs = fused ? inputs : 0;
+    packed_ = packed_words(table.packed_forward(hidden_, args_.inputs));
+    table.pack_forward(hidden_, args_.inputs, words(w), words(w_ih), words_out(packed_));
+    gates_ = keep ? out.gates : empty_large({fused ? 0 : sequence.largest_chunk(kChunk), 4 * hidden_}, at::kHalf);
+    args_.x = words(input_);
+    args_.x_stride = input_.stride(0);
     args_.steps = sequence.steps(reverse);
     args_.hidden = hidden_;
     args_.weight = words(packed_);
@@ -77,14 +85,16 @@ class AmxForwardLoop {
   void before(int64_t i) {
     const Chunk& chunk = chunks_[i];
     const int64_t at = args_.keep ? chunk.token : 0;
-    Tensor gates = gates_.narrow(0, at, chunk.tokens).view(at::kBFloat16);
-    at::mm_out(gates, input_.narrow(0, chunk.token, chunk.tokens), w_in_);
+    if (!args_.inputs) {
+      Tensor gates = gates_.narrow(0, at, chunk.tokens).view(at::kBFloat16);
+      at::mm_out(gates, input_.narrow(0, chunk.token, chunk.tokens), w_in_);
+    }
     args_.gates = words_out(gates_) + (at - chunk.token) * 4 * hidden_;
   }
   void run(int64_t i, int64_t row, int64_t end) const {
     const AmxKernels& table = *recurrent_kernels_amx();
-    const Tensor scratch = at::empty({table.scratch_bytes(hidden_, end - row)}, at::kByte);
-    table.forward(args_, chunks_[i].first, chunks_[i].last, row, end, scratch.mutable_data_ptr());
+    table.forward(args_, chunks_[i].first, chunks_[i].last, row, end,
+                  scratch(table.scratch_bytes(hidden_, args_.inputs, end - row)));
   }
   void after(int64_t i) {
     if (i + 1 < count()) return;
@@ -111,7 +121,7 @@ class AmxForwardLoop {
 class AmxBackwardLoop {
  public:
   AmxBackwardLoop(const Sequence& sequence, const Tensor& dy, const Tensor& last, const Layer& layer,
-                  const Saved& saved, bool reverse, const Tensor& dgates, const Tensor& carry)
+                  const Saved& saved, bool reverse, const Tensor& dgates, const Tensor& carry, const Tensor& dx)
       : gradient_(unit_rows(dy)),
         last_(last),
         gates_(saved.gates->contiguous()),
@@ -121,8 +131,19 @@ class AmxBackwardLoop {
         chunk_{0, sequence.count(), 0, sequence.tokens()} {
     const AmxKernels& table = *recurrent_kernels_amx();
     const Tensor w = layer.w_hh.contiguous();
-    packed_ = at::empty({table.packed_backward(hidden_)}, at::kBFloat16);
-    table.pack_backward(hidden_, words(w), words_out(packed_));
+    const auto pack = [&](const Tensor& weight) {
+      const int64_t depth = weight.size(0), columns = weight.size(1);
+      const Tensor packed = packed_words(table.packed_backward(depth, columns));
+      table.pack_backward(depth, columns, words(weight), words_out(packed));
+      return packed;
+    };
+    packed_ = pack(w);
+    if (dx.defined()) {
+      packed_x_ = pack(layer.w_ih.contiguous());
+      args_.x_weight = words(packed_x_);
+      args_.inputs = dx.size(1);
+      args_.dx = words_out(dx);
+    }
     args_.steps = sequence.steps(reverse);
     args_.hidden = hidden_;
     args_.weight = words(packed_);
@@ -143,8 +164,7 @@ class AmxBackwardLoop {
   void before(int64_t) {}
   void run(int64_t, int64_t row, int64_t end) const {
     const AmxKernels& table = *recurrent_kernels_amx();
-    const Tensor scratch = at::empty({table.scratch_bytes(hidden_, end - row)}, at::kByte);
-    table.backward(args_, 0, chunk_.last, row, end, scratch.mutable_data_ptr());
+    table.backward(args_, 0, chunk_.last, row, end, scratch(table.scratch_bytes(hidden_, args_.inputs, end - row)));
   }
   void after(int64_t) {}
 
@@ -152,7 +172,7 @@ class AmxBackwardLoop {
   Tensor gradient_, last_, gates_, c0_, dgates_;
   int64_t hidden_;
   Chunk chunk_;
-  Tensor packed_;
+  Tensor packed_, packed_x_;
   AmxBackwardArgs args_{};
 };
 
@@ -169,12 +189,12 @@ Forward forward_bfloat16(const Sequence& sequence, const Layer& layer, bool keep
   const Tensor& h0 = layer.h0;
   const int64_t hidden = h0.size(-1), ways = directions(h0), room = layer.input.size(0), tokens = sequence.tokens();
   Forward out;
-  out.output = at::empty({room, ways * hidden}, at::kBFloat16);
+  out.output = empty_large({room, ways * hidden}, h0.options());
   if (tokens < room) out.output.narrow(0, tokens, room - tokens).zero_();
   out.h_n = h0.clone(at::MemoryFormat::Contiguous);
   out.c_n = float_copy(layer.c0, *layer.c0);
-  out.cells = at::empty(sizes_of(h0, {keep ? room : 0, hidden}), at::kFloat);
-  out.gates = at::empty(sizes_of(h0, {keep ? room : 0, 4 * hidden}), at::kHalf);
+  out.cells = empty_large(sizes_of(h0, {keep ? room : 0, hidden}), at::kFloat);
+  out.gates = empty_large(sizes_of(h0, {keep ? room : 0, 4 * hidden}), at::kHalf);
   std::vector<AmxForwardLoop> loops;
   loops.reserve(ways);
   for (int64_t d = 0; d < ways; ++d) {
@@ -197,28 +217,32 @@ Gradients backward_bfloat16(const Sequence& sequence, const Tensor& dy, const Op
   TORCH_CHECK(saved.gates->scalar_type() == at::kHalf, "lstm_backward: gates must be float16, not ",
               saved.gates->scalar_type());
   // Directions side by side: the products with the input are then those of one wide layer.
-  const Tensor dgates = at::empty({tokens, ways * width}, at::kBFloat16);
+  const Tensor dgates = empty_large({tokens, ways * width}, h0.options());
+  const auto made = [&](bool is_wanted, at::IntArrayRef sizes) {
+    return is_wanted ? empty_large(sizes, h0.options()) : Tensor();
+  };
   Gradients out;
   out.c0 = float_copy(dcn, *layer.c0);
+  out.input = made(wanted.input, layer.input.sizes());
+  const Tensor dx = wanted.input ? out.input.narrow(0, 0, tokens) : Tensor();
+  // Of one direction the input's gradient is made in the loop, if there is room for both weights.
+  const int64_t both = table.packed_backward(width, hidden) + table.packed_backward(width, layer.input.size(1));
+  const bool fused = wanted.input && ways == 1 && both * 2 <= table.stays;
   std::vector<AmxBackwardLoop> loops;
   loops.reserve(ways);
   for (int64_t d = 0; d < ways; ++d) {
     const Saved own{saved.output, share(*saved.gates, ways, d), share(*saved.cells, ways, d)};
     loops.emplace_back(sequence, dy.narrow(1, d * hidden, hidden), share(last, ways, d), direction_of(layer, d), own,
-                       d == 1, dgates.narrow(1, d * width, width), share(out.c0, ways, d));
+                       d == 1, dgates.narrow(1, d * width, width), share(out.c0, ways, d), fused ? dx : Tensor());
   }
   run_loops(loops, kRowsOfTile);
-  const auto made = [](bool is_wanted, at::IntArrayRef sizes) {
-    return is_wanted ? at::empty(sizes, at::kBFloat16) : Tensor();
-  };
   if (wanted.input) {
-    out.input = made(true, layer.input.sizes());
-    Tensor dx = out.input.narrow(0, 0, tokens);
-    at::mm_out(dx, dgates, layer.w_ih.reshape({ways * width, layer.input.size(1)}));
+    Tensor found = dx;
+    if (!fused) at::mm_out(found, dgates, layer.w_ih.reshape({ways * width, layer.input.size(1)}));
     if (tokens < room) out.input.narrow(0, tokens, room - tokens).zero_();
   }
   out.w_ih = made(wanted.w_ih, layer.w_ih.sizes());
-  if (wanted.w_ih) weight_gradient(dgates, input, out.w_ih);
+  if (wanted.w_ih) weight_gradient(dgates, input, out.w_ih.view({ways * width, input.size(1)}));
   if (wanted.bias) {
     out.b_ih = at::zeros(sizes_of(h0, {width}), at::kFloat);
     table.add_column_sums(words(dgates), tokens, ways * width, out.b_ih.mutable_data_ptr<float>());
@@ -230,7 +254,7 @@ Gradients backward_bfloat16(const Sequence& sequence, const Tensor& dy, const Op
     const Steps steps = sequence.steps(d == 1);
     const Tensor own = dgates.narrow(1, d * width, width);
     if (wanted.w_hh) {
-      const Tensor previous = at::empty({tokens, hidden}, at::kBFloat16);
+      const Tensor previous = empty_large({tokens, hidden}, h0.options());
       gather_previous(steps, all, saved.output.narrow(1, d * hidden, hidden), share(h0, ways, d).contiguous(),
                       previous);
       weight_gradient(own, previous, share(out.w_hh, ways, d));

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
 
+#include "pages.h"
 #include "recurrent.h"
 
 namespace pk {
@@ -12,6 +13,7 @@ constexpr int64_t kRowsForThread = 4;  // fewer rows than this a thread, and blo
 inline const float* read(const Tensor& t) { return t.const_data_ptr<float>(); }
 inline const float* read_or_null(const Tensor& t) { return t.defined() ? read(t) : nullptr; }
 inline float* write(const Tensor& t) { return t.mutable_data_ptr<float>(); }
+inline Tensor fresh_floats(at::IntArrayRef sizes) { return empty_large(sizes, at::kFloat); }
 // Conversions and cuts that change nothing are left out: each costs a microsecond, which a single cell notices.
 inline Tensor as_float(const Tensor& t) { return t.scalar_type() == at::kFloat ? t : t.to(at::kFloat); }
 inline Tensor dense(const Tensor& t) { return as_float(t).contiguous(); }
@@ -29,7 +31,7 @@ inline Tensor rows_of(const Tensor& t) {
 // w (depth, columns) packed for products with it from the right.
 inline Tensor packed_columns(const Tensor& w) {
   const int64_t depth = w.size(0), columns = w.size(1);
-  Tensor packed = at::empty({recurrent_kernels().packed_columns(depth, columns)}, at::kFloat);
+  Tensor packed = fresh_floats({recurrent_kernels().packed_columns(depth, columns)});
   recurrent_kernels().pack_columns(depth, columns, read(w), write(packed));
   return packed;
 }
@@ -62,7 +64,7 @@ inline Tensor present(const Sequence& sequence, const Tensor& input) {
 
 // (tokens, columns) of memory of its own, zero where there is padding.
 inline Tensor token_rows(const Sequence& sequence, int64_t room, int64_t columns) {
-  const Tensor found = at::empty({room, columns}, at::kFloat);
+  const Tensor found = fresh_floats({room, columns});
   if (sequence.tokens() < room) found.narrow(0, sequence.tokens(), room - sequence.tokens()).zero_();
   return found;
 }

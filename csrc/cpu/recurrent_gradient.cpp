@@ -97,11 +97,11 @@ class BackwardLoop {
     if (layer.c0) carry_ = float_copy(dcn, *layer.c0);
     if (cell == Cell::kGru) carry_ = last_.clone();
     if (wanted.peephole) dpeephole_ = at::zeros({3 * hidden}, at::kFloat);
-    dgates_ = at::empty({held, width}, at::kFloat);
+    dgates_ = fresh_floats({held, width});
     if (count() > 1) later_ = at::empty({batch, width}, at::kFloat);
-    if (wanted.w_hh && !at_once_) previous_ = at::empty({held, size}, at::kFloat);
-    if (wanted.peephole) before_ = at::empty({held, hidden}, at::kFloat);
-    if (projected) dprojected_ = at::empty({held, size}, at::kFloat);
+    if (wanted.w_hh && !at_once_) previous_ = fresh_floats({held, size});
+    if (wanted.peephole) before_ = fresh_floats({held, hidden});
+    if (projected) dprojected_ = fresh_floats({held, size});
 
     args_.cell = cell;
     args_.steps = sequence.steps(reverse);
@@ -246,7 +246,7 @@ Gradients backward_float(Cell cell, const Sequence& sequence, const Tensor& dy, 
   if (ways == 1) {
     out = loops[0].result({});
   } else {
-    const auto like = [](bool made, const Tensor& t) { return made ? at::empty(t.sizes(), at::kFloat) : Tensor(); };
+    const auto like = [](bool made, const Tensor& t) { return made ? fresh_floats(t.sizes()) : Tensor(); };
     out.w_ih = like(wanted.w_ih, layer.w_ih);
     out.w_hh = like(wanted.w_hh, layer.w_hh);
     if (wanted.w_hr) out.w_hr = like(true, *layer.w_hr);

@@ -100,15 +100,18 @@ struct RecurrentKernels {
 };
 
 // The LSTM in bfloat16 on AMX: as above, with words of bfloat16 (dhn, carry, cells and c0 are float32) and
-// saved gates in float16 (they overwrite the gates from the input, which are bfloat16).
+// saved gates in float16.
 struct AmxForwardArgs {
   Steps steps;
   int64_t hidden;
-  const uint16_t* weight;
+  const uint16_t* weight;  // as pack_forward leaves it
   const float* bias;
   const uint16_t* h0;
+  // The input, where its product is made in the loop; otherwise inputs is 0 and `gates` hold the product (bfloat16).
+  const uint16_t* x;
+  int64_t x_stride, inputs;
   float* state;
-  uint16_t* gates;
+  uint16_t* gates;  // after the step, if kept: activations in float16
   bool keep;
   float* cells;
   uint16_t* output;
@@ -118,7 +121,7 @@ struct AmxForwardArgs {
 struct AmxBackwardArgs {
   Steps steps;
   int64_t hidden;
-  const uint16_t* weight;
+  const uint16_t* weight;  // W_hh as pack_backward leaves it
   const float* c0;
   const uint16_t* gates;
   const float* cells;
@@ -128,27 +131,36 @@ struct AmxBackwardArgs {
   float* carry;
   uint16_t* dgates;
   int64_t dgates_stride;
+  // The input's gradient (tokens, inputs), where it is made in the loop, and W_ih as pack_backward leaves it; or null.
+  const uint16_t* x_weight;
+  int64_t inputs;
+  uint16_t* dx;
 };
 
 struct AmxKernels {
-  int64_t (*packed_forward)(int64_t hidden);  // words
-  int64_t (*packed_backward)(int64_t hidden);
-  void (*pack_forward)(int64_t hidden, const uint16_t* w, uint16_t* packed);
-  void (*pack_backward)(int64_t hidden, const uint16_t* w, uint16_t* packed);
-  int64_t (*scratch_bytes)(int64_t hidden, int64_t rows);  // of forward and backward for so many rows
+  int64_t (*packed_forward)(int64_t hidden, int64_t inputs);  // words
+  int64_t (*packed_backward)(int64_t depth, int64_t columns);
+  // W_hh and, unless inputs is 0, W_ih, whose product is then made in the loop
+  void (*pack_forward)(int64_t hidden, int64_t inputs, const uint16_t* w_hh, const uint16_t* w_ih, uint16_t* packed);
+  // a weight (depth, columns), for products with it from the right
+  void (*pack_backward)(int64_t depth, int64_t columns, const uint16_t* w, uint16_t* packed);
+  int64_t (*scratch_bytes)(int64_t hidden, int64_t inputs, int64_t rows);  // of forward and backward for so many rows
   void (*forward)(const AmxForwardArgs&, int64_t first, int64_t last, int64_t row, int64_t row_end, void* scratch);
   // All steps: first is 0, last the number of steps.
   void (*backward)(const AmxBackwardArgs&, int64_t first, int64_t last, int64_t row, int64_t row_end, void* scratch);
-  // sums += x^T d, rows and columns padded to 32, for x (tokens x columns) and d (tokens x width) with rows x_stride
-  // and d_stride apart
-  int64_t (*gradient_scratch_words)(int64_t columns);
-  void (*add_weight_gradient)(const uint16_t* x, int64_t x_stride, int64_t columns, const uint16_t* d, int64_t d_stride,
-                              int64_t width, int64_t tokens, float* sums, uint16_t* scratch);
-  // out (width x columns) = the transpose of sums, whose rows are `pitch` apart
-  void (*round_transposed)(const float* sums, int64_t pitch, int64_t columns, int64_t width, uint16_t* out);
+  int64_t stays;  // bytes of packed weights that the second-level cache has room for
+  // out (width x columns) = d^T x, for x (tokens x columns) and d (tokens x width) of at least one token; every matrix
+  // with its distance between rows
+  int64_t (*gradient_scratch)(int64_t columns, int64_t width, int64_t tokens);  // bytes
+  void (*weight_gradient)(const uint16_t* x, int64_t x_stride, int64_t columns, const uint16_t* d, int64_t d_stride,
+                          int64_t width, int64_t tokens, uint16_t* out, int64_t out_stride, void* scratch);
   void (*add_column_sums)(const uint16_t* a, int64_t rows, int64_t cols, float* sums);
 };
 
+int64_t amx_gradient_scratch(int64_t columns, int64_t width, int64_t tokens);
+void amx_weight_gradient(const uint16_t* x, int64_t x_stride, int64_t columns, const uint16_t* d, int64_t d_stride,
+                         int64_t width, int64_t tokens, uint16_t* out, int64_t out_stride, void* scratch);
+void amx_column_sums(const uint16_t* a, int64_t rows, int64_t cols, float* sums);
 const AmxKernels* recurrent_kernels_amx();
 const RecurrentKernels* recurrent_kernels_avx2();
 const RecurrentKernels* recurrent_kernels_avx512();
