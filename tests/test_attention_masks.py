@@ -436,6 +436,9 @@ def test_wrong_shapes_are_named() -> None:
             attention(*tensors)
     with pytest.raises(ValueError, match="max_seqlen_k"):
         attention(*PACKED, cu_seqlens_q=ENDS, cu_seqlens_k=ENDS, max_seqlen_q=4, max_seqlen_k=3)
+    longest = ENDS.diff().max().numpy()[()]  # numpy's integers are integers
+    packed = attention(*PACKED, cu_seqlens_q=ENDS, cu_seqlens_k=ENDS, max_seqlen_q=longest, max_seqlen_k=longest)
+    assert torch.equal(packed, attention(*PACKED, cu_seqlens_q=ENDS, cu_seqlens_k=ENDS))
     merge, lse = pk.functional.merge_attention, q[..., 0]
     for error, text, parts in (
         (ValueError, "outs and lses", ([], [])),

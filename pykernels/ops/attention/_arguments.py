@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ def per_head(name: str, label: str, x: Any, allowed: tuple[tuple[int, ...], ...]
 def positive(name: str, label: str, x: Any) -> float:
     value = _check.number(name, label, x)
     if not value > 0:
-        raise ValueError(f"{name}(): argument '{label}' must be positive, not {x}")
+        raise ValueError(f"{name}(): argument '{label}' must be positive, not {x}; None leaves it out")
     return value
 
 
@@ -193,10 +194,10 @@ def longest(name: str, label: str, given: Any, ends: Tensor) -> int:
     """max_seqlen_*; where it is not given it is read from the ends (which waits for a GPU)."""
     if given is None:
         return int(ends.diff().max()) if ends.numel() > 1 else 0
-    if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
+    if isinstance(given, bool) or not isinstance(given, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{name}(): argument '{label}' must be int, not {type(given).__name__}")
     if _ids.readable(ends) and ends.numel() > 1 and given < int(ends.diff().max()):
         raise ValueError(
             f"{name}(): argument '{label}' must be at least the longest, {int(ends.diff().max())}, not {given}"
         )
-    return given
+    return int(given) if type(given).__module__ == "numpy" else given

@@ -70,7 +70,7 @@ def attention(
         prefix_length: int or int Tensor[B]; with `causal`, keys below it are seen by every query (prefix LM).
         window: (left, right), how far before and after p keys are seen; -1: unbounded.
         alibi_slopes: floating-point Tensor[H] or Tensor[B, H].
-        softcap: positive; bounds the scores.
+        softcap: positive; bounds the scores. None: no cap (where others write 0).
         sinks: floating-point Tensor[H], a logit a head that takes part in the softmax and has no value; with gradient.
         dropout_p: in [0, 1); always active, pass 0.0 in evaluation. Element (b, h, i, j) is decided by the seed and its
             position alone, whatever the backend: `dropout_mask` gives the decisions.
