@@ -49,20 +49,6 @@ def _turn(item: pytest.Item) -> int:
     return 3 if name in again else 2 if item.path.name == "test_contract.py" else 1
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """After a fault on a GPU every later call of its process fails: pytest-xdist is to take another process."""
-    outcome: Any = yield
-    report = outcome.get_result()
-    if report.failed and DEVICE == "cuda" and "PYTEST_XDIST_WORKER" in os.environ:
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError as error:
-            sys.stderr.write(f"{item.nodeid}\n{report.longreprtext[-2000:]}\n{error}\n")
-            sys.stderr.flush()
-            os._exit(70)
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """After a kernel's fault every call of the process fails: the worker ends, and xdist goes on with a new one."""
