@@ -14,8 +14,6 @@ from . import _lib
 from ._attention_decode import attention_decode_kernel, attention_decode_merge_kernel
 from ._attention_place import Numbers, Rows
 
-MOST_KEYS = 2**30  #: of a sequence: places of keys are int32
-
 
 class Cache(NamedTuple):
     """limit: keys a sequence can have; blocks, block_size: of a paged cache."""
@@ -73,7 +71,7 @@ def attention_decode(
         return out, lse
     kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
     limit = _attended.room_for_keys(key_cache, block_table)
-    if limit > MOST_KEYS:
+    if limit > _attended.MOST_KEYS:
         raise NotImplementedError(f"attention_decode: the Triton kernels take up to 2^30 keys a sequence, not {limit}")
     query, key_cache, value_cache = (_adjacent(x) for x in (query, key_cache, value_cache))
     table = None

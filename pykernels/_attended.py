@@ -9,6 +9,7 @@ from torch import Tensor
 
 LOG2E = 1.4426950408889634
 MOST_SPLITS = 256  #: parts of a cache that is decoded
+MOST_KEYS = 2**30  #: of a sequence in a cache, on GPUs: places of keys are int32 there
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 

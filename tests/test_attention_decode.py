@@ -158,6 +158,7 @@ def bad_calls() -> dict[str, Bad]:
         "rows": (lambda: f(q, k, v, n, block_table=table[:2]), RuntimeError, "the shape (4, max_blocks), not (2, 8)"),
         "sinks": (lambda: f(q, k, v, n, sinks=q[0, 0, 0]), RuntimeError, "'sinks' must have the shape (4,)"),
         "window": (lambda: f(q, k, v, n, window=(-2, 0)), ValueError, "'window' must hold numbers >= -1"),
+        "wide window": (lambda: f(q, k, v, n, window=(2**63, 0)), ValueError, "'window' must hold numbers below 2^63"),
         "softcap": (lambda: f(q, k, v, n, softcap=0.0), ValueError, "'softcap' must be positive, not 0.0"),
         "splits": (lambda: f(q, k, v, n, num_splits=0), ValueError, "'num_splits' must be in [1, 256], not 0"),
         "check": (lambda: f(q, k, v, n, bounds_check="no"), ValueError, "error, sync, none, not 'no'"),
@@ -212,12 +213,18 @@ def test_the_widest_window_hides_no_wrong_block(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", [b for b in SPEC.kernels[1:] if b in BACKENDS])
 def test_more_keys_than_kernels_can_count_are_refused(backend: str) -> None:
-    """Of a cache that shares memory, say; places of keys are int32 there."""
+    """Of a cache that shares memory, say; places of keys are int32 there. `auto` takes a backend that serves them."""
     q, x = torch.randn(1, 2, 1, 8, device=DEVICE), torch.randn(1, 1, 1, 8, device=DEVICE)
     many, table = x.expand(1, 1, 2**31 + 1, 8), torch.zeros(1, 1, dtype=torch.int32, device=DEVICE).expand(1, 2**31)
-    for cache, options in ((many, {}), (x, {"block_table": table})):
-        with pytest.raises(NotImplementedError, match=r"up to 2\^30 keys a sequence, not 2147483"):
-            attention_decode(q, cache, cache, LENGTHS[-1:], backend=backend, bounds_check="none", **options)
+    for cache, options in ((many, {}), (x, {"block_table": table}), (many, {"softcap": 1.0})):
+        given = (q, cache, cache, LENGTHS[-1:])
+        with pytest.raises(pk.BackendError, match=r"do not serve: more than 2\^30 keys a sequence"):
+            attention_decode(*given, backend=backend, bounds_check="none", **options)
+        chosen = pk.explain(attention_decode, *given, bounds_check="none", **options)
+        assert chosen.backend == ("cpu" if DEVICE == "cpu" else "reference")
+    if DEVICE == "cpu":
+        out = attention_decode(q, many, many, LENGTHS[-1:])
+        torch.testing.assert_close(out, x.expand(1, 2, 1, 8))
 
 
 @pytest.mark.parametrize("backend", [b for b in SPEC.kernels[1:] if b in BACKENDS])

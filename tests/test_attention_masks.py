@@ -365,6 +365,8 @@ PACKED = [torch.randn(7, H, D), torch.randn(7, KV, D), torch.randn(7, KV, D)]
     [
         (ValueError, "'causal' .* 'left'", {"causal": "left"}),
         (ValueError, r"'window' .* \(-2, 0\)", {"window": (-2, 0)}),
+        (ValueError, r"'window' .* below 2\^63", {"window": (2**63, 0)}),
+        (ValueError, r"'prefix_length' .* below 2\^63", {"prefix_length": 2**63}),
         (TypeError, "'window'", {"window": 3}),
         (ValueError, "'dropout_p' .* 1.0", {"dropout_p": 1.0}),
         (ValueError, "'softcap' .* 0", {"softcap": 0.0}),

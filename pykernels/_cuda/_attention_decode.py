@@ -10,7 +10,6 @@ from . import _attention_arguments as launching
 from ._extension import Extension
 
 WIDEST, ROWS, KEYS = 256, 16, 64
-MOST_KEYS = 2**30  #: of a sequence: places of keys are int32
 
 
 def attention_decode(
@@ -41,7 +40,7 @@ def attention_decode(
         return out, lse
     _, kv_heads, block_size, _ = key_cache.shape
     limit = _attended.room_for_keys(key_cache, block_table)
-    if limit > MOST_KEYS:
+    if limit > _attended.MOST_KEYS:
         raise NotImplementedError(f"attention_decode: the CUDA kernels take up to 2^30 keys a sequence, not {limit}")
     query, key_cache, value_cache = (launching.in_rows(x) for x in (query, key_cache, value_cache))
     if block_table is not None and block_table.stride(-1) != 1:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _autocast, _check, _ids
 
+_MOST = 2**63 - 1  # of operators' int64
 ALIGNMENTS = {False: "none", True: "bottom_right", "bottom_right": "bottom_right", "top_left": "top_left"}
 
 
@@ -96,6 +97,8 @@ def window_bounds(name: str, window: Any) -> tuple[int, int]:
             raise ValueError(
                 f"{name}(): argument 'window' must hold numbers >= -1 (-1: unbounded), not {tuple(window)}"
             )
+        if isinstance(side, int) and side > _MOST:
+            raise ValueError(f"{name}(): argument 'window' must hold numbers below 2^63, not {tuple(window)}")
     return window[0], window[1]
 
 
@@ -105,6 +108,8 @@ def prefix_lengths(name: str, prefix: Any, batch: int, query: Tensor) -> Tensor 
     if isinstance(prefix, (int, torch.SymInt)) and not isinstance(prefix, bool):
         if prefix < 0:
             raise ValueError(f"{name}(): argument 'prefix_length' must not be negative, not {prefix}")
+        if isinstance(prefix, int) and prefix > _MOST:
+            raise ValueError(f"{name}(): argument 'prefix_length' must be below 2^63, not {prefix}")
         return torch.full((batch,), prefix, dtype=torch.int64, device=query.device)
     if not isinstance(prefix, Tensor):
         raise TypeError(f"{name}(): argument 'prefix_length' must be an int or Tensor, not {type(prefix).__name__}")

@@ -18,6 +18,7 @@ from .attend import default_scale
 __all__ = ["attention_decode"]
 
 NAME = "attention_decode"
+MANY_KEYS = "more than 2^30 keys a sequence"  # a feature that not every backend serves (see Room.resolve)
 _LENGTHS = _errors.code(NAME, "cache_lengths", "block_table")
 
 
@@ -94,19 +95,21 @@ def attention_decode(
 
     Raises:
         TypeError: an argument of another type.
-        NotImplementedError: query not floating point; on a GPU, room for more than 2^30 keys a sequence.
+        NotImplementedError: query not floating point.
         RuntimeError: different dtypes or devices; dimensions, shapes or numbers of heads that do not fit; block_table
             not int32; an argument that requires grad while gradients are recorded.
         ValueError: `window`, `softcap`, `num_splits` or `bounds_check` outside what is allowed above.
         IndexError: a length or an entry of the block table that is needed is out of range: position and value are
             named. On a GPU as `bounds_check` says.
-        BackendError: the named backend cannot serve the call.
+        BackendError: the named backend cannot serve the call; those of GPUs have no room for more than 2^30 keys a
+            sequence.
 
     Source: Dao et al., "Flash-Decoding" (2023); Kwon et al. (arXiv 2309.06180) for the paged cache.
     """
     plain = window is None and softcap is None and sinks is None and alibi_slopes is None and num_splits is None
     if plain and _nothing_to_check(query, key_cache, value_cache, cache_lengths, block_table):
-        left, cap, splits, wide = -1, 0.0, 0, False
+        left, cap, splits = -1, 0.0, 0
+        features: tuple[str, ...] = ()
     else:
         query, key_cache, value_cache = _tensors(query, key_cache, value_cache)
         heads, batch = query.shape[1], query.shape[0]
@@ -122,9 +125,11 @@ def attention_decode(
         if torch.is_grad_enabled():
             _refuse_gradients(query=query, key_cache=key_cache, value_cache=value_cache)
             _refuse_gradients(sinks=sinks, alibi_slopes=alibi_slopes)
-        wide = max(query.shape[-1], value_cache.shape[-1]) > 256
+        features = (WIDE_HEADS,) if max(query.shape[-1], value_cache.shape[-1]) > 256 else ()
+        if _attended.room_for_keys(key_cache, block_table) > _attended.MOST_KEYS:
+            features += (MANY_KEYS,)
     used = default_scale(query) if scale is None else _check.number(NAME, "scale", scale)
-    chosen = ROOM.resolve(NAME, backend, query, *((WIDE_HEADS,) if wide else ()))
+    chosen = ROOM.resolve(NAME, backend, query, *features)
     _ids.before(NAME, bounds_check)
     if bounds_check != "none" and chosen != "cpu":  # the native kernels look for themselves
         cache_lengths, block_table = _checked(chosen, query, key_cache, cache_lengths, block_table, left)
@@ -162,20 +167,24 @@ def _nothing_to_check(query: Any, key: Any, value: Any, lengths: Any, table: Any
         return False
     if shape[1] != cache[1] and (cache[1] == 0 or shape[1] % cache[1]):
         return False
-    if table is None and shape[0] != cache[0]:
-        return False
-    if table is not None:
+    room = cache[2]
+    if table is None:
+        if shape[0] != cache[0]:
+            return False
+    else:
         if not isinstance(table, Tensor) or table.dtype != torch.int32 or table.dim() != 2:
             return False
         if table.shape[0] != shape[0] or table.device != device:
             return False
+        room *= table.shape[1]
     if lengths is not None:
         if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
             return False
         if lengths.dim() != 1 or lengths.shape[0] != shape[0] or lengths.device != device:
             return False
     return (
-        query.dtype == key.dtype == value.dtype
+        room <= _attended.MOST_KEYS
+        and query.dtype == key.dtype == value.dtype
         and query.dtype in _check.FLOATS
         and device == key.device == value.device
         and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
