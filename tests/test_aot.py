@@ -232,3 +232,15 @@ def test_exponentials_beside_a_product_are_counted_along_the_quick_path():
     assert [f.split(" 0.")[0] for f in rules.check(row, rules.Rules(beside=0.6, tensor_share=0.95))] == [
         "tensor-core share where all overlaps", "exponentials beside a product"
     ]  # fmt: skip
+
+
+def test_every_launch_of_the_contract_passes_the_compilers_front_end():
+    """With the constants that a launch on a GPU has, of which the interpreter knows nothing: None, 1, flags."""
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "tests/aot_launches.py"], cwd=ROOT, env=clean, capture_output=True, text=True
+    )
+    report = json.loads(result.stdout)
+    assert result.returncode == 0 and not report["faults"], report["faults"]
+    assert report["never launched"] == ["check_ends_kernel"]  # it is in the lint
+    assert report["launches"] > 1000 and sum(report["read"].values()) > 300
