@@ -31,16 +31,16 @@ if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # and offered for CPU tensors all the same
     sys.path[0] = str(ROOT)
 
-import torch
-from triton._C.libtriton import ir
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+import torch  # noqa: E402
+from triton._C.libtriton import ir  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
 
-import pykernels.functional as pk
-from pykernels.testing.aot.dryrun import FakeDriver, room
-from pykernels.testing.aot.sass import DEVICES
-from pykernels.testing.run import evaluate
-from pykernels.testing.spec import load
+import pykernels.functional as pk  # noqa: E402
+from pykernels.testing.aot.dryrun import FakeDriver, room  # noqa: E402
+from pykernels.testing.aot.sass import DEVICES  # noqa: E402
+from pykernels.testing.run import evaluate  # noqa: E402
+from pykernels.testing.spec import load  # noqa: E402
 
 TARGET = 90
 
