@@ -1,7 +1,8 @@
 """Optimizers for embedding tables that never see a gradient: backward and step are one fused row update.
 
     tables = pk.nn.EmbeddingBag(1_000_000, 64, mode="sum")
-    sparse, dense = pk.optim.RowWiseAdagrad(tables.parameters(), lr=0.02), torch.optim.Adam(mlp.parameters())
+    sparse = pk.optim.RowWiseAdagrad(tables.parameters(), lr=0.02)
+    dense = torch.optim.Adam(mlp.parameters())
     ...
     loss.backward()
     sparse.step(), dense.step()
@@ -9,9 +10,8 @@
 
 They are `torch.optim.Optimizer`s over 2-D parameters that are looked up by `embedding`, `embedding_bag`,
 `embedding_bag_multi` or the modules made of them. From the moment an optimizer holds a table, the backward of such a
-lookup
-makes no gradient for it, neither dense nor sparse: it keeps the ids and the gradient of the lookup's *output* (no
-copies), and `step()` sums the rows and steps them in one pass (`pykernels.functional.embedding_sgd_` and its siblings).
+lookup makes no gradient for it, neither dense nor sparse: it keeps the ids and the gradient of the lookup's *output*
+(no copies), and `step()` sums the rows and steps them in one pass (`pykernels.functional.embedding_sgd_`, ...).
 Nothing of the table's size is touched, and only rows that were looked up are read or written: the step equals that of
 torch's optimizer of the same name with the whole gradient, on those rows. (Where torch's moves rows without a gradient,
 by momentum or weight decay, these do not.)
@@ -20,21 +20,19 @@ by momentum or weight decay, these do not.)
   `zero_grad()`, and `step()` steps each row once, by the sum. With two and more of them each is first reduced to the
   rows it touched, in the table's dtype, as a sparse gradient would be.
 - **`.grad`** of a table stays None: gradient clipping, hooks on the parameter and DistributedDataParallel do not see
-it.
-  (Shard tables instead of replicating them; see docs/embedding.md.) A gradient that does arrive there - from a use
+  it. (Shard tables instead of replicating them; see docs/embedding.md.) A gradient that does arrive there - from a use
   other than a lookup, a lookup before the optimizer was made, `backward(create_graph=True)` - is stepped with the
   others; a dense one touches every row.
 - **Ids and gradients must keep their values** until the step; in-place writes to them raise RuntimeError. Tables may
   change between forward and backward, as with torch.
-- **Learning rate schedulers, parameter groups, closures, hooks, `state_dict`** work as with any torch optimizer. States
-are
-  named as torch's and are float32 for half-precision tables (float64 for float64), saved and loaded as such.
+- **Learning rate schedulers, parameter groups, closures, hooks, `state_dict`** work as with any torch optimizer.
+  States are named as torch's and are float32 for half-precision tables (float64 for float64), saved and loaded as such.
 - **`torch.amp.GradScaler`:** `scaler.step(optimizer)` unscales and skips steps that are not finite, without
   `scaler.unscale_(optimizer)`, which has no gradient to work on (`step` raises). The scaler must serve an optimizer of
   ordinary parameters too: it takes its own count of infinities from them.
-- **`torch.compile`:** lookups of a table that an optimizer holds leave the graph (with `fullgraph=True`: torch's
-error). - `stochastic_rounding=True`, for bfloat16 tables: steps smaller than half a unit in the last place count in the
-mean.
+- **`torch.compile`:** lookups of a table that an optimizer holds leave the graph (`fullgraph=True`: torch's error).
+- **`stochastic_rounding=True`**, for bfloat16 tables: steps smaller than half a unit in the last place count in the
+  mean.
 """
 
 from __future__ import annotations

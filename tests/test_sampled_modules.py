@@ -125,6 +125,7 @@ def test_adaptive_softmax_errors() -> None:
         ({"sampler": "fixed_unigram"}, "'unigrams'"),
         ({"unigrams": [1] * V}, "'unigrams'"),
         ({"n_sampled": V + 1}, "'n_sampled'"),
+        ({"n_sampled": 0}, "'n_sampled'"),
     ],
 )
 def test_errors(options: dict[str, Any], text: str) -> None:

@@ -95,6 +95,8 @@ class _SampledLoss(nn.Module):
             raise ValueError(f"{name}(): argument 'sampler' must be one of {allowed}, not {sampler!r}")
         if (unigrams is None) == (sampler == "fixed_unigram"):
             raise ValueError(f"{name}(): argument 'unigrams' goes with, and is needed by, the sampler 'fixed_unigram'")
+        if n_sampled < 1:
+            raise ValueError(f"{name}(): argument 'n_sampled' must be at least 1, not {n_sampled}")
         if unique and n_sampled > n_classes:
             raise ValueError(
                 f"{name}(): argument 'n_sampled' must be at most n_classes = {n_classes} with unique=True, "
@@ -199,8 +201,8 @@ class SampledSoftmaxLoss(_SampledLoss):
     Shapes: input Tensor[B, D], target Tensor[B] or Tensor[B, num_true] -> a scalar, or Tensor[B] with reduction "none".
 
     Raises:
-        ValueError: unknown `sampler`; `unigrams` missing or not wanted; `n_sampled > n_classes` with `unique`; and at
-            the call what the functions raise.
+        ValueError: unknown `sampler`; `unigrams` missing or not wanted; `n_sampled` below 1, or above n_classes with
+            `unique`; and at the call what the functions raise.
     """
 
 

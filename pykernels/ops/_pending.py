@@ -81,7 +81,9 @@ def register(weight: Tensor) -> Table:
     """From now on the backward of lookups of this parameter notes instead of making a gradient, while Table lives."""
     global _outside
     if (known := _tables.get(id(weight))) is not None and known() is not None:
-        raise ValueError("this table is already stepped by another pykernels.optim optimizer")
+        raise ValueError(
+            "this table is already stepped by another pykernels.optim optimizer; delete that first (del optimizer)"
+        )
     if _outside is None:  # what is noted is no output of a graph; importing the compiler is left to those who register
         _outside = torch.compiler.disable(_call, reason="a pykernels.optim optimizer steps this table's rows")
     table, key = Table(weight), id(weight)
