@@ -156,7 +156,7 @@ def _sampled() -> Iterable[Target]:
 
     step, rows = (
         "negative sampling step, SGD",
-        "K = 64: 6 of 7 ms fetch rows, 1.6 times what a bag takes to add them up",
+        "rows come from memory twice and go back once; forward takes 1.2 times a bag's sum",
     )
     for shape, ratio in (("100kx128-K5", 6.0), ("100kx128-K64", 12.0), ("1Mx128-K5", 6.0), ("1Mx128-K64", 6.0)):
         yield row(f"negatives of each row's own, {shape}", step, shape, ratio, rows)
