@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -40,6 +41,20 @@ def test_the_commands_and_files_it_names_exist() -> None:
     assert set(re.findall(r"`?make ([a-z]+)", README)) <= targets | {"a"}
     for link in re.findall(r"\]\(([^)]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_make_without_a_gpu_says_so_and_recipes_name_files_that_exist() -> None:
+    def make(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["make", *words, f"PYTHON={sys.executable}"]
+        apart = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        return subprocess.run(command, cwd=ROOT, env=apart, capture_output=True, text=True)
+
+    if not torch.cuda.is_available():
+        done = make("gpu")
+        assert done.returncode == 2 and "no CUDA device" in done.stderr, done.stderr
+    done = make("-n", "docs", "wheel", "bench", "lint", "test", "demo")
+    scripts = re.findall(r"python\S* (\S+\.py)", done.stdout)
+    assert done.returncode == 0 and len(scripts) > 2 and all((ROOT / script).exists() for script in scripts), done
 
 
 def test_ci_runs_every_command_of_the_readme() -> None:
