@@ -33,6 +33,25 @@ __device__ __forceinline__ CellGradient gradient_of(const BackwardLoop& f, const
   return cell_backward<K, std::is_same_v<T, float>>(kept, peephole, dh, carry, c, before, y, f.relu);
 }
 
+// What gradient_of() will read that is far: the rest was read by the step before.
+template <class T, Kind K>
+__device__ __forceinline__ void fetch(const BackwardLoop& f, const Visit& v, int64_t row, int64_t unit) {
+  const int64_t hidden = f.loop.hidden, first = f.loop.first_token(), token = first + v.offset + row;
+  prefetch(static_cast<const T*>(f.dy) + (v.offset + row) * f.dy_stride + (f.loop.reverse() ? f.dy_side : 0) + unit);
+  if constexpr (K == Kind::rnn) {
+    prefetch(static_cast<const T*>(f.output) + (v.offset + row) * f.loop.pitch() + f.loop.first_column() + unit);
+  } else {
+#pragma unroll
+    for (int part = 0; part < 4; ++part)
+      prefetch(static_cast<const Kept<T, K>*>(f.kept) + token * (4 * hidden) + part * hidden + unit);
+    if (row >= v.begun) return;
+    if constexpr (K == Kind::lstm)
+      prefetch(f.cells + (first + v.previous + row) * hidden + unit);
+    else
+      prefetch(static_cast<const T*>(f.output) + (v.previous + row) * f.loop.pitch() + f.loop.first_column() + unit);
+  }
+}
+
 // Two blocks on a multiprocessor; an LSTM's addresses of 16-bit tensors do not fit into half of the registers.
 template <class T, Kind K>
 constexpr int kBlocks = K == Kind::lstm && !std::is_same_v<T, float> ? 1 : 2;
@@ -61,7 +80,13 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T, K>) recurrent_backwar
   uint32_t meetings = 0;
   for (int64_t turn = turns.last - 1; turn >= turns.first; --turn) {
     const Visit v = visit(loop.offsets, loop.steps, turn, loop.reverse());
-    if (meetings) await(arrived, meetings * gridDim.x);
+    if (meetings) {
+      tile.for_elements([&](int, int, int row, int unit) {
+        if (first_row + row < v.rows && first_unit + unit < hidden)
+          fetch<T, K>(f, v, first_row + row, first_unit + unit);
+      });
+      await(arrived, meetings * gridDim.x);
+    }
     float sum[kMostUnits][1][4] = {};
     if (first_row < v.staying) {
       for (int first = 0; first < loop.sizes.terms; first += loop.sizes.chunk()) {

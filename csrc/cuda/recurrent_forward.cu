@@ -6,7 +6,7 @@ namespace pk {
 namespace {
 
 template <class T, Kind K>
-__global__ void __launch_bounds__(kTileThreads) recurrent_forward_kernel(const ForwardLoop f) {
+__global__ void __launch_bounds__(kTileThreads, 1) recurrent_forward_kernel(const ForwardLoop f) {
   constexpr int G = kGates<K>;
   constexpr bool PRECISE = std::is_same_v<T, float>;
   PK_DYN_SHARED(shared);

@@ -53,7 +53,7 @@ struct Tile {
   const uint4* weights;
   Half<T>* state;  // [parts][16][row]
   float* carry;    // [16][units * 8]: each thread's own
-  float4* partial;
+  float* partial;
   int lane, slot, share;  // slot: which blocks of units; share: which terms
 
   __device__ __forceinline__ Tile(TileSizes s, unsigned char* shared, const uint4* all, int block) : sizes(s) {
@@ -71,7 +71,7 @@ struct Tile {
     }
     state = reinterpret_cast<Half<T>*>(shared);
     carry = reinterpret_cast<float*>(shared + s.state_bytes());
-    partial = reinterpret_cast<float4*>(shared + s.state_bytes() + s.carry_bytes());
+    partial = reinterpret_cast<float*>(shared + s.state_bytes() + s.carry_bytes());
   }
 
   // Writes x at (row, column) of the state.
@@ -162,36 +162,55 @@ struct Tile {
     }
   }
 
-  // Adds the shares up, in their order; the first share's warps have the sum.  A barrier of the block, also without
-  // shares: after it the state may be overwritten.
+  // Which share owns an element of the accumulators: the terms' shares share out the elements, too, so that no warp is
+  // left alone with the sums and the cell.
+  __device__ __forceinline__ int owner(int e) const { return e * min(sizes.split(), 4) / 4; }
+
+  // Adds the shares up, in their order; each element's owner has its sum.  A barrier of the block, also without shares:
+  // after it the state may be overwritten.
   __device__ __forceinline__ void gather(float (&sum)[kMostUnits][GATES][4]) const {
-    const int slots = kTileWarps / sizes.split();
-    if (share > 0) {
+    const int split = sizes.split(), step = kTileWarps / split * GATES * kWarp;
+    float* const mine = partial + slot * GATES * kWarp + lane;
 #pragma unroll
-      for (int gate = 0; gate < GATES; ++gate)
-        partial[((share - 1) * slots + slot) * GATES * kWarp + gate * kWarp + lane] =
-            make_float4(sum[0][gate][0], sum[0][gate][1], sum[0][gate][2], sum[0][gate][3]);
+    for (int e = 0; e < 4; ++e) {
+      const int other = owner(e);
+      if (other == share) continue;
+      float* const to = mine + (e * (split - 1) + share - (share > other)) * step;  // what the owner has stays with it
+#pragma unroll
+      for (int gate = 0; gate < GATES; ++gate) to[gate * kWarp] = sum[0][gate][e];
     }
     __syncthreads();
-    if (share > 0) return;
-    for (int other = 0; other < sizes.split() - 1; ++other) {
+    if (split == 1) return;
 #pragma unroll
-      for (int gate = 0; gate < GATES; ++gate) {
-        const float4 x = partial[(other * slots + slot) * GATES * kWarp + gate * kWarp + lane];
-        sum[0][gate][0] += x.x, sum[0][gate][1] += x.y, sum[0][gate][2] += x.z, sum[0][gate][3] += x.w;
+    for (int e = 0; e < 4; ++e) {
+      if (owner(e) != share) continue;
+      const float* from = mine + e * (split - 1) * step;
+      float total[GATES] = {};
+#pragma unroll 2
+      for (int other = 0; other < split; ++other) {
+        if (other == share) {
+#pragma unroll
+          for (int gate = 0; gate < GATES; ++gate) total[gate] += sum[0][gate][e];
+        } else {
+#pragma unroll
+          for (int gate = 0; gate < GATES; ++gate) total[gate] += from[gate * kWarp];
+          from += step;
+        }
       }
+#pragma unroll
+      for (int gate = 0; gate < GATES; ++gate) sum[0][gate][e] = total[gate];
     }
   }
 
-  // Calls f(n, e, row, unit) for the elements of this thread's accumulators; unit: within the block.
+  // Calls f(n, e, row, unit) for the elements that this thread owns; unit: within the block.
   template <class F>
   __device__ __forceinline__ void for_elements(const F& f) const {
-    if (share > 0) return;
 #pragma unroll
     for (int n = 0; n < kMostUnits; ++n) {
       if (block_of(n) >= sizes.units) break;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) f(n, e, lane / 4 + e / 2 * 8, block_of(n) * kUnits + lane % 4 * 2 + e % 2);
+      for (int e = 0; e < 4; ++e)
+        if (owner(e) == share) f(n, e, lane / 4 + e / 2 * 8, block_of(n) * kUnits + lane % 4 * 2 + e % 2);
     }
   }
 

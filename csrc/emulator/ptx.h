@@ -16,6 +16,7 @@ inline float ex2(float x) {
 }
 inline float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
 
+inline void prefetch(const void*) {}
 inline uint32_t smem_addr(const void* p) { return emu::smem_addr(p); }
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t a, EMU_SITE) { emu::ldmatrix(r, a, 4, false, site); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t a, EMU_SITE) { emu::ldmatrix(r, a, 4, true, site); }
