@@ -195,8 +195,8 @@ def both_sequences(
     return ends_q, ends_k
 
 
-def longest(name: str, label: str, given: Any, ends: Tensor) -> int:
-    """max_seqlen_*; where it is not given it is read from the ends (which waits for a GPU)."""
+def longest(name: str, label: str, given: Any, ends: Tensor) -> Any:
+    """max_seqlen_*, an int or a SymInt; where it is not given it is read from the ends (which waits for a GPU)."""
     if given is None:
         return int(ends.diff().max()) if ends.numel() > 1 else 0
     if isinstance(given, bool) or not isinstance(given, (numbers.Integral, torch.SymInt)):
