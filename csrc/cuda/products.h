@@ -87,29 +87,26 @@ struct OperandB<float> {
   uint32_t v[3][2];
 };
 
-// low: where the five small products of three parts go; it may be d.  Apart from d, the sum of the large ones is
-// rounded once a step and not six times.
 template <class T>
-__device__ __forceinline__ void multiply(float (&d)[4], float (&)[4], const OperandA<T>& a, const OperandB<T>& b,
-                                         bool) {
+__device__ __forceinline__ void multiply(float (&d)[4], const OperandA<T>& a, const OperandB<T>& b, bool) {
   mma_m16n8k16<T>(d, a.v, b.v[0], b.v[1]);
 }
-// tf32: v[0] and v[1] are the steps of 8.
-__device__ __forceinline__ void multiply(float (&d)[4], float (&low)[4], const OperandA<float>& a,
-                                         const OperandB<float>& b, bool exact) {
+// tf32: v[0] and v[1] are the steps of 8.  Otherwise a step is summed apart and then added: tensor cores cut their sums
+// off instead of rounding them, always towards 0, and six times a step that would show.
+__device__ __forceinline__ void multiply(float (&d)[4], const OperandA<float>& a, const OperandB<float>& b,
+                                         bool exact) {
   if (!exact) {
     mma_m16n8k8_tf32(d, a.v[0], b.v[0][0], b.v[0][1]);
     mma_m16n8k8_tf32(d, a.v[1], b.v[1][0], b.v[1][1]);
     return;
   }
+  float sum[4] = {};
 #pragma unroll
   for (int order = 2; order >= 0; --order)  // the smallest first
 #pragma unroll
-    for (int i = 0; i <= order; ++i) mma_m16n8k16<bf16>(order ? low : d, a.v[i], b.v[order - i][0], b.v[order - i][1]);
-}
-template <class T>
-__device__ __forceinline__ void multiply(float (&d)[4], const OperandA<T>& a, const OperandB<T>& b, bool exact) {
-  multiply(d, d, a, b, exact);
+    for (int i = 0; i <= order; ++i) mma_m16n8k16<bf16>(sum, a.v[i], b.v[order - i][0], b.v[order - i][1]);
+#pragma unroll
+  for (int e = 0; e < 4; ++e) d[e] += sum[e];
 }
 
 // Words of a float32 operand: w[0], w[1] of one row in the first step of 8 and w[2], w[3] in the second.
@@ -175,11 +172,10 @@ __device__ __forceinline__ void load_b(OperandB<T> (&x)[2], Shared tile, int row
   }
 }
 
-// acc[16 M x N] += A B^T over the columns; A: rows a_row + [0, 16 M) of its tile, B: the N rows of its tile.  low: as
-// in multiply(), to be added to acc at the end unless it is acc.
+// acc[16 M x N] += A B^T over the columns; A: rows a_row + [0, 16 M) of its tile, B: the N rows of its tile.
 template <class T, int D, bool PART, int M, int N>
-__device__ __forceinline__ void product(float (&acc)[M][N / 8][4], float (&low)[M][N / 8][4], Shared a, int a_row,
-                                        Shared b, TileColumns<T, D, PART> columns, bool exact) {
+__device__ __forceinline__ void product(float (&acc)[M][N / 8][4], Shared a, int a_row, Shared b,
+                                        TileColumns<T, D, PART> columns, bool exact) {
   // float32 steps are 12 mma for each that half precision has: unrolled they would not fit in the instruction cache
   [[maybe_unused]] constexpr int UNROLL = kWide<T> ? 1 : D / 16;
 #pragma unroll UNROLL
@@ -194,15 +190,9 @@ __device__ __forceinline__ void product(float (&acc)[M][N / 8][4], float (&low)[
       load_b<T, D>(y, b, 16 * n, step, exact);
 #pragma unroll
       for (int m = 0; m < M; ++m)
-        multiply(acc[m][2 * n], low[m][2 * n], x[m], y[0], exact),
-            multiply(acc[m][2 * n + 1], low[m][2 * n + 1], x[m], y[1], exact);
+        multiply(acc[m][2 * n], x[m], y[0], exact), multiply(acc[m][2 * n + 1], x[m], y[1], exact);
     }
   }
-}
-template <class T, int D, bool PART, int M, int N>
-__device__ __forceinline__ void product(float (&acc)[M][N / 8][4], Shared a, int a_row, Shared b,
-                                        TileColumns<T, D, PART> columns, bool exact) {
-  product<T, D, PART, M, N>(acc, acc, a, a_row, b, columns, exact);
 }
 
 // acc[16 M x D] += X B, X: 16 M x N in registers as a product leaves it, B: the N rows of its tile.  CLEARS: rows of B

@@ -147,15 +147,17 @@ struct Tile {
             mma_m16n8k16<Half<T>>(sum[n][gate], a[0][0], b.x, b.y);
             mma_m16n8k16<Half<T>>(sum[n][gate], a[1][0], b.z, b.w);
           } else {
-            const uint4 b[3] = {w[0], w[kWarp], w[2 * kWarp]};
+            float apart[4] = {};  // tensor cores cut their sums off, towards 0: what is added up over all terms is not
 #pragma unroll
-            for (int order = 2; order >= 0; --order) {  // the small ones first
+            for (int half = 0; half < 2; ++half)
 #pragma unroll
-              for (int part = 0; part <= order; ++part) {
-                mma_m16n8k16<Half<T>>(sum[n][gate], a[0][part], b[order - part].x, b[order - part].y);
-                mma_m16n8k16<Half<T>>(sum[n][gate], a[1][part], b[order - part].z, b[order - part].w);
+              for (int low = 2; low >= 0; --low) {  // parts of the weights, the small ones first
+                const uint2 b = reinterpret_cast<const uint2*>(w + low * kWarp)[half];
+#pragma unroll
+                for (int part = 2 - low; part >= 0; --part) mma_m16n8k16<Half<T>>(apart, a[half][part], b.x, b.y);
               }
-            }
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[n][gate][e] += apart[e];
           }
         }
       }

@@ -125,7 +125,7 @@ __device__ __forceinline__ void walk_tiles(const Logits<T>& a, unsigned char* ra
   };
   using R = Ring<C::kStages>;
   R::begin(steps, fetch);
-  float acc[M][N / 8][4], apart[kWide<T> ? M : 1][kWide<T> ? N / 8 : 1][4];
+  float acc[M][N / 8][4];
   int64_t j0 = begin;
   int chunk = 0;
 #pragma unroll 1
@@ -136,18 +136,12 @@ __device__ __forceinline__ void walk_tiles(const Logits<T>& a, unsigned char* ra
 #pragma unroll
         for (int n = 0; n < N / 8; ++n)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            acc[m][n][e] = 0.f;
-            if constexpr (kWide<T>) apart[m][n][e] = 0.f;
-          }
+          for (int e = 0; e < 4; ++e) acc[m][n][e] = 0.f;
     }
     R::ready(i, steps, fetch);
     const Shared tile = slots + R::slot(i) * C::kStageBytes;
     const TileColumns<T, C::kColumns, false> columns(C::kColumns);
-    if constexpr (kWide<T>)
-      product<T, C::kColumns, false, M, N>(acc, apart, tile, own, tile + C::kRowBytes, columns, a.exact);
-    else
-      product<T, C::kColumns, false, M, N>(acc, tile, own, tile + C::kRowBytes, columns, a.exact);
+    product<T, C::kColumns, false, M, N>(acc, tile, own, tile + C::kRowBytes, columns, a.exact);
     if (++chunk < chunks) continue;
     chunk = 0;
     if (threadIdx.x < N) {  // everyone left the tile before at ready()
@@ -169,7 +163,6 @@ __device__ __forceinline__ void walk_tiles(const Logits<T>& a, unsigned char* ra
 #pragma unroll
         for (int r = 0; r < 2 * M; ++r) {
           float& z = acc[r / 2][n][r % 2 * 2 + e];
-          if constexpr (kWide<T>) z += apart[r / 2][n][r % 2 * 2 + e];
           z = exists ? z + offset : -kInfinity;
         }
       }

@@ -7,7 +7,7 @@
 
 namespace emu {
 
-bool device_arithmetic = false;
+bool device_arithmetic = false, cut_off_sums = false;
 
 // Up to `error` (relative) beside x, always the same for the same x.
 float off_by(float x, float error) {
@@ -19,7 +19,7 @@ float off_by(float x, float error) {
 // bits below float32's, and the sum is cut off to float32 (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of
 // NVIDIA tensor cores", PeerJ Computer Science 2021, for Volta to Ampere).  Here two bits are kept.
 float tensor_core_sum(float c, const float* a, const float* b, int n) {
-  if (!device_arithmetic) {
+  if (!cut_off_sums) {
     float sum = 0.f;
     for (int k = 0; k < n; ++k) sum += a[k] * b[k];
     return sum + c;

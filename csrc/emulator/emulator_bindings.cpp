@@ -97,9 +97,10 @@ void bind_emulator(py::module_& m) {
       "set_resident_blocks", [](int n) { emu::options.max_resident_blocks = n; }, py::arg("n"),
       "How many blocks a cooperative launch may have (132 at first, an H100's multiprocessors).");
   m.def(
-      "set_device_arithmetic", [](bool on) { emu::device_arithmetic = on; }, py::arg("on"),
-      "Whether approximate functions are off by what CUDA's tables allow, and tensor cores cut sums off (false at "
-      "first).");
+      "set_device_arithmetic",
+      [](bool functions, bool sums) { emu::device_arithmetic = functions, emu::cut_off_sums = sums; },
+      py::arg("functions") = false, py::arg("sums") = false,
+      "Whether approximate functions are off by what CUDA's tables allow, and tensor cores cut sums off.");
   m.def("stats", &stats, "Counts since the last call.");
   m.def("selftest_names", &selftest_names);
   m.def("selftest", &selftest);

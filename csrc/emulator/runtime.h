@@ -132,6 +132,7 @@ struct Place {
 Place place_of(uint32_t addr, size_t bytes, Site);  // of a shared::cluster address
 bool in_shared(size_t offset, size_t bytes);
 float half_bits(uint16_t u, bool bf16);
+extern bool cut_off_sums;
 float tensor_core_sum(float c, const float* a, const float* b, int n);  // c + a . b, n at most 16
 std::string name_site(Site);
 
