@@ -11,9 +11,13 @@ from torch import Tensor
 T = TypeVar("T", Tensor, "Tensor | None")
 
 
+# asked once: graphs of torch 2.11 break at the question
+_AVAILABLE = frozenset(name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name))
+
+
 def enabled(device: torch.device) -> bool:
     """Whether autocast is active for tensors of this device (some, as meta, have none)."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type in _AVAILABLE and torch.is_autocast_enabled(device.type)
 
 
 def _cast(tensors: Sequence[T], dtype: torch.dtype) -> list[T]:

@@ -95,7 +95,7 @@ def before(function: str, bounds_check: str) -> None:
     if bounds_check not in _errors.CHECKS:
         allowed = ", ".join(_errors.CHECKS)
         raise ValueError(f"{function}(): argument 'bounds_check' must be one of {allowed}, not {bounds_check!r}")
-    if bounds_check != "none" and _errors.any_records() and not is_compiling():
+    if bounds_check != "none" and not is_compiling() and _errors.any_records():
         _errors.raise_recorded()
 
 

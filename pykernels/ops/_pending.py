@@ -101,7 +101,7 @@ def _release(key: int, weight: weakref.ref[Tensor]) -> None:
 
 def table_of(weight: Tensor) -> weakref.ref[Table] | None:
     """The parameter's Table, if an optimizer registered it; weak, so that a graph keeps no optimizer's table alive."""
-    return _tables.get(id(weight)) if _tables and not torch.compiler.is_compiling() else None
+    return _tables.get(id(weight)) if not torch.compiler.is_compiling() and _tables else None
 
 
 def expects(table: weakref.ref[Table] | None) -> bool:
