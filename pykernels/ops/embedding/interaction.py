@@ -103,5 +103,5 @@ def dot_interaction(
 def _features(dense: Tensor, sparse: Tensor, self_interaction: bool) -> tuple[str, ...]:
     """What a kernel that keeps a sample and the gradients of its products in a block's memory cannot serve."""
     rows, cols = sparse.shape[1] + 1, dense.shape[1]
-    pairs = rows * (rows - 1) // 2 + rows * self_interaction
+    pairs = rows * (rows - 1) // 2 + (rows if self_interaction else 0)
     return ("samples of more than 160 KiB",) if 4 * (rows * (cols + 1) + pairs) > 160 * 1024 else ()

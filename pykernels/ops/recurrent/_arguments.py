@@ -171,9 +171,8 @@ def _check_weights(function: str, size: int, weights: Sequence[Tensor], options:
             f"{function}(): argument 'weights[0]' must have the shape {expected}, not {tuple(weights[0].shape)}"
         )
     width = proj_size or hidden
-    tail: list[tuple[int, ...]] = [(gated,)] * (each - len(extra) - 2)
     shapes = {"w_hr": (proj_size, hidden), "peephole": (3 * hidden,), "norm_c": (hidden,), "norm_c_bias": (hidden,)}
-    tail += [shapes.get(name, (gated,)) for name in extra]
+    tail = [*[(gated,)] * (each - len(extra) - 2), *[shapes.get(name, (gated,)) for name in extra]]
     for k in range(layers * directions):
         inputs = size if k < directions else directions * width
         for i, shape in enumerate(((gated, inputs), (gated, width), *tail), k * each):

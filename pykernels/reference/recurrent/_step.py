@@ -42,9 +42,9 @@ class Weights(NamedTuple):
 
 def extra_names(mode: str, projected: bool, peephole: bool, layer_norm: bool) -> list[str]:
     """Fields of `Weights` that follow the biases in a flat list of weights."""
-    names = ["w_hr"] * projected + ["peephole"] * peephole
+    names = (["w_hr"] if projected else []) + (["peephole"] if peephole else [])
     if layer_norm:
-        names += ["norm_ih", "norm_hh"] + ["norm_c", "norm_c_bias"] * (mode == "lstm")
+        names += ["norm_ih", "norm_hh", *(["norm_c", "norm_c_bias"] if mode == "lstm" else [])]
     return names
 
 
