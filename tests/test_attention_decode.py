@@ -123,6 +123,19 @@ def test_columns_fill_tiles(columns: int) -> None:
             assert all(found.passed for found in check_case(SPEC, one, "cpu", dtype))
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the native kernels, whose work is shared out by bytes of a row")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_heads_of_no_elements(dtype: torch.dtype) -> None:
+    """All scores are 0: a mean of the values, where there are any."""
+    for size, value_size in ((0, 0), (0, 32), (32, 0)):
+        shapes = (1, 2, 3, size), (1, 1, 600, size), (1, 1, 600, value_size)
+        q, k, v = (torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes)
+        found = attention_decode(q, k, v, None, return_lse=True, scale=1.0, backend="cpu")
+        expected = pk.reference.attention_decode(q, k, v, None, return_lse=True, scale=1.0)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="of the native kernels; products of several parts turn infinities to NaN")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_infinities_stay_where_they_are(dtype: torch.dtype) -> None:

@@ -123,12 +123,21 @@ def test_float32_products_of_bfloat16_parts(sizes: tuple[int, int, int], magnitu
     [*product(("input", "weight"), (3.4e38, float("inf"), float("nan"))), ("dloss", 3.4e38), ("dloss", float("nan"))],
 )
 def test_numbers_that_have_no_parts(where: str, value: float) -> None:
-    """3.4e38 rounds to an infinity of bfloat16: its products are made in float32, and so are those of infinities."""
+    """Products of numbers that are large, infinite or NaN are made in float32."""
     torch.manual_seed(4)
     x, w = torch.rand(140, 70) * 1e-3, torch.rand(700, 70) * 1e-3
     if where != "dloss":
         (x if where == "input" else w)[130, 3] = value
     _linear_against_float64(x, w, torch.randint(0, 700, (140,)), value if where == "dloss" else 1.0)
+
+
+@pytest.mark.parametrize("magnitude", (1e12, 1e20, 1e30))
+def test_logits_beyond_float32(magnitude: float) -> None:
+    """A class whose logit is -inf has probability 0. Products of parts would overflow to both infinities."""
+    torch.manual_seed(5)
+    x, w = torch.rand(140, 70) * magnitude, -torch.rand(300, 70) * magnitude
+    w[0] = 0
+    _linear_against_float64(x, w, torch.zeros(140, dtype=torch.long))
 
 
 def test_memory_of_linear_cross_entropy() -> None:

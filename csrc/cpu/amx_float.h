@@ -3,8 +3,9 @@
 // are float32, those of the five small products first: one rounding of the whole sum for every two terms, where a chain
 // of fused multiply-adds makes one for each. Included only by *_amx.cpp, everything in an anonymous namespace.
 //
-// Numbers below 2^-110 lose their last bits (tile registers take denormal numbers for zeros), and infinities or what
-// would round to one make NaN: who calls looks first (`fits`).
+// Numbers below 2^-110 lose their last bits (tile registers take denormal numbers for zeros). Products of parts have
+// signs of their own: where the largest overflows to one infinity a smaller one may to the other, and their sum is NaN
+// where that of whole numbers is infinite. So no factor may be so large, and none NaN: who calls looks first (`fits`).
 #pragma once
 #include "amx.h"
 
@@ -14,7 +15,7 @@ namespace {
 constexpr int64_t kPart = 1024;             // bfloat16 of one part of a block of 32 x 32: two tiles
 constexpr int64_t kBlock = 3 * kPart;       // the parts, largest first
 constexpr int64_t kDepth = 128;             // of a panel of 32 columns, 24 KiB: half of L1
-constexpr uint32_t kLargest = 0x7F7F8000u;  // from here on a magnitude rounds to a bfloat16 infinity, or is one or NaN
+constexpr uint32_t kLargest = 0x5B000000u;  // 2^55: no sum of 2^16 products overflows; also below infinities and NaN
 
 struct Parts {
   __m512i part[3];  // of 16 lanes, then of 16 more
