@@ -42,6 +42,19 @@ def test_inductor_runs_the_kernels_and_their_gradients(dynamic: bool) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_inductor_takes_a_seed_that_changes() -> None:
+    """From the second number on it is symbolic in the graph, where 2**64 would not fit."""
+    torch._dynamo.reset()
+    x = torch.ones(1, 2, 6, 8)
+
+    def call(x: Tensor, seed: int) -> Tensor:
+        return f.attention(x, x, x, dropout_p=0.5, seed=seed)
+
+    compiled = torch.compile(call, fullgraph=True)
+    for seed in (3, 4, 2**63 - 1, -1):
+        assert torch.equal(compiled(x, seed), call(x, seed))
+
+
 def test_no_recompilation_over_steps() -> None:
     torch._dynamo.reset()
     block = Block()

@@ -22,8 +22,9 @@ def seed_on(seed: int | Tensor | None, device: torch.device) -> Tensor:
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
         return seed.to(device, torch.int64).reshape(1)
-    value = seed & (2**64 - 1)
-    return torch.full((1,), value - 2**64 if value >= 2**63 else value, dtype=torch.int64, device=device)
+    if not -(2**63) <= seed < 2**63:  # apart: in a graph the seed may be symbolic, and 2**64 is too large for inductor
+        seed = (seed & (2**64 - 1)) - (2**64 if seed & 2**63 else 0)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
