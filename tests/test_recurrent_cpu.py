@@ -176,6 +176,21 @@ def test_two_backwards_give_the_same_bits(name: str, dtype: torch.dtype, recompu
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
+@pytest.mark.parametrize(("size", "hidden", "both"), ((17, 33, True), (100, 512, False), (33, 300, True)))
+def test_nan_stays_in_its_sequence(size: int, hidden: int, both: bool) -> None:
+    """And what lies between rows is not looked at: torch's bfloat16 product alone (oneDNN's, on tile registers) spreads
+    NaN to the row before where a row does not fill its tiles."""
+    torch.manual_seed(6)
+    module = pk.nn.LSTM(size, hidden, bidirectional=both, dtype=torch.bfloat16, backend="cpu")
+    x = torch.full((9, 37, size + 6), torch.nan, dtype=torch.bfloat16)[..., :size]
+    x.copy_(torch.randn(9, 37, size))
+    x[2, 5, 3] = torch.nan
+    x, h0, c0 = x.requires_grad_(), *(torch.zeros(1 + both, 37, hidden).bfloat16().requires_grad_() for _ in range(2))
+    y, states = module(x, (h0, c0))
+    for found in (y, *states, *torch.autograd.grad(y.sum(), (x, h0, c0))):
+        assert found[:, 5].isnan().any() and not found[:, torch.arange(37) != 5].isnan().any()
+
+
 @pytest.mark.parametrize("name", MODES)
 def test_inference_keeps_nothing(name: str) -> None:
     """Without gradients the same numbers come from a loop that saves no activations, over several chunks of tokens."""

@@ -1,6 +1,7 @@
 // The LSTM in bfloat16 on AMX: the time loop is recurrent_amx.cpp's, with the input's products where its weights fit
 // the cache too; otherwise those are torch's. Sums over tokens are recurrent_gradient_amx.cpp's.
 #include <ATen/cpu/Utils.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
@@ -22,6 +23,18 @@ Tensor unit_rows(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? 
 
 // Memory that a loop reads over and over is a block of the pool, however small: of huge pages where there are any.
 Tensor packed_words(int64_t count) { return empty_large({std::max<int64_t>(count, kPooled / 2)}, at::kBFloat16); }
+
+// a b by torch. Its product of bfloat16 (oneDNN's) reads whole tiles and multiplies what lies behind a row, which may
+// be NaN, with zero: so rows fill their tiles.
+void multiply(const Tensor& a, const Tensor& b, Tensor out) {
+  constexpr int64_t kDepthOfTile = 32;
+  const int64_t missing = (kDepthOfTile - a.size(1) % kDepthOfTile) % kDepthOfTile;
+  if (missing == 0) {
+    at::mm_out(out, a, b);
+  } else {
+    at::mm_out(out, at::constant_pad_nd(a, {0, missing}), at::constant_pad_nd(b, {0, 0, 0, missing}));
+  }
+}
 
 // d^T x, (width, columns), in `out`. torch's product of a transposed bfloat16 matrix reaches half of what it does
 // otherwise.
@@ -86,8 +99,8 @@ class AmxForwardLoop {
     const Chunk& chunk = chunks_[i];
     const int64_t at = args_.keep ? chunk.token : 0;
     if (!args_.inputs) {
-      Tensor gates = gates_.narrow(0, at, chunk.tokens).view(at::kBFloat16);
-      at::mm_out(gates, input_.narrow(0, chunk.token, chunk.tokens), w_in_);
+      multiply(input_.narrow(0, chunk.token, chunk.tokens), w_in_,
+               gates_.narrow(0, at, chunk.tokens).view(at::kBFloat16));
     }
     args_.gates = words_out(gates_) + (at - chunk.token) * 4 * hidden_;
   }
@@ -237,8 +250,7 @@ Gradients backward_bfloat16(const Sequence& sequence, const Tensor& dy, const Op
   }
   run_loops(loops, kRowsOfTile);
   if (wanted.input) {
-    Tensor found = dx;
-    if (!fused) at::mm_out(found, dgates, layer.w_ih.reshape({ways * width, layer.input.size(1)}));
+    if (!fused) multiply(dgates, layer.w_ih.reshape({ways * width, layer.input.size(1)}), dx);
     if (tokens < room) out.input.narrow(0, tokens, room - tokens).zero_();
   }
   out.w_ih = made(wanted.w_ih, layer.w_ih.sizes());
@@ -263,7 +275,7 @@ Gradients backward_bfloat16(const Sequence& sequence, const Tensor& dy, const Op
       const Tensor began = at::zeros({batch, width}, at::kBFloat16);
       gather_first(steps, all, own, began);
       Tensor dh0 = share(out.h0, ways, d);
-      at::mm_out(dh0, began, share(layer.w_hh, ways, d));
+      multiply(began, share(layer.w_hh, ways, d), dh0);
       const int64_t idle = sequence.rows();  // sequences of no steps hand the gradient through
       if (idle < batch) dh0.narrow(0, idle, batch - idle).copy_(share(last, ways, d).narrow(0, idle, batch - idle));
     }
