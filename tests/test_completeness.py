@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from conftest import BACKENDS, DEVICE
 from test_architecture import ROOT
 
 import pykernels as pk
@@ -63,11 +64,10 @@ def test_every_activation_is_everywhere() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(REFERENCE))
-@pytest.mark.parametrize("backend", ["cpu", "triton", "emulator"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_knows_every_activation(name: str, backend: str) -> None:
     """Its functor by name, alone and fused with bias and dropout."""
-    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-    x = torch.linspace(-2, 2, 7, device=device)
+    x = torch.linspace(-2, 2, 7, device=DEVICE)
     expected = REFERENCE[name](x, 1.0)
     alone = pk.ops.activation.unary.unary_forward[backend](x, name, 1.0)
     torch.testing.assert_close(alone, expected, rtol=1e-5, atol=1e-6)
