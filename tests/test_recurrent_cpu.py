@@ -308,3 +308,77 @@ def test_cells_read_any_layout(name: str) -> None:
             for a, b in zip(call(ours, leaves, which), call(theirs, given, which), strict=True):
                 expected = torch.zeros_like(a) if b is None else b.float()
                 torch.testing.assert_close(a, expected, rtol=1e-4, atol=1e-4)
+
+
+# Products of all tokens that are large enough for tile registers, whose edges (32 and 128 deep, 1024 rows) they cross.
+@pytest.mark.parametrize(
+    ("name", "steps", "batch", "size", "hidden", "options"),
+    (
+        ("LSTM", 9, 29, 129, 161, {}),
+        ("GRU", 41, 26, 130, 128, {"bidirectional": True}),
+        ("RNN", 11, 24, 257, 159, {"nonlinearity": "relu"}),
+    ),
+    ids=("LSTM", "GRU", "RNN"),
+)
+def test_products_of_all_tokens(
+    name: str, steps: int, batch: int, size: int, hidden: int, options: dict[str, Any]
+) -> None:
+    check(name, steps, batch, size, hidden, **options)
+    torch.manual_seed(3)
+    module = getattr(pk.nn, name)(size, hidden, backend="cpu", **options)
+    x = torch.randn(steps, batch, size)
+
+    def found(threads: int) -> list[Tensor]:
+        given, before = x.clone().requires_grad_(), torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            y = module(given)[0]
+            return [y, *torch.autograd.grad(y.square().sum(), [given, *module.parameters()])]
+        finally:
+            torch.set_num_threads(before)
+
+    assert all(torch.equal(a, b) for a, b in zip(found(1), found(3), strict=True))
+
+
+def test_products_of_all_tokens_keep_every_bit() -> None:
+    """Products with a matrix of one 1 a row are exact: all 24 bits of a number are in its three parts."""
+    torch.manual_seed(3)
+    size, hidden, tokens = 256, 512, 384  # not small enough for the loop to take the input's product along
+    module = pk.nn.RNN(size, hidden, backend="cpu", nonlinearity="relu", bias=False)
+    weight, units, among = module.weight_ih_l0, torch.arange(hidden), torch.arange(hidden) % size
+    module.weight_hh_l0.data.zero_()
+    dy = torch.randn(tokens, hidden)
+
+    weight.data.zero_()[units, among] = 1
+    x = (torch.rand(tokens, size) + 0.1).requires_grad_()
+    y = module(x[:, None])[0][:, 0]
+    assert torch.equal(y, x[:, among])
+    dy_of_some = dy * (units < size)
+    assert torch.equal(torch.autograd.grad(y, x, dy_of_some)[0], dy[:, :size])
+
+    weight.data.uniform_(0.1, 1)
+    y = module(torch.eye(tokens, size)[:, None])[0][:, 0]
+    assert torch.equal(y[:size], weight.T)
+    assert torch.equal(torch.autograd.grad(y, weight, dy)[0], dy[:size].T)
+
+
+@pytest.mark.parametrize("value", (float("inf"), float("nan"), 3.4e38, 1e30), ids=str)
+def test_products_of_what_is_not_finite(value: float) -> None:
+    """Where parts of a number would overflow, products are torch's, with its infinities and NaN."""
+    torch.manual_seed(3)
+    theirs = nn.RNN(160, 512, nonlinearity="relu")
+    theirs.weight_hh_l0.data.zero_()
+    theirs.weight_ih_l0.data.clamp_(min=0.01).mul_(1e10)
+    ours = pk.nn.RNN.from_torch(theirs, backend="cpu")
+    x = torch.rand(8, 20, 160)
+    x[3, 7, 5] = value
+
+    def of(module: nn.Module) -> list[Tensor]:
+        given = x.clone().requires_grad_()
+        y = module(given)[0]
+        return [y, *torch.autograd.grad(y, [given, module.weight_ih_l0], torch.ones_like(y))]
+
+    for found, expected in zip(of(ours), of(theirs), strict=True):
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.isinf(), expected.isinf())
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0, equal_nan=True)

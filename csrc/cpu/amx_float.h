@@ -5,17 +5,18 @@
 //
 // Numbers below 2^-110 lose their last bits (tile registers take denormal numbers for zeros). Products of parts have
 // signs of their own: where the largest overflows to one infinity a smaller one may to the other, and their sum is NaN
-// where that of whole numbers is infinite. So no factor may be so large, and none NaN: who calls looks first (`fits`).
+// where that of whole numbers is infinite. So no factor may be so large, and none NaN: who calls looks first
+// (`largest`).
 #pragma once
 #include "amx.h"
+#include "float_split.h"
 
 namespace pk {
 namespace {
 
-constexpr int64_t kPart = 1024;             // bfloat16 of one part of a block of 32 x 32: two tiles
-constexpr int64_t kBlock = 3 * kPart;       // the parts, largest first
-constexpr int64_t kDepth = 128;             // of a panel of 32 columns, 24 KiB: half of L1
-constexpr uint32_t kLargest = 0x5B000000u;  // 2^55: no sum of 2^16 products overflows; also below infinities and NaN
+constexpr int64_t kPart = 1024;     // bfloat16 of one part of a block of 32 x 32: two tiles
+constexpr int64_t kBlock = kSplit;  // the parts, largest first
+constexpr int64_t kDepth = 128;     // of a panel of 32 columns, 24 KiB: half of L1
 
 struct Parts {
   __m512i part[3];  // of 16 lanes, then of 16 more
@@ -53,15 +54,16 @@ struct Magnitude {
   PK_INLINE void take(__m512 x) {
     top = _mm512_max_epu32(top, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF)));
   }
-  PK_INLINE bool fits() const { return _mm512_reduce_max_epu32(top) < kLargest; }
+  PK_INLINE uint32_t bits() const { return _mm512_reduce_max_epu32(top); }
+  PK_INLINE bool fits() const { return bits() < kUnsplittable; }
 };
 
-PK_INLINE bool fits(const float* from, int64_t stride, int64_t rows, int64_t columns) {
+PK_INLINE uint32_t largest(const float* from, int64_t stride, int64_t rows, int64_t columns) {
   Magnitude found;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; c += 16) found.take(some(from + r * stride + c, columns - c));
   }
-  return found.fits();
+  return found.bits();
 }
 
 // The left factor of a product: blocks of 32 x 32, row of blocks by row of blocks, zeros beyond the matrix. Whether all

@@ -5,8 +5,8 @@
 // matrix products over chunks of steps: large enough for a product, small enough that gates are still in cache when the
 // loop (or the next product) reads them.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 
+#include "float_product.h"
 #include "isa.h"
 #include "recurrent_float.h"
 
@@ -29,10 +29,10 @@ constexpr int64_t kForwardTokens = 1024;           // of a chunk
 void add_state_products(Cell cell, const Wide& wide, Tensor gates, const Tensor& previous) {
   const int64_t hidden = wide.hidden, shared = cell == Cell::kGru ? 2 * hidden : wide.depth;
   Tensor sums = cut(gates, 1, 0, shared);
-  sums.addmm_(previous, cut(wide.w, 0, 0, shared).t());
+  product(sums, previous, cut(wide.w, 0, 0, shared).t(), true);
   if (cell != Cell::kGru) return;
   Tensor rest = gates.narrow(1, 3 * hidden, hidden);
-  at::mm_out(rest, previous, wide.w.narrow(0, shared, hidden).t());
+  product(rest, previous, wide.w.narrow(0, shared, hidden).t());
 }
 
 ForwardArgs forward_args(Cell cell, const Steps& steps, const Wide& wide, const Tensor& bias, const Tensor& bias_n) {
@@ -111,7 +111,7 @@ class ForwardLoop {
     if (!fused_) {
       const Tensor gates = cut(gates_, 0, at, chunk.tokens);
       Tensor of_input = cut(gates, 1, 0, wide_.depth);
-      at::mm_out(of_input, cut(wide_.x, 0, chunk.token, chunk.tokens), w_in_);
+      product(of_input, cut(wide_.x, 0, chunk.token, chunk.tokens), w_in_);
       if (ready_) add_state_products(args_.cell, wide_, gates, wide_.h);
     }
     args_.gates = write(gates_) + (at - chunk.token) * gates_.stride(0);
@@ -196,7 +196,7 @@ Forward recompute_float(Cell cell, const Sequence& sequence, const Layer& layer,
     for (const Chunk& chunk : sequence.chunks(kForwardTokens, d == 1)) {
       const Tensor gates = all.narrow(0, chunk.token, chunk.tokens);
       Tensor of_input = gates.narrow(1, 0, wide.depth);
-      at::mm_out(of_input, wide.x.narrow(0, chunk.token, chunk.tokens), w_in);
+      product(of_input, wide.x.narrow(0, chunk.token, chunk.tokens), w_in);
       gather_previous(args.steps, chunk, y, wide.h, before);
       add_state_products(cell, wide, gates, before.narrow(0, 0, chunk.tokens));
       over_rows(args.steps, chunk.first, chunk.last, kRowsForThread,

@@ -1,10 +1,10 @@
 // One layer backward in float32; see recurrent.cpp.
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
+#include "float_product.h"
 #include "recurrent_float.h"
 
 namespace pk {
@@ -14,17 +14,24 @@ namespace {
 class WeightGradient {
  public:
   WeightGradient(bool wanted, int64_t width, int64_t columns, int64_t tokens)
-      : wanted_(wanted), transposed_(tokens >= kMany), width_(width), columns_(columns) {}
+      : wanted_(wanted),
+        split_(splits(width, columns, tokens)),
+        transposed_(tokens >= kMany && !split_),
+        width_(width),
+        columns_(columns) {}
 
-  void add(const Tensor& d, const Tensor& x) {
+  void add(const Tensor& d, Fits& of_d, const Tensor& x) {
     if (!wanted_) return;
     const Tensor &left = transposed_ ? x : d, &right = transposed_ ? d : x;
     const int64_t tokens = d.size(0);
-    const int64_t step = width_ * columns_ <= kSmallWeight ? kPartialTokens : std::max<int64_t>(tokens, 1);
+    const int64_t step = width_ * columns_ <= kSmallWeight && !split_ ? kPartialTokens : std::max<int64_t>(tokens, 1);
     for (int64_t t = 0; t < tokens; t += step) {
       const int64_t n = std::min(step, tokens - t);
       const Tensor a = cut(left, 0, t, n).t(), b = cut(right, 0, t, n);
-      sums_.defined() ? sums_.addmm_(a, b) : (sums_ = at::mm(a, b), sums_);
+      const bool more = sums_.defined();
+      if (!more) sums_ = at::empty({a.size(0), b.size(1)}, at::kFloat);
+      Fits of_x(x);
+      product(sums_, a, b, more, of_d, of_x);
     }
   }
 
@@ -39,7 +46,7 @@ class WeightGradient {
  private:
   // Of many tokens torch's product is faster as x^T d (by a tenth for 256 units, a third for 64).
   static constexpr int64_t kMany = 256;
-  bool wanted_, transposed_;
+  bool wanted_, split_, transposed_;
   int64_t width_, columns_;
   Tensor sums_;
 };
@@ -139,17 +146,20 @@ class BackwardLoop {
     const int64_t hidden = wide_.hidden, width = wide_.width, depth = wide_.depth;
     const Tensor d = cut(dgates_, 0, 0, chunk.tokens), xs = cut(wide_.x, 0, chunk.token, chunk.tokens);
     const Tensor d_in = cut(d, 1, 0, depth), d_state = cut(d, 1, width - depth, depth);
-    if (wanted_.input) add_to_input(reverse_ ? i : count() - 1 - i, chunk, d_in);
-    of_w_ih_.add(d_in, xs);
+    Fits of_d(d);
+    if (wanted_.input) add_to_input(reverse_ ? i : count() - 1 - i, chunk, d_in, of_d);
+    of_w_ih_.add(d_in, of_d, xs);
     if (wanted_.w_hh) {
       if (!at_once_) gather_previous(args_.steps, chunk, output_, wide_.h, previous_);
-      of_w_hh_.add(d_state, at_once_ ? wide_.h : cut(previous_, 0, 0, chunk.tokens));
+      of_w_hh_.add(d_state, of_d, at_once_ ? wide_.h : cut(previous_, 0, 0, chunk.tokens));
     }
     if (wanted_.w_hr) {
       const Tensor activations = gates_.narrow(0, chunk.token, chunk.tokens);
       const Tensor cells = cells_.narrow(0, chunk.token, chunk.tokens);  // h before the projection: o tanh(c)
       const Tensor h = activations.narrow(1, 3 * hidden, hidden).mul(cells.tanh());
-      of_w_hr_.add(dprojected_.narrow(0, 0, chunk.tokens), h);
+      const Tensor dprojected = dprojected_.narrow(0, 0, chunk.tokens);
+      Fits of_dprojected(dprojected);
+      of_w_hr_.add(dprojected, of_dprojected, h);
     }
     if (wanted_.peephole) {
       gather_previous(args_.steps, chunk, cells_, c0_, before_);
@@ -196,11 +206,12 @@ class BackwardLoop {
   }
 
  private:
-  void add_to_input(int64_t index, const Chunk& chunk, const Tensor& d) {
+  void add_to_input(int64_t index, const Chunk& chunk, const Tensor& d, Fits& of_d) {
     const int64_t hidden = wide_.hidden;
-    Tensor dx = cut(dx_, 0, chunk.token, chunk.tokens);
+    const Tensor dx = cut(dx_, 0, chunk.token, chunk.tokens);
     const auto add = [&](const Tensor& left, const Tensor& weight) {
-      visited_[index] ? dx.addmm_(left, weight) : at::mm_out(dx, left, weight);
+      Fits of_weight(weight);
+      product(dx, left, weight, visited_[index], of_d, of_weight);
       visited_[index] = true;
     };
     if (args_.cell == Cell::kGru) {  // the gates' gradients are in the order n, r, z

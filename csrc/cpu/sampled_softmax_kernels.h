@@ -90,9 +90,8 @@ struct SampledSoftmaxKernels {
   void (*narrow)(TableDtype, const float* from, void* to, int64_t count);
 };
 
-// Products on tile registers. Of bfloat16: rows, columns and depths are multiples of 32; the right side is in pairs of
-// rows, [depth / 2][columns][2]. Of float32, any sizes: the left side is split into three bfloat16 parts beforehand
-// (amx_float.h).
+// Products of bfloat16 on tile registers: rows, columns and depths are multiples of 32; the right side is in pairs of
+// rows, [depth / 2][columns][2].
 struct SampledSoftmaxAmx {
   // c (rows, columns) = or += a (rows, depth) b
   void (*product)(int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, int64_t lda, const uint16_t* b,
@@ -102,17 +101,7 @@ struct SampledSoftmaxAmx {
   // to (columns, rows) = from (rows, columns) transposed; buffer: as large
   void (*transpose)(const uint16_t* from, int64_t stride, int64_t rows, int64_t columns, uint16_t* to,
                     uint16_t* buffer);
-
-  // to: kSplit bfloat16 for every 32 x 32 of a matrix (rows, depth), or `turned`: of the transpose of (depth, rows).
-  // False where a number is too large to be split (or not finite), and the product may not be used.
-  bool (*split)(const float* from, int64_t stride, int64_t rows, int64_t depth, bool turned, uint16_t* to);
-  bool (*fits)(const float* from, int64_t stride, int64_t rows, int64_t columns);
-  // c (rows, columns) = or += a b; b (depth, columns), or `turned`: (columns, depth)
-  void (*product_of_split)(int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, const float* b, int64_t ldb,
-                           bool turned, float* c, int64_t ldc, bool add);
 };
-
-constexpr int64_t kSplit = 3 * 32 * 32;
 
 const SampledSoftmaxAmx* sampled_softmax_amx();
 const SampledSoftmaxKernels* sampled_softmax_kernels_avx2();

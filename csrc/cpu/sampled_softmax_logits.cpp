@@ -1,7 +1,6 @@
 #include "sampled_softmax_logits.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/cpu/Utils.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
@@ -11,7 +10,8 @@
 #include <cstring>
 
 #include "embedding_tables.h"
-#include "isa.h"
+#include "float_product.h"
+#include "float_split.h"
 
 namespace pk {
 
@@ -34,13 +34,6 @@ int64_t split_size(int64_t rows, int64_t depth) { return ceil_div(rows, kUnit) *
 int64_t chunks_of(int64_t tiles, int64_t batch, int64_t cols) {
   const int64_t fit = kPartials / std::max<int64_t>(1, 4 * batch * cols);
   return std::clamp<int64_t>(tiles, 1, std::clamp<int64_t>(fit, 2, kChunks));
-}
-
-bool has_tile_registers() {
-  static const bool usable = isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16") &&
-                             __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-                             at::cpu::init_amx();
-  return usable;
 }
 
 const char* row_of(const Tensor& matrix, int64_t row) {
@@ -153,38 +146,35 @@ class Split {
     const Tensor& table = logits_.table_;
     rows_ = reinterpret_cast<const float*>(row_of(table, column));
     stride_ = table.stride(0);
-    fits_ = amx_.fits(rows_, stride_, columns, logits_.cols_);
+    fits_ = largest_bits(rows_, stride_, columns, logits_.cols_) < kUnsplittable;
     if (!fits_) wide_.load(column, columns);
   }
   void logits(const TileArgs& t) const {
     if (!fits_) return wide_.logits(t);
-    amx_.product_of_split(t.rows, t.columns, logits_.cols_, words(logits_.pairs_) + split_size(t.row, logits_.cols_),
-                          rows_, stride_, true, t.z, t.z_stride, false);
+    product_of_split(t.rows, t.columns, logits_.cols_, words(logits_.pairs_) + split_size(t.row, logits_.cols_), rows_,
+                     stride_, true, t.z, t.z_stride, false);
   }
   void add_dx(const TileArgs& t, float* dx) {
     if (!fits_ || !split_dz(t, false)) {
       if (fits_) wide_.load(t.column, t.columns);
       return wide_.add_dx(t, dx);
     }
-    amx_.product_of_split(t.rows, logits_.cols_, t.columns, words(parts_), rows_, stride_, false, dx, logits_.cols_,
-                          true);
+    product_of_split(t.rows, logits_.cols_, t.columns, words(parts_), rows_, stride_, false, dx, logits_.cols_, true);
   }
   void gradient(const TileArgs& t, float* out) {
     if (!split_dz(t, true)) return wide_.gradient(t, out);
     const Tensor& x = logits_.x_;
-    amx_.product_of_split(t.columns, logits_.cols_, t.rows, words(parts_),
-                          reinterpret_cast<const float*>(row_of(x, t.row)), x.stride(0), false, out, logits_.cols_,
-                          t.row != 0);
+    product_of_split(t.columns, logits_.cols_, t.rows, words(parts_), reinterpret_cast<const float*>(row_of(x, t.row)),
+                     x.stride(0), false, out, logits_.cols_, t.row != 0);
   }
 
  private:
   bool split_dz(const TileArgs& t, bool turned) {
     if (!parts_.defined()) parts_ = at::empty({split_size(kColumns, kRows)}, logits_.pairs_.options());
-    return amx_.split(static_cast<const float*>(t.dz), t.dz_stride, turned ? t.columns : t.rows,
-                      turned ? t.rows : t.columns, turned, words_out(parts_));
+    return split(static_cast<const float*>(t.dz), t.dz_stride, turned ? t.columns : t.rows, turned ? t.rows : t.columns,
+                 turned, words_out(parts_));
   }
 
-  const SampledSoftmaxAmx& amx_ = *sampled_softmax_amx();
   const Logits& logits_;
   Wide wide_;
   Tensor parts_;
@@ -205,8 +195,7 @@ Logits::Logits(const Tensor& x, const Tensor& table, const char* function)
     const bool large = batch_ >= kLeastRows && classes() >= kLeastRows && cols_ >= kLeastColumns;
     if (large && dtype_ == TableDtype::kFloat && has_tile_registers()) {
       pairs_ = at::empty({split_size(batch_, cols_)}, x_.options().dtype(at::kBFloat16));
-      split_ = sampled_softmax_amx()->split(x_.const_data_ptr<float>(), x_.stride(0), batch_, cols_, false,
-                                            words_out(pairs_));
+      split_ = split(x_.const_data_ptr<float>(), x_.stride(0), batch_, cols_, false, words_out(pairs_));
     }
     return;
   }
