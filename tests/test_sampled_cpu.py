@@ -65,6 +65,22 @@ def test_threads_change_no_bit(name: str, dtype: torch.dtype, two_threads: None)
         assert torch.equal(ours, other)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("rows", (130, 199, 300))
+def test_threads_share_the_rows_of_a_batch(rows: int, dtype: torch.dtype, two_threads: None) -> None:
+    x, w = torch.randn(rows, 96).to(dtype).requires_grad_(), torch.randn(1100, 96).to(dtype).requires_grad_()
+    target = torch.randint(0, 1100, (rows,))
+
+    def run() -> list[Tensor]:
+        loss = F.linear_cross_entropy(x, w, target, reduction="none")
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), (x, w))]
+
+    two = run()
+    torch.set_num_threads(1)
+    for ours, other in zip(run(), two, strict=True):
+        assert torch.equal(ours, other)
+
+
 @pytest.mark.parametrize("name", ("softmax", "nce"))
 def test_kept_and_recomputed_logits_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     function, inputs = _calls(torch.float32)[name]

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "embedding_tables.h"
 #include "float_product.h"
@@ -220,7 +221,10 @@ void Logits::place(TileArgs& t, const Tensor& kept, const Tensor& z) const {
 template <class Products>
 void Logits::reduce_with(const TileArgs& loss, const Tensor& kept) const {
   const SampledSoftmaxKernels& kernels = sampled_softmax_kernels();
-  at::parallel_for(0, ceil_div(batch_, kRows), 1, [&](int64_t begin, int64_t end) {
+  // Few rows are shared out all the same. Torch's products of a lone tile have threads of their own.
+  const int64_t share = padded(ceil_div(batch_, at::get_num_threads()));
+  const int64_t tall = std::is_same_v<Products, Wide> ? kRows : std::clamp(share, kUnit, kRows);
+  at::parallel_for(0, ceil_div(batch_, tall), 1, [&](int64_t begin, int64_t end) {
     const Tensor z = at::empty({kRows, kColumns}, x_.options().dtype(at::kFloat));
     Products products(*this);
     TileArgs t = loss;
@@ -229,8 +233,8 @@ void Logits::reduce_with(const TileArgs& loss, const Tensor& kept) const {
       t.columns = std::min(kColumns, classes() - t.column);
       t.add = loss.add ? loss.add + t.column : nullptr;
       products.load(t.column, t.columns);
-      for (t.row = begin * kRows; t.row < std::min(end * kRows, batch_); t.row += kRows) {
-        t.rows = std::min(kRows, batch_ - t.row);
+      for (t.row = begin * tall; t.row < std::min(end * tall, batch_); t.row += tall) {
+        t.rows = std::min(tall, batch_ - t.row);
         place(t, kept, z);
         products.logits(t);
         kernels.finish_logits(t);
