@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -197,26 +194,6 @@ def test_bad_ids_reach_no_memory() -> None:
         ops.sampled_rows_forward.cpu(x, w, None, bad[1:].T, bad[0], None, None, "softmax", True, False)
     with pytest.raises(IndexError, match=r"target\[1\] is 7"):
         ops.linear_rows_forward.cpu(x, w, None, bad[0], None, -100, 0.0, 0.0)
-
-
-_AVX2 = """
-import torch, pykernels as pk
-from pykernels.testing.run import check_case
-from pykernels.testing.spec import load
-torch.set_num_threads(1)
-assert pk.explain(pk.functional.uniform_candidate_sampler, torch.zeros(1, 1).long(), 1, 2, False, 9).backend == "cpu"
-for spec in load("sampled_softmax"):
-    for case in spec.cases:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            wrong = [c.why for c in check_case(spec, case, "cpu", dtype) if not c.passed]
-            assert not wrong, (spec.name, case.label, dtype, wrong)
-"""
-
-
-def test_avx2() -> None:
-    """The other instruction set gives results of the same quality."""
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
-    subprocess.run([sys.executable, "-c", _AVX2], env=environment, check=True, timeout=600)
 
 
 @pytest.mark.parametrize("kind", ("zipf", "shuffled", "equal", "fractions", "zeros", "doubling", "one", "two"))

@@ -53,6 +53,13 @@ PK_INLINE void store_tile(void* p, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(kTile) : "memory");
 }
 
+PK_INLINE void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
 struct Nothing {
   PK_INLINE void operator()() const {}
 };
@@ -72,10 +79,7 @@ PK_INLINE void tile_product(int64_t rows, int64_t cols, int64_t depth, const bf1
         load_tile<2>(c1, step_c);
         load_tile<3>(c1 + 16, step_c);
       } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        zero_sums();
       }
       for (int64_t k = 0; k < depth; k += 32) {
         const bf16 *const ak = a + m * lda + k, *const bk = b + 2 * n + k * ldb;

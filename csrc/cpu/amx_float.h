@@ -195,10 +195,7 @@ PK_INLINE void split_product(int64_t rows, int64_t columns, int64_t depth, const
       for (int64_t m = 0; m < rows; m += 32) {
         const bf16* left = a + (m / 32 * blocks + from / 32) * kBlock;
         const bf16* right = panel;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        zero_sums();
         for (int64_t k = 0; k < steps; ++k, left += kBlock, right += kBlock) {
           load_left<2>(left);
           load_right<0>(right);

@@ -1,11 +1,8 @@
 // What the attention room's operators do alike with tensors: element types, strides, layouts of outputs.
 #pragma once
-#include <ATen/cpu/Utils.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <string_view>
 
 #include "attention_kernels.h"
 #include "isa.h"
@@ -20,19 +17,8 @@ inline const AttentionKernels& vector_kernels() {
   return isa() == Isa::kAvx2 ? *attention_kernels_avx2() : *attention_kernels_avx512();
 }
 
-inline bool amx() {
-  // init_amx asks the operating system for the tile registers; it says no where there are none. Who names the
-  // capability avx512 to torch gets no more than that here too.
-  static const bool found = [] {
-    const char* const named = std::getenv("ATEN_CPU_CAPABILITY");
-    return isa() == Isa::kAvx512 && !(named && std::string_view(named) == "avx512") &&
-           __builtin_cpu_supports("avx512bf16") && at::cpu::init_amx();
-  }();
-  return found;
-}
-
 inline const AttentionKernels& kernels(Element element) {
-  return element == Element::kBFloat16 && amx() ? *attention_kernels_amx() : vector_kernels();
+  return element == Element::kBFloat16 && has_tile_registers() ? *attention_kernels_amx() : vector_kernels();
 }
 
 // Tile registers take the columns of a group together, with nothing of their own; one alone nearly leaves them empty,

@@ -1,7 +1,6 @@
 #include "float_product.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/cpu/Utils.h>
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
@@ -43,13 +42,6 @@ int64_t part(int64_t size, int64_t parts) { return ((size + parts - 1) / parts +
 int64_t pieces(int64_t size, int64_t each) { return (size + each - 1) / each; }
 
 }  // namespace
-
-bool has_tile_registers() {
-  static const bool usable = isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16") &&
-                             __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-                             at::cpu::init_amx();
-  return usable;
-}
 
 bool Fits::operator()() {
   if (!found_) {

@@ -6,8 +6,6 @@
 
 namespace pk {
 
-bool has_tile_registers();
-
 // Whether no number of a matrix is too large to be split (or NaN), found out when it is first asked.
 class Fits {
  public:

@@ -216,8 +216,7 @@ Forward recompute_float(Cell cell, const Sequence& sequence, const Layer& layer,
 Gradients backward_float(Cell cell, const Sequence& sequence, const Tensor& dy, const Optional& dhn,
                          const Optional& dcn, const Layer& layer, const Saved& saved, Wanted wanted);
 
-// The LSTM without projections and peepholes in bfloat16, on AMX.
-bool amx_usable();
+// The LSTM without projections and peepholes in bfloat16, on tile registers.
 Forward forward_bfloat16(const Sequence& sequence, const Layer& layer, bool keep);
 Gradients backward_bfloat16(const Sequence& sequence, const Tensor& dy, const Optional& dhn, const Optional& dcn,
                             const Layer& layer, const Saved& saved, Wanted wanted);

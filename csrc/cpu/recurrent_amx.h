@@ -61,10 +61,7 @@ template <bool kTwo, class Between>
 PK_INLINE void multiply_tiles(bool fresh, int64_t depth, const Word* a, int64_t stride, const Word* panel, float* c,
                               Between between) {
   if (fresh) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_sums();
   } else {
     load_tile<0>(c, kTile * 4);
     load_tile<1>(c + 16, kTile * 4);

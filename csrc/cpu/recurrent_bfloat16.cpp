@@ -1,11 +1,9 @@
 // The LSTM in bfloat16 on AMX: the time loop is recurrent_amx.cpp's, with the input's products where its weights fit
 // the cache too; otherwise those are torch's. Sums over tokens are recurrent_gradient_amx.cpp's.
-#include <ATen/cpu/Utils.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
-#include "isa.h"
 #include "pages.h"
 #include "pool.h"
 #include "recurrent.h"
@@ -190,13 +188,6 @@ class AmxBackwardLoop {
 };
 
 }  // namespace
-
-bool amx_usable() {
-  static const bool usable = isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16") &&
-                             __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-                             at::cpu::init_amx();
-  return usable;
-}
 
 Forward forward_bfloat16(const Sequence& sequence, const Layer& layer, bool keep) {
   const Tensor& h0 = layer.h0;

@@ -9,6 +9,7 @@
 
 #include <climits>
 
+#include "isa.h"
 #include "recurrent.h"
 
 // In torch's x86-64 builds; weak, because others may keep theirs to themselves.
@@ -92,7 +93,7 @@ std::vector<Tensor> cell_forward(const Tensor& input, const Tensor& h, const Opt
   const auto dtype = input.scalar_type();
   if (dtype != at::kFloat) {
     const Sequence sequence(input, h, std::nullopt);
-    const bool amx = lstm && dtype == at::kBFloat16 && amx_usable();
+    const bool amx = lstm && dtype == at::kBFloat16 && has_tile_registers();
     const Forward out = amx ? forward_bfloat16(sequence, layer, save) : forward_float(cell, sequence, layer, save);
     std::vector<Tensor> found{out.output.to(dtype)};
     if (lstm) found.push_back(out.c_n.to(dtype));
@@ -169,7 +170,7 @@ std::vector<Tensor> cell_backward(const Optional& dh, const Optional& dc, const 
     const Wanted wanted{mask[0], mask[1], mask[2], mask[3], mask[4], of_bias};
     const Tensor dy = dh ? *dh : at::zeros(h.sizes(), h.options());
     const Saved saved{output ? *output : h, gates, cells ? Optional(cells->contiguous()) : cells};
-    const bool amx = lstm && dtype == at::kBFloat16 && amx_usable();
+    const bool amx = lstm && dtype == at::kBFloat16 && has_tile_registers();
     const Gradients out = amx ? backward_bfloat16(sequence, dy, std::nullopt, dc, layer, saved, wanted)
                               : backward_float(cell, sequence, dy, std::nullopt, dc, layer, saved, wanted);
     add(mask[0], out.input), add(mask[1], out.h0), add(mask[2], out.c0), add(mask[3], out.w_ih), add(mask[4], out.w_hh);

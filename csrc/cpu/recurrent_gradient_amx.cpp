@@ -58,10 +58,7 @@ void paired_tiles(const Word* d, int64_t stride, int64_t tokens, int64_t columns
 // tile of the first, which comes from the second-level cache, serves four products.
 PK_INLINE void add_block(bool fresh, int64_t tokens, const Word* left, const Word* panel, float* sums) {
   if (fresh) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_sums();
   } else {
     load_tile<0>(sums, 64);
     load_tile<1>(sums + 256, 64);

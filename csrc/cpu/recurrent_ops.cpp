@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "isa.h"
 #include "recurrent.h"
 
 namespace pk {
@@ -20,7 +21,7 @@ Cell vanilla(c10::string_view nonlinearity) {
 }
 
 bool by_amx(const Layer& layer) {
-  return layer.input.scalar_type() == at::kBFloat16 && !layer.w_hr && !layer.peephole && amx_usable();
+  return layer.input.scalar_type() == at::kBFloat16 && !layer.w_hr && !layer.peephole && has_tile_registers();
 }
 
 // Bounded by 1, where half is the finer of the 16-bit dtypes.

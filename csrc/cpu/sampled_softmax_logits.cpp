@@ -13,6 +13,7 @@
 #include "embedding_tables.h"
 #include "float_product.h"
 #include "float_split.h"
+#include "isa.h"
 
 namespace pk {
 
